@@ -1,0 +1,39 @@
+"""Shared by the tests: the tiny base (built once, cached), the official data where it is at hand, few threads."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder():
+    from common import base
+
+    return base.resolve("tiny")
+
+
+@pytest.fixture
+def tiny_model(tiny_folder):
+    from common import model
+
+    return model.load("tiny", torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_folder):
+    from common import base
+
+    return base.load_tokenizer(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def official():
+    """The folder of the three tasks' official files, or a skip."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the official data files are not beside this checkout")
+    return SHARED / "data"
