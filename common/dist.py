@@ -1,0 +1,87 @@
+"""torchrun: form the group, sum over ranks, add up gradients. Everything is the identity in a single process."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    """True on the one process that prints and writes; before `init`, by torchrun's RANK."""
+    return rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
+
+
+def init(device, timeout):
+    """Join torchrun's process group (gloo on CPU, NCCL on CUDA); a hung rank ends the run after `timeout` seconds.
+
+    After a restart by `--max-restarts` the agent's store still holds the dead workers' addresses, so every attempt
+    writes under a prefix of its own. Does nothing without torchrun, or when the group exists.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = datetime.timedelta(seconds=timeout)
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=os.environ["RANK"] == "0" and not agent_store,
+        timeout=limit,
+    )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=limit,
+    )
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_all(*values):
+    """Floats (or one-element tensors) summed over ranks -> list of floats; exact in fp64 for counts below 2^53."""
+    if world_size() == 1:
+        return [float(v) for v in values]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def any_rank(flag):
+    """True everywhere as soon as it is true on one rank: stop decisions and failed checks are taken together."""
+    return sum_all(float(bool(flag)))[0] > 0
+
+
+def sum_gradients(parameters):
+    """Add up .grad over ranks in one all-reduce of a fixed list: an absent gradient counts as zeros, so a rank
+    without rows neither hangs the others nor changes the sum."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if world_size() == 1:
+        return
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(flat)
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad.copy_(grad.view_as(parameter))

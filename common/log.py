@@ -1,0 +1,133 @@
+"""One console line and one JSONL record a step, the progress bar, the plot, and how a command refuses."""
+
+import functools
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import dist
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+
+
+class UserError(Exception):
+    """Bad input: one line that names the file, line, key or flag and says what to do next."""
+
+
+def command(main):
+    """Decorate a script's `main`: a UserError becomes one line on stderr and exit status 2, never a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from error
+        finally:
+            dist.end()
+
+    return wrapped
+
+
+def say(message):
+    """One line on the main rank's console, above the progress bar."""
+    if dist.is_main():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(total, done):
+    """A bar over optimizer steps with time left; silent where stderr is no terminal and on other ranks."""
+    hidden = not dist.is_main() or not sys.stderr.isatty()
+    return tqdm(total=total, initial=done, unit="step", disable=hidden, dynamic_ncols=True, smoothing=0.1)
+
+
+def write_record(path, record):
+    """Append one JSON line; floats keep every bit. A value that is not finite becomes null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(clean) + "\n")
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_records(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def line(record):
+    """A record as one readable console line: `step 20  loss 1.234  ...`."""
+    shown = ("step", "loss", "eval/loss", "eval/perplexity", "eval/accuracy", "lr", "grad_norm", "tokens_per_second")
+    return "  ".join(f"{key} {record[key]:.4g}" for key in shown if record.get(key) is not None)
+
+
+def peak_memory_gb(device):
+    """Highest memory so far: of the GPU's allocator on CUDA, else of this process, as the system counts it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def provenance(**facts):
+    """What run.json holds: command, git commit, versions, machine, and what the script adds (hashes, counts)."""
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": sys.argv,
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.machine()} {platform.system()}",
+        "threads": torch.get_num_threads(),
+        "world_size": dist.world_size(),
+        **facts,
+    }
+
+
+def open_wandb(enabled, name, config):
+    """A function that sends a record to Weights & Biases, or one that does nothing; the package is optional."""
+    if not enabled or not dist.is_main():
+        return lambda record: None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("logging.wandb is true but wandb is not installed: pip install wandb") from error
+    run = wandb.init(project="gemma-alignment", name=name, config=config)
+    return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+
+def plot_curves(records, panels, path):
+    """Draw a PNG: one panel for each (title, keys), each key over steps where it was recorded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (title, keys) in zip(axes[0], panels):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+            if points:
+                axis.plot(
+                    *zip(*points), marker="o" if len(points) < 40 else None, markersize=3, linewidth=1.2, label=key
+                )
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
