@@ -1,0 +1,225 @@
+"""configs/defaults.yml < --config FILE < --debug < flags, resolved into one nested namespace.
+
+`configs/defaults.yml` is the only schema: types, choices, bounds, help and flags all come from its lines, so a new key
+is one line there. A value is read by the type that its key wants, never by YAML's own guess (to YAML `5e-5` is text,
+`no` is false and `010` is 8). Every mistake is a UserError of one line that says where, what was expected and why.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import operator
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+from common.log import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SCRIPTS = {"sft": "train_sft.py", "reward": "train_reward.py", "rl": "train_rl.py", "staged": "train_staged.py"}
+MAX_BYTES, MAX_EVENTS, MAX_DEPTH = 64 * 1024, 1000, 4  # PyYAML reads this within a second even if made to be slow
+NUMBERS = {"int": r"[+-]?(0|[1-9]\d{0,17})", "float": r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"}  # no 010, no .inf
+WORDS = {"null": None, "~": None, "true": True, "false": False}
+BOUNDS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def load_config(path=None, overrides=None):
+    """Return defaults < YAML file at `path` < `overrides` ({dotted key: value}) as nested namespaces.
+
+    Raises UserError on an unreadable or hostile file, an unknown or repeated key, a wrong type or a value out of range.
+    """
+    return _resolve(*_schema(), [] if path is None else [path], overrides or {}, "override ")
+
+
+def parse_args(script, description, sections, modes, argv=None, jobs=()):
+    """Read a script's command line; returns (cfg, job).
+
+    Top-level keys and those of `sections` are flags of the same dotted spelling; `jobs`, (flag, kwargs) of argparse,
+    come back in `job` next to `config`. Raises UserError as load_config does, for every mistake in the flags, and for a
+    `training.mode` outside `modes` unless that is empty.
+    """
+    leaves, headings = _schema()
+    parser = argparse.ArgumentParser(script, "%(prog)s [--config FILE] [--debug] [--section.key VALUE]...", description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.allow_abbrev, parser.error = False, _refuse
+    parser.add_argument("--config", metavar="FILE", help="YAML file of what differs from configs/defaults.yml")
+    parser.add_argument("--debug", action="store_true", help=f"{leaves['debug'].help}: configs/debug.yml over FILE")
+    for flag, kwargs in jobs:
+        parser.add_argument(flag, **kwargs)
+    for section in ("", *sections):
+        group = parser.add_argument_group(section or "top level", headings.get(section))
+        for key, leaf in leaves.items():
+            if key != "debug" and key.rpartition(".")[0].partition(".")[0] == section:
+                words = f"{leaf.help} [{leaf.rule}; default {leaf.text}]".replace("%", "%%")
+                group.add_argument(f"--{key}", metavar="VALUE", help=words)
+    args, unknown = parser.parse_known_args(argv)
+    args = vars(args)
+    if unknown:
+        name = unknown[0].partition("=")[0].lstrip("-")
+        near = f"{script} does not read it" if name in leaves else f"did you mean --{_nearest(name, [*args, 'help'])}?"
+        _refuse(f"unknown argument {unknown[0]!r:.80}; {near}")
+
+    files = [args["config"]] * (args["config"] is not None) + [CONFIGS / "debug.yml"] * args["debug"]
+    flags = {key: text for key, text in args.items() if key in leaves and key != "debug" and text is not None}
+    cfg = _resolve(leaves, headings, files, flags, "--")
+    if modes and cfg.training.mode not in modes:
+        _refuse(f"training.mode {cfg.training.mode} is run by {SCRIPTS[cfg.training.mode]}, not by {script}")
+    return cfg, SimpleNamespace(**{name: value for name, value in args.items() if name not in leaves})
+
+
+def dump(cfg):
+    """Return the config as YAML text that load_config reads back to the same values, in the order of defaults.yml."""
+    return yaml.safe_dump(json.loads(json.dumps(cfg, default=vars)), sort_keys=False, width=110)
+
+
+def flatten(cfg, above=""):
+    """Return {dotted key: value} of a config, in the order of defaults.yml."""
+    flat = {}
+    for name, value in vars(cfg).items():
+        flat |= flatten(value, f"{above}{name}.") if isinstance(value, SimpleNamespace) else {above + name: value}
+    return flat
+
+
+def differences(a, b):
+    """Return [(dotted key, value in a, value in b)] where two configs differ; a key that one lacks counts as None."""
+    a, b = flatten(a), flatten(b)
+    return [(key, a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)]
+
+
+def run_name(cfg, path, fallback):
+    """Return the name of the run's folder: the one asked for, else that of the config file at `path`, else `fallback`.
+
+    A debug run without a name of its own is set apart, so that it never resumes, or blocks, the run of the same file.
+    """
+    return cfg.logging.run_name or (Path(path).stem if path else fallback) + "-debug" * cfg.debug
+
+
+def _resolve(leaves, headings, files, given, label):
+    """Lay files, then `given` ({dotted key: text or Python value}), over the defaults; returns nested namespaces."""
+    flat = {key: leaf.default for key, leaf in leaves.items()}
+    entries = [
+        (f"{path}:{line}: {ascii(key)[1:-1]:.80}", key, value) for path in files for line, key, value in _walk(path)
+    ]
+    for where, key, value in [*entries, *((label + key, key, value) for key, value in given.items())]:
+        if key in leaves:
+            flat[key] = _convert(leaves[key], value, where)
+        elif key not in headings:
+            _refuse(f"{where}: unknown key; the nearest known one is {_nearest(key, [*leaves, *headings])}")
+        elif value != {}:
+            _refuse(f"{where}: expected keys, indented, on the lines below, got {value!r:.80}")
+    root = SimpleNamespace()
+    for key, value in flat.items():
+        node, (*above, name) = root, key.split(".")
+        for section in above:
+            node = vars(node).setdefault(section, SimpleNamespace())
+        setattr(node, name, value)
+    return root
+
+
+def _schema():
+    """Read configs/defaults.yml; returns ({dotted key: leaf}, {dotted section: its comment}).
+
+    A line is `key: default  # rule; help` or `section:  # help`. A rule is a type (`int`, `float`, `str`) with bounds
+    (`float >= 0 and < 1`), choices (`a | b`; PATH is any text), either with `| null`, or `list` (some of the default).
+    """
+    path, leaves, headings = CONFIGS / "defaults.yml", {}, {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line, key, value in _walk(path):
+        comment = lines[line - 1].partition(" # ")[2].strip()
+        rule, _, words = comment.partition("; ")
+        if value == {}:
+            headings[key] = comment
+        else:
+            rule = f"list of {' | '.join(value)}" if rule == "list" else rule
+            leaves[key] = SimpleNamespace(text=str(value).replace("'", ""), rule=rule, help=words)
+            leaves[key].default = _convert(leaves[key], value, f"{path}:{line}: {key}")
+    return leaves, headings
+
+
+def _convert(leaf, value, where):
+    """Return `value`, a text or a Python value, in the type that the leaf's rule names."""
+    kind, names = leaf.rule.partition(" ")[0], leaf.rule.removeprefix("list of ").split(" | ")
+    text = "null" if value is None else "" if isinstance(value, list | tuple | dict) else str(value)
+    if kind == "list":
+        items = value if isinstance(value, list | tuple) else text.strip("[] ").replace(",", " ").split()
+        if items and all(item in names and items.count(item) == 1 for item in items):
+            return [*items]
+    elif kind in NUMBERS and re.fullmatch(NUMBERS[kind], text):
+        number = int(text) if kind == "int" else float(text)
+        bounds = [BOUNDS[sign](number, float(limit)) for sign, limit in re.findall(r"([<>]=?) (\S+)", leaf.rule)]
+        if math.isfinite(number) and all(bounds):
+            return number
+    elif text.lower() in WORDS:  # never a text, so that `null` or `true` cannot become a folder's name
+        if text.lower().replace("~", "null") in names:
+            return WORDS[text.lower()]
+    elif text in names or (text and {"str", "PATH"} & {*names}):
+        return text
+    raise UserError(f"{where}: expected {leaf.rule}, got {str(value)!r:.80} ({leaf.help})")
+
+
+def _walk(path, mapping=None, above="", seen=None):
+    """Yield (line, dotted key, its text, list of texts, or {} for a section) of a YAML file, or a mapping in it."""
+    seen = {} if seen is None else seen
+    for name, node in (mapping or _tree(path)).value:
+        line, key = name.start_mark.line + 1, above + _word(name)
+        if key in seen:
+            _refuse(f"{path}:{line}: {ascii(key)[1:-1]:.80} is set twice, first in line {seen[key]}; keep one of them")
+        seen[key] = line
+        if isinstance(node, yaml.MappingNode):
+            yield line, key, {}
+            yield from _walk(path, node, f"{key}.", seen)
+        else:
+            many = isinstance(node, yaml.SequenceNode)
+            yield line, key, [_word(item) for item in node.value] if many else node.value or "null"
+
+
+def _word(node):
+    return node.value if isinstance(node, yaml.ScalarNode) else "[...]"
+
+
+def _tree(path):
+    """Parse a YAML file to a mapping of text nodes; refuses, before building any, what no config needs."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            _refuse(f"{path}: expected a YAML config file of at most {MAX_BYTES // 1024} KiB, got more")
+        text, depth = raw.decode("utf-8-sig", "surrogateescape"), 0  # YAML refuses the escapes, and knows their line
+        for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            line = event.start_mark.line + 1
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            loaded = getattr(event, "anchor", None) or getattr(event, "tag", None) is not None
+            if loaded or depth > MAX_DEPTH or count > MAX_EVENTS:
+                what = "plain values, no YAML tags, anchors or aliases" if loaded else "short lists and few levels"
+                got = " ".join(text.splitlines()[line - 1 : line]).strip()
+                _refuse(f"{path}:{line}: expected {what}, got {got!r:.80}")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a YAML config file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = (mark.line if mark else text.count("\n", 0, error.position)) + 1
+        problem = f"{error.context or ''} {error.problem}" if mark else "control character or invalid UTF-8"
+        raise UserError(f"{path}:{line}: not valid YAML: {problem}") from None
+    if not isinstance(tree, yaml.MappingNode) or not tree.value:
+        _refuse(f"{path}:1: expected sections and keys as in configs/defaults.yml, got none")
+    return tree
+
+
+def _nearest(key, known):
+    """The known key that was meant: alike in spelling or abbreviated (`lr`), and rather one of the same section."""
+    above, _, name = key[-60:].rpartition(".")  # comparing is slow, and the key may be hostile
+
+    def likeness(other):
+        section, _, leaf = other.rpartition(".")
+        short = "".join(word[:1] for word in leaf.split("_"))
+        return max(difflib.SequenceMatcher(None, name, leaf).ratio(), name == short), section == above
+
+    return max(known, key=likeness)
+
+
+def _refuse(message):
+    raise UserError(message)
