@@ -1,0 +1,114 @@
+"""Log-probabilities and losses. Nothing here knows a model, a config or a rank; losses come back unreduced."""
+
+import torch
+
+
+def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None):
+    """log softmax(hidden @ head_weight.T / temperature)[target] for each row -> (N,) fp32.
+
+    hidden (N, d), head_weight (V, d) frozen or trainable, targets (N,) int64. No tensor of (N, V) is ever made: only
+    `chunk` rows of logits exist at a time (default 256 on CPU, 1024 elsewhere), and the softmax is in fp32.
+    Under a frozen head the gradient is made in the forward, two matrix products in all (see _FrozenHead).
+    """
+    return token_logprobs_and_hits(hidden, head_weight, targets, temperature, chunk)[0]
+
+
+def token_logprobs_and_hits(hidden, head_weight, targets, temperature=1.0, chunk=None):
+    """As token_logprobs, and beside it (N,) bool: is the target the most likely token (ties count as hits)."""
+    assert hidden.ndim == 2 and targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
+    chunk = chunk or (256 if hidden.device.type == "cpu" else 1024)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
+    head = _TrainableHead if head_weight.requires_grad else _FrozenHead
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head.apply(hidden.to(head_weight.dtype), head_weight, targets, temperature, chunk)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """d logp / d hidden = (onehot - p) @ W / T is one fixed vector a token, so it is made while the logits exist.
+
+    Backward only scales it by the incoming gradient: two matrix products where recomputing needs three. p - onehot is
+    formed in fp32 before the cast, or a confident model loses a tenth of its gradient to rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        logprobs, hits = _outputs(hidden)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows, logits in _chunks(hidden, weight, chunk):
+            _softmax_rows(logits, targets[rows], temperature, logprobs[rows], hits[rows], grad is not None)
+            if grad is not None:  # the chunk of logits now holds p - onehot
+                torch.mm(logits, weight, out=grad[rows])
+        ctx.temperature = temperature
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(hits)
+        return logprobs, hits
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        (grad,) = ctx.saved_tensors
+        return (grad * (upstream / -ctx.temperature)[:, None]).to(grad.dtype), None, None, None, None
+
+
+class _TrainableHead(torch.autograd.Function):
+    """With a trainable head d W needs the incoming gradient, so each chunk of logits is made again in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        logprobs, hits = _outputs(hidden)
+        for rows, logits in _chunks(hidden, weight, chunk):
+            _softmax_rows(logits, targets[rows], temperature, logprobs[rows], hits[rows], False)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.mark_non_differentiable(hits)
+        return logprobs, hits
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        hidden, weight, targets = ctx.saved_tensors
+        logprobs, hits = _outputs(hidden)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for rows, logits in _chunks(hidden, weight, ctx.chunk):
+            _softmax_rows(logits, targets[rows], ctx.temperature, logprobs[rows], hits[rows], True)
+            scale = upstream[rows, None] / -ctx.temperature
+            grad_hidden[rows] = (logits @ weight * scale).to(hidden.dtype)
+            grad_weight += logits.T @ (hidden[rows] * scale).to(hidden.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _outputs(hidden):
+    n = len(hidden)
+    return hidden.new_empty(n, dtype=torch.float32), hidden.new_empty(n, dtype=torch.bool)
+
+
+def _chunks(hidden, weight, chunk):
+    """Yields (rows, logits (rows, V)); the logits' memory is reused: on CPU fresh pages cost as much as the product."""
+    buffer = torch.empty(min(chunk, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, min(start + chunk, len(hidden)))
+        yield rows, torch.mm(hidden[rows], weight.T, out=buffer[: rows.stop - start])
+
+
+def _softmax_rows(logits, targets, temperature, logprobs, hits, keep_gradient):
+    """Fills logprobs and hits (rows,) from logits (rows, V); leaves p - onehot in logits where the gradient is wanted.
+
+    The fp32 working copy covers 16 rows at a time on CPU: it stays in the cache and costs no memory worth counting.
+    """
+    block = 16 if logits.device.type == "cpu" else len(logits)
+    scratch = torch.empty(min(block, len(logits)), logits.shape[1], dtype=torch.float32, device=logits.device)
+    for start in range(0, len(logits), block):
+        rows = slice(start, min(start + block, len(logits)))
+        target = targets[rows, None]
+        z = scratch[: rows.stop - start].copy_(logits[rows])
+        if temperature != 1.0:
+            z.div_(temperature)
+        z.sub_(z.amax(-1, keepdim=True))
+        at = z.gather(1, target)
+        total = z.exp_().sum(-1, keepdim=True)
+        logprobs[rows] = (at - total.log())[:, 0]
+        hits[rows] = at[:, 0] >= 0
+        if keep_gradient:
+            z.div_(total).scatter_add_(1, target, -torch.ones_like(at))
+            logits[rows] = z
