@@ -1,0 +1,195 @@
+"""Gemma 3 (text) on one page: the forward pass that every trainer runs, over the weights of a transformers model.
+
+    x = embedding * sqrt(d);  each layer:  x += norm(attention(norm(x)));  x += norm(mlp(norm(x)));  norm(x)
+
+It equals `transformers`' Gemma3TextModel (tests/test_gemma.py) and is faster and smaller in training for three
+reasons: sequences lie end to end with no padding between them, so no product is spent on a pad and no mask exists;
+attention runs inside each sequence, so neighbours cannot see each other; and norms, rotation and gated activation keep
+their input instead of fp32 intermediates for the backward. Weights are read from the model, nothing is patched.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def hidden_states(model, tokens, lengths):
+    """Final hidden states (N, d) of sequences laid end to end.
+
+    model: Gemma3ForCausalLM, with or without our adapters; tokens (N,) int64; lengths: list of ints, sum N.
+    Positions restart at 0 in each sequence. Gradients reach whatever parameters require them.
+    """
+    assert tokens.ndim == 1 and sum(lengths) == len(tokens), (tokens.shape, lengths)
+    body, config = model.model, model.config
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(tokens.device)
+    rotations = {kind: _rotation(body.rotary_emb, positions, kind) for kind in set(config.layer_types)}
+    x = body.embed_tokens(tokens)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    for layer, kind in zip(body.layers, config.layer_types):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        h = norm(x, layer.input_layernorm)
+        h = attention(h, layer.self_attn, rotations[kind], lengths, window)
+        x = x + norm(h, layer.post_attention_layernorm)
+        h = norm(x, layer.pre_feedforward_layernorm)
+        h = _GatedGelu.apply(layer.mlp.gate_proj(h), layer.mlp.up_proj(h))
+        x = x + norm(layer.mlp.down_proj(h), layer.post_feedforward_layernorm)
+    return norm(x, body.norm)
+
+
+def attention(h, module, rotation, lengths, window):
+    """Grouped-query causal attention inside each sequence of (N, d) -> (N, d); `window` tokens back, or all if None."""
+    heads, groups, dim = module.config.num_attention_heads, module.config.num_key_value_heads, module.head_dim
+    q = _NormRotate.apply(module.q_proj(h).view(-1, heads, dim), module.q_norm.weight, *rotation, module.q_norm.eps)
+    k = _NormRotate.apply(module.k_proj(h).view(-1, groups, dim), module.k_norm.weight, *rotation, module.k_norm.eps)
+    v = module.v_proj(h).view(-1, groups, dim)
+    attend = _attend_each if h.device.type == "cpu" else _attend_padded
+    return module.o_proj(attend(q, k, v, lengths, module.scaling, window).flatten(1))
+
+
+def _attend_each(q, k, v, lengths, scale, window):
+    """(N, heads, dim) -> the same: one sequence after the other, by our own products (faster than sdpa on CPU)."""
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths))
+    return torch.cat([_CausalAttention.apply(*part, scale, window) for part in parts])
+
+
+def _attend_padded(q, k, v, lengths, scale, window):
+    """The same in one sdpa call: right-padded to (B, heads, L, dim), so a causal mask already hides every pad."""
+    sizes = torch.tensor(lengths, device=q.device)
+    longest = max(lengths)
+    real = torch.arange(longest, device=q.device) < sizes[:, None]  # (B, L)
+    padded = [t.new_zeros(*real.shape, *t.shape[1:]).masked_scatter(real[..., None, None], t) for t in (q, k, v)]
+    at = torch.arange(longest, device=q.device)
+    mask = None if window is None or longest <= window else (at[:, None] >= at) & (at[:, None] - at < window)
+    out = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in padded), attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)[real]
+
+
+class _CausalAttention(torch.autograd.Function):
+    """softmax(q k^T scale) v of one sequence; q (L, heads, dim), k and v (L, groups, dim).
+
+    Queries go in blocks against the keys they may see, so nearly half of the products are never made, and the heads of
+    a group are rows of one product, so keys are never repeated.
+    """
+
+    BLOCK = 128
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window):
+        groups, shared = k.shape[1], q.shape[1] // k.shape[1]
+        q = (q * scale).unflatten(1, (groups, shared)).permute(1, 2, 0, 3).contiguous()  # (G, H/G, L, D)
+        k, v = k.transpose(0, 1), v.transpose(0, 1)  # (G, L, D)
+        out, kept = torch.empty_like(q), []
+        for rows, keys, hidden in _blocks(k.shape[1], window, k.device):
+            scores = (
+                (q[:, :, rows].flatten(1, 2) @ k[:, keys].mT)
+                .unflatten(1, (shared, -1))
+                .masked_fill_(hidden, -torch.inf)
+            )
+            kept.append(torch.softmax(scores, -1).flatten(1, 2))
+            out[:, :, rows] = (kept[-1] @ v[:, keys]).unflatten(1, (shared, -1))
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.scale, ctx.window = scale, window
+        return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        groups, shared = q.shape[:2]
+        grad = grad.unflatten(1, (groups, shared)).permute(1, 2, 0, 3).contiguous()
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (rows, keys, _), p in zip(_blocks(k.shape[1], ctx.window, k.device), kept):
+            one = grad[:, :, rows].flatten(1, 2)
+            grad_v[:, keys] += p.mT @ one
+            s = torch.ops.aten._softmax_backward_data(one @ v[:, keys].mT, p, -1, p.dtype)
+            grad_q[:, :, rows] = (s @ k[:, keys]).unflatten(1, (shared, -1))
+            grad_k[:, keys] += s.mT @ q[:, :, rows].flatten(1, 2)
+        grad_q = grad_q.permute(2, 0, 1, 3).flatten(1, 2).mul_(ctx.scale)
+        return grad_q, grad_k.transpose(0, 1), grad_v.transpose(0, 1), None, None
+
+
+def _blocks(length, window, device):
+    """Yields (query rows, key rows, (rows, keys) bool: hidden from the query) for one sequence."""
+    for start in range(0, length, _CausalAttention.BLOCK):
+        end = min(start + _CausalAttention.BLOCK, length)
+        first = 0 if window is None else max(0, start + 1 - window)
+        row, key = torch.arange(start, end, device=device)[:, None], torch.arange(first, end, device=device)
+        hidden = key > row
+        yield slice(start, end), slice(first, end), hidden if window is None else hidden | (row - key >= window)
+
+
+def _rotation(rotary, positions, kind):
+    """cos and sin (N, 1, dim / 2), fp32: the two halves of a head rotate by the same angles."""
+    angles = positions[:, None].float() * getattr(rotary, f"{kind}_inv_freq").float()
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def norm(x, module):
+    """RMSNorm over the last dimension with Gemma's (1 + w), in fp32."""
+    if module.weight.requires_grad:
+        return module(x)
+    return _Norm.apply(x, module.weight, module.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """y = x / rms(x) * (1 + w) with frozen w; keeps x as it came and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.float()
+        inverse = (y.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        y = y * inverse if y.dtype == x.dtype else y.mul_(inverse)
+        return y.mul_(1 + weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        return _norm_backward(grad.float() * (1 + weight.float()), x.float() * inverse, inverse).to(x.dtype), None, None
+
+
+def _norm_backward(grad, unit, inverse):
+    """Gradient of unit = x * inverse with inverse = 1 / rms(x): (grad - unit * mean(grad * unit)) * inverse."""
+    dot = (grad * unit).mean(-1, keepdim=True)
+    return grad.addcmul_(unit, dot, value=-1).mul_(inverse)
+
+
+class _NormRotate(torch.autograd.Function):
+    """RMSNorm of each head, then the rotary embedding; (N, heads, dim). Keeps only its input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, cos, sin, eps):
+        y = x.float()
+        inverse = (y.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse, cos, sin)
+        y = y * inverse
+        return _rotate(y.mul_(1 + weight.float()), cos, sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse, cos, sin = ctx.saved_tensors
+        grad = _rotate(grad.float(), cos, -sin)  # the transposed rotation
+        unit = x.float() * inverse
+        grad_weight = (grad * unit).sum((0, 1)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return _norm_backward(grad.mul_(1 + weight.float()), unit, inverse).to(x.dtype), grad_weight, None, None, None
+
+
+def _rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class _GatedGelu(torch.autograd.Function):
+    """gelu_tanh(gate) * up; keeps gate and up, makes the rest again."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return grad_gate, F.gelu(gate, approximate="tanh").mul_(grad)
