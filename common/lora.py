@@ -1,0 +1,214 @@
+"""LoRA on the seven linears of each layer: inject, name, switch, freeze a copy, read and write PEFT's files.
+
+    y = x W^T + (alpha / r) (x A^T) B^T        Hu et al. 2021, eq. 3; A starts uniform (Kaiming), B starts at zero
+
+Several named adapters share one frozen base (policy, reference, critic, reward). A and B are fp32 masters, products
+run in the base's dtype, and the backward keeps only x. On disk an adapter is what `peft` writes and reads.
+"""
+
+import contextlib
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear and its named adapters; `active` is the one in use, None for the bare base."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.active, self.dropout = base, None, 0.0
+        self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+
+    def forward(self, x):
+        """(..., in) -> (..., out)"""
+        if self.active not in self.lora_A:
+            return _FrozenLinear.apply(x, self.base)
+        a, b, scale = self.lora_A[self.active], self.lora_B[self.active], self.scale[self.active]
+        if self.dropout and self.training:
+            low = F.linear(F.dropout(x, self.dropout), a.to(x.dtype))
+            return _FrozenLinear.apply(x, self.base) + F.linear(low, b.to(x.dtype)) * scale
+        return _LoraProduct.apply(x, a, b, self.base, scale)
+
+
+def frozen_weight(base):
+    """The weight (out, in) of a base linear in its compute dtype; a 4-bit one is dequantised on the way."""
+    if hasattr(base.weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(base.weight.data, base.weight.quant_state)
+    return base.weight
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T with frozen W, which is dequantised again in the backward rather than kept."""
+
+    @staticmethod
+    def forward(ctx, x, base):
+        ctx.base = base
+        return F.linear(x, frozen_weight(base).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad @ frozen_weight(ctx.base).to(grad.dtype)) if ctx.needs_input_grad[0] else None, None
+
+
+class _LoraProduct(torch.autograd.Function):
+    """The formula at the top with frozen W; products in x's dtype from fp32 A and B; keeps x, A and B."""
+
+    @staticmethod
+    def forward(ctx, x, a, b, base, scale):
+        ctx.base, ctx.scale = base, scale
+        ctx.save_for_backward(x, a, b)
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ frozen_weight(base).to(x.dtype).T
+        y.addmm_(flat @ a.to(x.dtype).T, b.to(x.dtype).T, alpha=scale)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, a, b = ctx.saved_tensors
+        flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
+        grad_low = (grad @ b_low).mul_(ctx.scale)  # (N, r)
+        grad_a = (grad_low.T @ flat).to(a.dtype) if ctx.needs_input_grad[1] else None
+        grad_b = (grad.T @ (flat @ a_low.T)).to(b.dtype).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ frozen_weight(ctx.base).to(x.dtype)).addmm_(grad_low, a_low).view(x.shape)
+        return grad_x, grad_a, grad_b, None, None
+
+
+def lora_modules(model):
+    """{name in the plain model: LoraLinear}, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def inject(model, name, rank, alpha, targets=TARGETS, dropout=0.0):
+    """Add the adapter `name` to every target linear, freeze everything else the first time, and make it active.
+
+    B is zero, so the model's output does not change. A comes from torch's global generator. Raises ValueError for a
+    target that is not one of the seven linears: LoRA on Gemma's tied embedding or head merges to a different model.
+    """
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown or not targets:
+        raise ValueError(f"LoRA targets are among {', '.join(TARGETS)}; not {', '.join(unknown) or 'an empty list'}")
+    if not lora_modules(model):
+        model.requires_grad_(False)
+        wrap(model)
+    for module_name, module in lora_modules(model).items():
+        if module_name.rsplit(".", 1)[-1] in targets:
+            device = module.base.weight.device
+            a = torch.empty(rank, module.base.in_features, device=device)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            module.lora_A[name] = nn.Parameter(a)
+            module.lora_B[name] = nn.Parameter(torch.zeros(module.base.out_features, rank, device=device))
+            module.scale[name] = alpha / rank
+            module.dropout = dropout
+    use(model, name)
+
+
+def wrap(model):
+    """Put a LoraLinear around each of the seven linears of each layer (a 4-bit base needs its backward even bare)."""
+    for name, module in list(model.named_modules()):
+        child_name = name.rsplit(".", 1)[-1]
+        if child_name in TARGETS and not isinstance(module, LoraLinear):
+            setattr(model.get_submodule(name.rsplit(".", 1)[0]), child_name, LoraLinear(module))
+
+
+def use(model, name):
+    """Make adapter `name` the active one everywhere; None switches all adapters off."""
+    for module in lora_modules(model).values():
+        module.active = name
+
+
+@contextlib.contextmanager
+def using(model, name):
+    """`with using(model, "reference"):` switches for one block; run forward and backward of an adapter inside one."""
+    before = {module: module.active for module in lora_modules(model).values()}
+    use(model, name)
+    try:
+        yield model
+    finally:
+        for module, active in before.items():
+            module.active = active
+
+
+def adapter_parameters(model, name):
+    """{PEFT's name on disk: parameter} of one adapter, in a fixed order (optimizers and all-reduce rely on it)."""
+    parameters = {}
+    for module_name, module in lora_modules(model).items():
+        if name in module.lora_A:
+            parameters[f"base_model.model.{module_name}.lora_A.weight"] = module.lora_A[name]
+            parameters[f"base_model.model.{module_name}.lora_B.weight"] = module.lora_B[name]
+    return parameters
+
+
+def copy_adapter(model, source, target):
+    """A frozen copy of adapter `source` under the name `target`: the reference of a stage."""
+    for module in lora_modules(model).values():
+        if source in module.lora_A:
+            module.lora_A[target] = nn.Parameter(module.lora_A[source].detach().clone(), requires_grad=False)
+            module.lora_B[target] = nn.Parameter(module.lora_B[source].detach().clone(), requires_grad=False)
+            module.scale[target] = module.scale[source]
+
+
+@torch.no_grad()
+def merged_weight(module, name):
+    """W + (alpha / r) B A of one LoraLinear in fp32; the base stays as it is (W alone if it has no such adapter)."""
+    weight = frozen_weight(module.base).float()
+    if name not in module.lora_A:
+        return weight
+    return torch.addmm(weight, module.lora_B[name].float(), module.lora_A[name].float(), alpha=module.scale[name])
+
+
+def adapter_config(model, name, base_checkpoint):
+    """What goes into adapter_config.json, in PEFT's words."""
+    modules = {k: m for k, m in lora_modules(model).items() if name in m.lora_A}
+    first = next(iter(modules.values()))
+    rank = first.lora_A[name].shape[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_checkpoint),
+        "r": rank,
+        "lora_alpha": first.scale[name] * rank,
+        "lora_dropout": first.dropout,
+        "target_modules": sorted({k.rsplit(".", 1)[-1] for k in modules}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def read_config(text):
+    """adapter_config.json -> (rank, alpha, targets, dropout); ValueError for what this LoRA does not do."""
+    config = json.loads(text)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError("not a LoRA adapter (peft_type is not LORA)")
+    neutral = {"bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "fan_in_fan_out": (False,)}
+    neutral |= dict.fromkeys(
+        ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"), (None, {}, [])
+    )
+    wrong = [f"{k}={config[k]!r}" for k, fine in neutral.items() if k in config and config[k] not in fine]
+    targets = config.get("target_modules")
+    if wrong or not isinstance(targets, list) or not isinstance(config.get("r"), int):
+        raise ValueError(f"adapter uses what is not supported here: {', '.join(wrong) or 'target_modules or r'}")
+    return config["r"], float(config.get("lora_alpha", config["r"])), targets, float(config.get("lora_dropout", 0.0))
+
+
+@torch.no_grad()
+def load_adapter_state(model, name, tensors):
+    """Fill adapter `name` from PEFT-named tensors; ValueError names what is missing, unknown or of another shape."""
+    parameters = adapter_parameters(model, name)
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())
+        raise ValueError(f"adapter tensors do not fit this model: {len(odd)} missing or unknown, first {odd[0]}")
+    for key, parameter in parameters.items():
+        if tensors[key].shape != parameter.shape:
+            raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, this model's is {tuple(parameter.shape)}")
+        parameter.copy_(tensors[key])
