@@ -1,0 +1,228 @@
+"""Find a base and make sure of it: hub id, folder, `.gguf` file or `tiny` -> a local folder that can be trusted.
+
+Whatever it is becomes a local folder of safetensors first; only weights, a checked config and a tokenizer are read
+from it, never code and never a pickle. What a source loses (GGUF: chat template, stop set, tie) is put back.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+from common import chat, tiny
+from common.log import UserError
+
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "*.safetensors",
+    "*.index.json",
+]
+# config.json may only choose numbers; these choose code or another architecture
+FORBIDDEN = (
+    "auto_map",
+    "trust_remote_code",
+    "quantization_config",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+)
+LIMITS = {"vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
+          "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 1024}  # fmt: skip
+ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
+SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
+
+
+def cache_dir():
+    """Where converted bases and the tiny base live: $GEMMA_ALIGNMENT_CACHE or ~/.cache/gemma-alignment."""
+    return Path(os.environ.get("GEMMA_ALIGNMENT_CACHE", "~/.cache/gemma-alignment")).expanduser()
+
+
+def resolve(checkpoint):
+    """A local folder with config.json, safetensors and tokenizer for any kind of `model.base_checkpoint`."""
+    if checkpoint == "tiny":
+        return tiny.ensure(cache_dir())
+    path = Path(checkpoint).expanduser()
+    if path.suffix == ".gguf":
+        return _converted_gguf(path)
+    if path.is_dir():
+        return path
+    if path.exists() or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1:
+        raise UserError(f"model.base_checkpoint: no such folder or .gguf file: {checkpoint}")
+    return _downloaded(checkpoint)
+
+
+def _downloaded(repo):
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    instead = "or use a .gguf file (--model.base_checkpoint FILE.gguf, see README) or --debug, which needs no download"
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        todo = f"accept the licence at https://huggingface.co/{repo} and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        todo = (
+            f"check the name; for a gated one accept the licence at https://huggingface.co/{repo}, then `hf auth login`"
+        )
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "?")
+        todo = f"the hub answered {status}" + (
+            "; accept the licence and log in with `hf auth login`" if status in (401, 403) else ""
+        )
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        todo = (
+            f"the hub cannot be reached and the model is not in its cache ({type(error).__name__}); check the network"
+        )
+    raise UserError(f"model.base_checkpoint: cannot load {repo}: {todo}, {instead}")
+
+
+def _converted_gguf(path):
+    """The safetensors folder of a .gguf, converted once into the cache under the file's hash."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"model.base_checkpoint: cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise UserError(f"model.base_checkpoint: {path} is not a GGUF file (it does not start with 'GGUF')")
+    return build_once(cache_dir() / f"{path.stem}-{digest}", lambda folder: _convert_gguf(path, folder))
+
+
+def _convert_gguf(path, folder):
+    from transformers import AutoTokenizer, GgufConfig
+
+    print(f"converting {path.name} to safetensors, once (about a minute and 3 GB for 270M) ...", file=sys.stderr)
+    try:
+        model = Gemma3ForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the reader raises whatever a broken or foreign file makes it stumble over
+        raise UserError(
+            f"model.base_checkpoint: {path} is broken or no Gemma 3 text model ({type(error).__name__}: {error})"
+        ) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def public_name(checkpoint, folder):
+    """What an adapter names as its base: the hub id, or the local folder where there is none."""
+    return checkpoint if checkpoint != "tiny" and not Path(checkpoint).expanduser().exists() else str(folder)
+
+
+def fingerprint(folder):
+    """SHA-256 over config.json and the headers of the weights: another model, another string; reads no tensor."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in sorted(folder.glob("*.safetensors")):
+        with shard.open("rb") as file:
+            size = file.read(8)
+            digest.update(size + file.read(min(int.from_bytes(size, "little"), 100_000_000)))
+    return digest.hexdigest()
+
+
+def build_once(target, build):
+    """`target` if it exists, else what `build(folder)` writes: under a lock, in a temporary folder, then renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            folder = target.parent / f".tmp-{target.name}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                build(folder)
+                folder.rename(target)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def read_config(folder):
+    """A Gemma3TextConfig from folder/config.json in which nothing but numbers was taken from the file."""
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = "; it holds an adapter: give it as --model.adapter" if (folder / "adapter_config.json").is_file() else ""
+        raise UserError(f"{folder}: no config.json{hint}")
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind != "gemma3_text":
+        larger = " (the 4B and larger models see images; 270M and 1B are the text models)" if kind == "gemma3" else ""
+        raise UserError(f"{path}: model_type is {kind!r}, not 'gemma3_text'{larger}")
+    for key in FORBIDDEN:
+        if raw.get(key):
+            raise UserError(f"{path}: key {key!r} is refused: a config may not choose code or another loader")
+    for key, limit in LIMITS.items():
+        if key in raw and (type(raw[key]) is not int or not 0 < raw[key] <= limit):
+            raise UserError(f"{path}: {key} is {str(raw[key])[:40]}, expected a whole number from 1 to {limit}")
+    known = set(Gemma3TextConfig().to_dict()) | {"rope_theta", "rope_local_base_freq"}
+    try:
+        return _repaired(Gemma3TextConfig(**{k: v for k, v in raw.items() if k in known}))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a Gemma 3 config ({error})") from error
+
+
+def _repaired(config):
+    """Put back what a source may lose: rope bases, layer pattern, tie of head and embedding."""
+    layers = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
+    rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in ROPE.items()}
+    for key, right in (("layer_types", layers), ("rope_parameters", rope), ("tie_word_embeddings", True)):
+        found = getattr(config, key, None)
+        if found != right:
+            print(f"repaired: {key} was {str(found)[:80]}, which is not Gemma 3's", file=sys.stderr)
+            setattr(config, key, right)
+    if config.final_logit_softcapping or config.attn_logit_softcapping or config.attention_bias:
+        raise ValueError("Gemma 3 has no soft-capping and no attention bias")
+    return config
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a base, with Gemma's special ids checked and its chat template put in place."""
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions on a damaged file
+        raise UserError(f"{folder}: tokenizer.json is missing or damaged ({str(error)[:200]})") from error
+    for token, index in SPECIALS.items():
+        if tokenizer.convert_tokens_to_ids(token) != index:
+            raise UserError(
+                f"{folder}: not Gemma's tokenizer: {token} has id {tokenizer.convert_tokens_to_ids(token)}, not {index}"
+            )
+    tokenizer.chat_template = chat.TEMPLATE
+    return tokenizer
+
+
+def check_weights(folder, config):
+    """Every shard's header is read before anything is allocated, so a cut or foreign file costs nothing."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        pickled = (
+            " (pickled .bin/.pt weights are never loaded; convert them to safetensors)"
+            if [*folder.glob("*.bin"), *folder.glob("*.pt")]
+            else ""
+        )
+        raise UserError(f"{folder}: no .safetensors file{pickled}")
+    for shard in shards:
+        try:
+            with safe_open(shard, "pt") as file:
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{shard}: truncated or not a safetensors file ({error}); copy or download it again"
+            ) from error
+        embedding = shapes.get("model.embed_tokens.weight")
+        if embedding and embedding != [config.vocab_size, config.hidden_size]:
+            raise UserError(
+                f"{shard}: embedding is {embedding}, config.json says {[config.vocab_size, config.hidden_size]}"
+            )

@@ -1,0 +1,211 @@
+"""A Gemma 3 with its tokenizer: load, quantise, save, merge; and the one way from a batch to log-probabilities."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from common import base, chat, gemma, lora, losses
+from common.log import UserError
+
+
+def pick_device(device="auto"):
+    """`auto` takes cuda, then mps, then cpu; a named device that is not there is refused."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, found in there.items() if found)
+    if not there.get(device, False):
+        raise UserError(
+            f"device: {device} is not available here; choose from {', '.join(k for k in there if there[k])}"
+        )
+    return torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
+
+
+def pick_dtype(dtype, device):
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32. Never fp16: Gemma 3 overflows it."""
+    if dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def load(checkpoint, device, dtype, quantize=False):
+    """(model, tokenizer) of a base in eval mode on `device`; `quantize` turns its linears into 4-bit NF4 (QLoRA)."""
+    folder = base.resolve(checkpoint)
+    config, tokenizer = base.read_config(folder), base.load_tokenizer(folder)
+    if config.vocab_size < len(tokenizer):
+        raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the model {config.vocab_size}")
+    base.check_weights(folder, config)
+    transformers_logging.disable_progress_bar()
+    model, found = Gemma3ForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
+        local_files_only=True, output_loading_info=True,
+    )  # fmt: skip
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    model.generation_config = GenerationConfig(
+        bos_token_id=chat.BOS, eos_token_id=sorted(chat.STOP_TOKENS), pad_token_id=chat.PAD
+    )
+    if quantize:
+        quantise(model)
+    return model.to(device).eval(), tokenizer
+
+
+def quantise(model):
+    """Every linear of the layers becomes a bitsandbytes NF4 one with double quantisation; prints what that saves.
+
+    The embedding (the head) stays as it is: it is 63 % of the 270M, 30 % of the 1B, and every token reads it.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    before = memory_bytes(model)
+    for name, linear in list(model.named_modules()):
+        if name.rsplit(".", 1)[-1] in lora.TARGETS:
+            small = Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4", device="meta")
+            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(
+                linear.weight.device
+            )
+            model.get_submodule(name.rsplit(".", 1)[0]).register_module(name.rsplit(".", 1)[-1], small)
+    after = memory_bytes(model)
+    print(
+        f"QLoRA: weights {before / 1e6:.0f} -> {after / 1e6:.0f} MB with 4-bit linears ({1 - after / before:.0%} saved)"
+    )
+
+
+def memory_bytes(model):
+    """Bytes of the parameters, a 4-bit one with its quantisation constants."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            inner = state.state2.absmax.numel() * 4 if state.nested else 0
+            total += state.absmax.numel() * state.absmax.element_size() + inner
+    return total
+
+
+def sequence_logprobs(model, tokens, mask, temperature=1.0):
+    """log p(tokens[:, 1:] | before) where mask is 1, else 0 -> (B, T-1) fp32. The one way from a batch to log-probs.
+
+    tokens (B, T) int64 right-padded with anything; mask (B, T-1), 1 on supervised targets. Gradients reach whatever
+    is trainable. What comes after a row's last supervised target is never computed, nor is any logit of another token.
+    """
+    return sequence_logprobs_and_hits(model, tokens, mask, temperature)[0]
+
+
+def sequence_logprobs_and_hits(model, tokens, mask, temperature=1.0):
+    """As sequence_logprobs, and (B, T-1) bool: was the target the most likely token?"""
+    assert mask.shape == (tokens.shape[0], tokens.shape[1] - 1), (tokens.shape, mask.shape)
+    mask = mask.bool()
+    logprobs = torch.zeros(mask.shape, device=tokens.device)
+    hits = torch.zeros_like(mask)
+    if not mask.any():
+        return logprobs, hits
+    at = torch.arange(1, mask.shape[1] + 1, device=tokens.device)
+    lengths = (mask * at).amax(1)  # inputs up to the one that predicts the row's last target
+    inside = at <= lengths[:, None]
+    hidden = gemma.hidden_states(model, tokens[:, :-1][inside], [n for n in lengths.tolist() if n])
+    found, hit = losses.token_logprobs_and_hits(
+        hidden[mask[inside]], model.lm_head.weight, tokens[:, 1:][mask], temperature
+    )
+    return logprobs.masked_scatter(mask, found), hits.masked_scatter(mask, hit)
+
+
+def compute_context(device, dtype, trainable_weights):
+    """Autocast where fp32 master weights are trained in bf16; nothing otherwise (a LoRA base has its own dtype)."""
+    if trainable_weights and dtype == torch.bfloat16:
+        return torch.autocast(device.type, dtype=dtype)
+    return contextlib.nullcontext()
+
+
+def plain_state(model, adapter=None, dtype=None):
+    """Weights under the names of a plain Gemma3ForCausalLM, with `adapter` merged in (in fp32, then cast)."""
+    wrapped = lora.lora_modules(model)
+    state = {f"{name}.weight": lora.merged_weight(module, adapter) for name, module in wrapped.items()}
+    inside = tuple(f"{name}." for name in wrapped)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(inside) and name != "lm_head.weight":
+            state[name] = parameter.detach()
+    dtype = dtype or model.lm_head.weight.dtype
+    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
+
+
+def save_model(model, tokenizer, folder, adapter=None, dtype=None):
+    """A folder that plain transformers loads; with `adapter`, that adapter merged into the weights."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(plain_state(model, adapter, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    config = Gemma3TextConfig(**model.config.to_dict())
+    config.architectures, config.dtype = ["Gemma3ForCausalLM"], dtype or model.lm_head.weight.dtype
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_adapter(model, tokenizer, folder, name, base_checkpoint):
+    """A folder that plain peft loads: adapter_model.safetensors (fp32), adapter_config.json, tokenizer."""
+    tensors = {key: p.detach().cpu().contiguous() for key, p in lora.adapter_parameters(model, name).items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(lora.adapter_config(model, name, base_checkpoint), indent=2)
+    (Path(folder) / "adapter_config.json").write_text(text + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+def load_adapter(model, name, folder, trainable=True):
+    """Inject the adapter saved in `folder` under `name`; UserError if it does not fit."""
+    folder = Path(folder)
+    try:
+        rank, alpha, targets, dropout = lora.read_config((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        lora.inject(model, name, rank, alpha, targets, dropout)
+        lora.load_adapter_state(model, name, tensors)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model.adapter: {folder} cannot be used ({error})") from error
+    for parameter in lora.adapter_parameters(model, name).values():
+        parameter.requires_grad_(trainable)
+
+
+def save(model, tokenizer, folder, adapter, base_name):
+    """The trained part of a run: the adapter, or the whole model where `adapter` is None."""
+    if adapter:
+        save_adapter(model, tokenizer, folder, adapter, base_name)
+    else:
+        save_model(model, tokenizer, folder)
+
+
+@torch.no_grad()
+def restore(model, adapter, folder):
+    """Put back, bit for bit, what `save` wrote into a step folder, into a model of the same shape."""
+    if adapter:
+        lora.load_adapter_state(model, adapter, load_file(Path(folder) / "adapter_model.safetensors"))
+        return
+    saved, parameters = load_file(Path(folder) / "model.safetensors"), dict(model.named_parameters())
+    if saved.keys() != parameters.keys():
+        raise ValueError(f"{folder}: other weights than this model's: {sorted(saved.keys() ^ parameters.keys())[:3]}")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+
+
+def export(checkpoint, folder, dtype=torch.float32):
+    """Merge a trained adapter folder (`outputs/RUN/final`) into its base and write a model that transformers loads."""
+    config = Path(checkpoint) / "adapter_config.json"
+    if not config.is_file():
+        raise UserError(f"{checkpoint}: no adapter_config.json; a full fine-tune is already a whole model")
+    name = json.loads(config.read_text())["base_model_name_or_path"]
+    merged, tokenizer = load(name, torch.device("cpu"), dtype)
+    load_adapter(merged, "policy", checkpoint)
+    save_model(merged, tokenizer, folder, "policy", dtype)
