@@ -1,0 +1,249 @@
+"""Checkpoints that survive a kill at any instant: a folder is complete and verified by SHA-256, or it is not loaded.
+
+All is safetensors and JSON, which cannot run code. Only the process that holds the run folder's lock may write.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common.log import UserError
+
+MANIFEST, VERSION = "MANIFEST.json", 1
+MARGIN = 64 * 2**20  # room for what save_step cannot size before it is written: model files, tokenizer, state
+TRAINING_ONLY = {"optimizer.safetensors"}  # what a published copy leaves out
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
+
+
+def lock_run(run_dir):
+    """Create and lock the run folder, settle what a crash left in it, return the lock's fd: os.close(fd) unlocks.
+
+    Exec drops the lock, but a forked child shares it until it ends. UserError if another process holds it.
+    """
+    run_dir = Path(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(run_dir / ".lock", "a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(b"%d" % os.getpid())
+            for stray in sorted(run_dir.glob(".tmp-*")):
+                _settle(stray)
+            return os.dup(file.fileno())
+    except BlockingIOError as error:
+        pid = (run_dir / ".lock").read_text(errors="replace")
+        raise UserError(f"run folder {run_dir} is locked by pid {pid}: wait for it or use another run name") from error
+    except OSError as error:
+        raise UserError(f"run folder {run_dir} cannot be locked: {error}") from error
+
+
+def save_step(run_dir, step, tensors, state, write_model=None):
+    """Write run_dir/step-%06d whole or not at all and return its path; UserError if it cannot be written.
+
+    tensors: {file stem: {name: tensor}}; state: what JSON can hold; write_model(folder): writes the model's files.
+    """
+    final, state_bytes = Path(run_dir) / f"step-{step:06d}", json.dumps(state).encode()
+    with suppress(UserError, OSError):  # a whole step with another state is an abandoned run's: it is replaced
+        if verify(final) and (final / "state.json").read_bytes() == state_bytes:
+            return final
+    tensors = {stem: {k: t.detach().contiguous() for k, t in group.items()} for stem, group in tensors.items()}
+    size = sum(t.nbytes for group in tensors.values() for t in group.values())
+    with _commit(final, {"step": step, "tensors": sorted(tensors)}, size + MARGIN) as temp:
+        if write_model is not None:
+            write_model(temp)
+        for stem, group in tensors.items():
+            save_file(group, temp / f"{stem}.safetensors")
+        (temp / "state.json").write_bytes(state_bytes)
+    return final
+
+
+def load_step(folder):
+    """Verify a step folder and return what save_step was given, on the CPU: (tensors, state); UserError if damaged."""
+    folder, manifest = Path(folder), verify(folder)
+    absent = {"state.json", *(f"{stem}.safetensors" for stem in manifest["tensors"])} - set(manifest["files"])
+    if absent:
+        raise UserError(f"{folder} holds no {min(absent)}: resume from a step-* folder, not from a published copy")
+    try:
+        tensors = {stem: load_file(folder / f"{stem}.safetensors") for stem in manifest["tensors"]}
+        return tensors, json.loads((folder / "state.json").read_bytes())
+    except UNREADABLE as error:
+        raise UserError(f"{folder} cannot be read: {error!r}") from error
+
+
+def verify(folder):
+    """Return the manifest of a complete folder; UserError names the first file that is missing or was changed."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {folder} does not exist or is not a folder")
+    try:
+        manifest = json.loads(_plain_file(folder, MANIFEST).read_bytes())
+        if manifest.pop("sha256") != _digest(manifest) or manifest["version"] != VERSION:
+            raise ValueError(f"damaged, or not of version {VERSION}")
+        if folder.name.startswith("step-") and folder.name != f"step-{manifest['step']:06d}":
+            raise ValueError(f"it is that of step {manifest['step']}, the folder was renamed")
+        for name, expected in manifest["files"].items():
+            path = _plain_file(folder, name)
+            found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            if found != expected:
+                raise UserError(f"{path} is damaged: {found}, but {MANIFEST} says {expected}")
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {error!r}") from error
+    return manifest
+
+
+def newest(run_dir):
+    """Return the newest step folder that verifies, or None; each newer one that does not is warned about."""
+    for folder in reversed(_steps(run_dir)):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            print(f"warning: checkpoint skipped: {' '.join(str(error).split())}", file=sys.stderr)
+    return None
+
+
+def prune(run_dir, keep_last, keep=()):
+    """Remove all step folders but the newest `keep_last`, those in `keep`, and the newest that verifies."""
+    folders = _steps(run_dir)
+    kept = {folder.name for folder in folders[-max(1, keep_last) :]} | {Path(folder).name for folder in keep}
+    doomed = [folder for folder in folders if folder.name not in kept]
+    spared = newest(run_dir) if doomed else None  # all of the kept ones may be damaged
+    for folder in doomed:
+        trash = folder.with_name(f".tmp-pruned-{folder.name}")  # a kill must not leave half a step folder
+        try:
+            if folder != spared:
+                _settle(trash)
+                os.rename(folder, trash)
+                _settle(trash)
+        except OSError as error:
+            print(f"warning: old checkpoint {folder} cannot be removed: {error}", file=sys.stderr)
+
+
+def publish(source_folder, run_dir, name):
+    """Copy a step folder without TRAINING_ONLY to run_dir/name, in place of an older copy, and return that path.
+
+    UserError if the source does not verify or the copy cannot be written. A kill between the two renames of a
+    replacement leaves the old copy as .tmp-old-NAME, and the next lock_run puts it back.
+    """
+    source, final, manifest = Path(source_folder), Path(run_dir) / name, verify(source_folder)
+    sizes = {file: facts["bytes"] for file, facts in manifest["files"].items() if file not in TRAINING_ONLY}
+    with _commit(final, {"step": manifest["step"], "tensors": manifest["tensors"]}, sum(sizes.values())) as temp:
+        for file in sizes:
+            (temp / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, temp / file)
+    return final
+
+
+def truncate_log(path, step):
+    """Cut a JSONL log back to its whole records with record['step'] <= step; UserError if it cannot be rewritten."""
+    path, kept = Path(path), []
+    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # torn
+                kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
+        if path.exists():
+            temp.write_bytes(b"".join(kept))
+            _fsync(temp)
+            os.replace(temp, path)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be rewritten: {error}") from error
+
+
+def sha256(path):
+    """Return the hex SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _commit(final, facts, needed):
+    """Yield a temporary folder that is sealed and becomes `final` when the body ends without an error."""
+    temp, old = final.with_name(f".tmp-{final.name}-{os.getpid()}"), final.with_name(f".tmp-old-{final.name}")
+    free = "unknown"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(final.parent).free) < needed:
+            raise OSError("the disk is too full")
+        _settle(temp)
+        _settle(old)
+        temp.mkdir()
+        yield temp
+        _seal(temp, facts)
+        if os.path.lexists(final):  # a folder cannot be renamed over another: the old one steps aside
+            os.rename(final, old)
+        os.rename(temp, final)
+        _fsync(final.parent)
+        _settle(old)
+    except BaseException as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        with suppress(OSError):
+            _settle(old)
+        # safetensors and tokenizers raise classes of their own for a system error, but Rust ends them all alike
+        if isinstance(error, OSError) or "(os error " in str(error):
+            raise UserError(f"cannot save {final}: {error} ({needed} bytes needed, {free} free)") from error
+        raise
+
+
+def _seal(folder, facts):
+    """Sync every file, then write the manifest last: its presence says that the rest is on the disk."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        _plain_file(folder, name).chmod(folder.stat().st_mode & 0o666)  # safetensors' 0600 would lock out a server
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        _fsync(path)
+    manifest = {"version": VERSION, **facts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1), encoding="utf-8")
+    for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _fsync(path)
+
+
+def _settle(stray):
+    """Put back an old copy whose successor never came; remove any other temporary entry, of a symlink the link."""
+    home = stray.with_name(stray.name.removeprefix(".tmp-old-"))
+    if home != stray and os.path.lexists(stray) and not os.path.lexists(home):
+        os.rename(stray, home)
+    elif stray.is_dir() and not stray.is_symlink():
+        shutil.rmtree(stray)
+    else:
+        stray.unlink(missing_ok=True)
+
+
+def _steps(run_dir):
+    """The step folders by number, oldest first: plain folders named exactly as save_step names them."""
+    named = [path for path in Path(run_dir).glob("step-*") if re.fullmatch("step-[0-9]{6,}", path.name)]
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=lambda p: int(p.name[5:]))
+
+
+def _plain_file(folder, name):
+    """Return folder/name if it is a plain file in it, reached through no symlink and no '..'; UserError otherwise."""
+    path = folder / name
+    if os.path.isfile(path) and not name.startswith(".."):
+        if os.path.relpath(os.path.realpath(path), os.path.realpath(folder)) == name:
+            return path
+    raise UserError(f"{folder} is incomplete: {name!r} is missing or no plain file inside it")
+
+
+def _digest(manifest):
+    """The manifest's own SHA-256: a flipped bit in its `step` would pass every other check."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _fsync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,120 @@
+"""What a run needs to go on bit for bit: where to resume, what must not have changed, optimizer state, random numbers.
+
+Random numbers are a function of (seed, step, rank), set anew before every step, so no generator's state is ever saved
+and a fork that draws its own numbers inside a step resumes exactly too.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import checkpoint, dist
+from common.log import UserError
+
+
+def seed_step(seed, step):
+    """Set torch's, Python's and numpy's generators for one step of this rank."""
+    text = f"{seed}/{step}/{dist.rank()}"
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    torch.manual_seed(number - 2**63)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
+def find(run_dir, choice):
+    """The step folder to resume from, or None to start: `choice` is auto, never or a path (`training.resume`).
+
+    `auto` takes the newest folder that verifies. `never` refuses a folder that already holds a run, and a path refuses
+    one that would be followed by later steps: nothing is overwritten. UserError names the folder.
+    """
+    steps = sorted(Path(run_dir).glob("step-*"))
+    if choice == "never" and steps:
+        raise UserError(
+            f"training.resume is never, but {run_dir} holds {steps[-1].name}: choose another --logging.run_name"
+        )
+    if choice in ("auto", "never"):
+        return checkpoint.newest(run_dir)
+    folder = Path(choice)
+    if not folder.is_dir():
+        raise UserError(f"training.resume: no such folder: {folder}")
+    checkpoint.verify(folder)
+    if any(step.name > folder.name for step in steps):
+        raise UserError(
+            f"training.resume: {run_dir} holds {steps[-1].name}, later than {folder}: choose another --logging.run_name"
+        )
+    return folder
+
+
+def refuse_changes(folder, saved, now, free, say):
+    """Compare the facts of the saved run with this one's: `free` ones (prefixes) are logged, others are a UserError."""
+    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    show = lambda keys: ", ".join(f"{k} {str(saved.get(k))[:24]} -> {str(now.get(k))[:24]}" for k in keys)  # noqa: E731
+    fixed = [key for key in changed if not key.startswith(free)]
+    if fixed:
+        raise UserError(
+            f"{folder} cannot be resumed, this is another run: {show(fixed)}; choose another --logging.run_name"
+        )
+    if changed:
+        say(f"resuming with changed settings: {show(changed)}")
+
+
+def fingerprint(value):
+    """SHA-256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def optimizer_tensors(optimizer, named):
+    """{"<parameter>.<moment>": tensor} of an optimizer, for safetensors; empty before its first step."""
+    return {f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, parameter in named.items() for key, value in optimizer.state[parameter].items()
+            if parameter in optimizer.state}  # fmt: skip
+
+
+def load_optimizer(optimizer, named, tensors):
+    """Put back what optimizer_tensors returned; ValueError if a tensor belongs to no parameter."""
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition(".")
+        if name not in named:
+            raise ValueError(f"optimizer state of an unknown parameter: {key}")
+        where = "cpu" if moment == "step" else named[name].device  # AdamW counts its steps on the CPU
+        optimizer.state[named[name]][moment] = value.to(where)
+
+
+def stop_signals(grace=0.0):
+    """Catch SIGTERM and SIGINT; the function returned tells whether one came. A second one exits at once.
+
+    Those within `grace` seconds of the first do not count: torchrun repeats to its workers a Ctrl-C that the
+    terminal sent them already. Outside the main thread nothing is caught and the function returned says False.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: False
+    asked, (reader, writer) = [], os.pipe()
+
+    def watch():
+        # A Python handler waits for the running bytecode to end, and loss.backward() is one: two signals in it would
+        # count as one. The wakeup byte is written by the C handler and reaches this thread while torch computes.
+        first = float("inf")
+        while number := os.read(reader, 1):
+            if time.monotonic() - first >= grace:
+                os._exit(128 + number[0])
+            first = min(first, time.monotonic())
+
+    def forget():  # a forked child must not write into this pipe, and must die of SIGTERM as its parent expects
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    os.set_blocking(writer, False)
+    threading.Thread(target=watch, daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    os.register_at_fork(after_in_child=forget)
+    return lambda: bool(asked)
