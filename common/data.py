@@ -1,0 +1,150 @@
+"""Records of the three tasks -> token examples -> steps of rows -> micro-batches under a token budget.
+
+A record is one JSON line: `prompt` (turns, the last one the user's), `response`, `rejected` (or null), `reference`
+(or null), `id`. An example is {"id", "ids": T token ids, "mask": T of 0 / 1}; nothing is padded until `collate`.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from common import chat
+from common.log import UserError
+
+MAX_LINE = 4 * 2**20  # bytes
+
+
+def load_split(folder, split):
+    """The records of folder/<split>.jsonl; every fault is a UserError naming file, line and key."""
+    path = Path(folder) / f"{split}.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; run `python data/download_datasets.py`, name a folder of train/val/test JSONL "
+            "with --dataset_path, or try --debug, which brings its own data"
+        )
+    records, lines = [], {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                record = _record(line, f"{path}:{number}")
+                if record["id"] in lines:
+                    raise UserError(f"{path}:{number}: id {record['id']!r} was used in line {lines[record['id']]}")
+                lines[record["id"]] = number
+                records.append(record)
+    if not records:
+        raise UserError(f"{path}: no records in it")
+    return records
+
+
+def _record(line, where):
+    if len(line) > MAX_LINE:
+        raise UserError(f"{where}: the line is longer than {MAX_LINE} bytes")
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a JSON record in UTF-8 ({str(error)[:80]})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object, got {type(record).__name__}")
+    for key, optional in (("id", False), ("response", False), ("rejected", True), ("reference", True)):
+        value = record.setdefault(key, None)
+        if not (isinstance(value, str) or (optional and value is None)):
+            raise UserError(f"{where}: {key}: expected text{' or null' * optional}, got {str(value)[:40]!r}")
+    prompt = record.get("prompt")
+    if not isinstance(prompt, list) or not prompt:
+        raise UserError(f"{where}: prompt: expected a list of turns, got {str(prompt)[:40]!r}")
+    try:
+        chat.normalise(prompt)
+    except ValueError as error:
+        raise UserError(f"{where}: prompt: {error}") from error
+    return record
+
+
+def encode_records(records, tokenizer, max_length, last_turn_only=False):
+    """Supervised examples of at most `max_length` tokens -> (examples, report).
+
+    A longer dialogue keeps its start and is counted as `truncated`; one that has no supervised token left, no user
+    turn or an empty answer is dropped and counted as `no_target`, `no_user_turn`, `empty_response`.
+    """
+    report = {"records": len(records), "empty_response": 0, "no_user_turn": 0, "no_target": 0, "truncated": 0}
+    report |= dict.fromkeys(chat.REPAIRS, 0)
+    examples = []
+    for record in records:
+        if not record["response"].strip():
+            report["empty_response"] += 1
+            continue
+        turns, repairs = chat.normalise([*record["prompt"], {"role": "assistant", "content": record["response"]}])
+        report |= {key: report[key] + count for key, count in repairs.items()}
+        if not turns:
+            report["no_user_turn"] += 1
+            continue
+        ids, mask = chat.encode(tokenizer, turns, last_turn_only=last_turn_only)
+        end = max(i for i, m in enumerate(mask) if m) + 1  # the newline behind the last stop token teaches nothing
+        report["truncated"] += end > max_length
+        ids, mask = ids[: min(end, max_length)], mask[: min(end, max_length)]
+        if any(mask):
+            examples.append({"id": record["id"], "ids": ids, "mask": mask})
+        else:
+            report["no_target"] += 1
+    report["kept"] = len(examples)
+    return examples, report
+
+
+def pack(lengths, capacity):
+    """Best-fit decreasing: lists of indices whose lengths sum to at most `capacity` (a longer one stands alone)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    packs, room = [], []
+    for i in order:
+        fitting = [(space, number) for number, space in enumerate(room) if space >= lengths[i]]
+        if fitting:
+            _, number = min(fitting)
+            packs[number].append(i)
+            room[number] -= lengths[i]
+        else:
+            packs.append([i])
+            room.append(capacity - lengths[i])
+    return packs
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """All indices once, in batches of rows of similar length: a pure function of (seed, epoch), so resume is exact.
+
+    Shuffle, sort by length inside windows of 50 batches, cut, shuffle the batches. The first epoch begins with its
+    largest batch: if memory is short, it shows at once.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    batches, window = [], 50 * batch_size
+    for start in range(0, len(order), window):
+        rows = sorted(order[start : start + window], key=lambda i: lengths[i])
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    if epoch == 0:
+        largest = max(range(len(batches)), key=lambda i: sum(lengths[j] for j in batches[i]))
+        batches[0], batches[largest] = batches[largest], batches[0]
+    return batches
+
+
+def micro_batches(rows, lengths, budget):
+    """Cut rows into lists whose lengths sum to at most `budget` tokens (one longer row stands alone), longest first."""
+    cuts, used = [], 0
+    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
+        if not cuts or used + lengths[row] > budget:
+            cuts.append([])
+            used = 0
+        cuts[-1].append(row)
+        used += lengths[row]
+    return cuts
+
+
+def collate(examples, device="cpu"):
+    """-> tokens (B, T) int64 right-padded, mask (B, T-1) float: 1 where tokens[:, 1:] is supervised."""
+    width = max(len(example["ids"]) for example in examples)
+    tokens = torch.full((len(examples), width), chat.PAD)
+    mask = torch.zeros(len(examples), width)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example["ids"])] = torch.tensor(example["ids"])
+        mask[row, : len(example["mask"])] = torch.tensor(example["mask"], dtype=torch.float)
+    return tokens.to(device), mask[:, 1:].to(device)
