@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
@@ -36,7 +37,7 @@ FORBIDDEN = (
     "_attn_implementation_internal",
 )
 LIMITS = {"vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
-          "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 1024}  # fmt: skip
+          "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 1024, "sliding_window": 2**20}  # fmt: skip
 ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 
@@ -62,7 +63,7 @@ def resolve(checkpoint):
 
 def _downloaded(repo):
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     instead = "or use a .gguf file (--model.base_checkpoint FILE.gguf, see README) or --debug, which needs no download"
     try:
@@ -78,7 +79,7 @@ def _downloaded(repo):
         todo = f"the hub answered {status}" + (
             "; accept the licence and log in with `hf auth login`" if status in (401, 403) else ""
         )
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # offline, no route, a timeout: each layer below has its own types
         todo = (
             f"the hub cannot be reached and the model is not in its cache ({type(error).__name__}); check the network"
         )
@@ -170,7 +171,7 @@ def read_config(folder):
     known = set(Gemma3TextConfig().to_dict()) | {"rope_theta", "rope_local_base_freq"}
     try:
         return _repaired(Gemma3TextConfig(**{k: v for k, v in raw.items() if k in known}))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{path}: not a Gemma 3 config ({error})") from error
 
 
@@ -205,6 +206,11 @@ def load_tokenizer(folder):
 
 def check_weights(folder, config):
     """Every shard's header is read before anything is allocated, so a cut or foreign file costs nothing."""
+    try:
+        with torch.device("meta"):
+            wanted = {name: list(p.shape) for name, p in Gemma3ForCausalLM(config).named_parameters()}
+    except Exception as error:  # an unknown activation, a size that does not divide, ...
+        raise UserError(f"{folder / 'config.json'}: no model can be built from it ({error!r})") from error
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         pickled = (
@@ -221,8 +227,6 @@ def check_weights(folder, config):
             raise UserError(
                 f"{shard}: truncated or not a safetensors file ({error}); copy or download it again"
             ) from error
-        embedding = shapes.get("model.embed_tokens.weight")
-        if embedding and embedding != [config.vocab_size, config.hidden_size]:
-            raise UserError(
-                f"{shard}: embedding is {embedding}, config.json says {[config.vocab_size, config.hidden_size]}"
-            )
+        for key, shape in shapes.items():
+            if shape != wanted.get(key, shape):
+                raise UserError(f"{shard}: {key} is {shape}, config.json says {wanted[key]}")

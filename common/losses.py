@@ -1,6 +1,7 @@
 """Log-probabilities and losses. Nothing here knows a model, a config or a rank; losses come back unreduced."""
 
 import torch
+import torch.nn.functional as F
 
 
 def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None):
@@ -112,3 +113,64 @@ def _softmax_rows(logits, targets, temperature, logprobs, hits, keep_gradient):
         if keep_gradient:
             z.div_(total).scatter_add_(1, target, -torch.ones_like(at))
             logits[rows] = z
+
+
+def reward_loss(chosen_rewards, rejected_rewards, margin=0.0):
+    """-log sigmoid(r_chosen - r_rejected - margin) -> (pairs,). Bradley-Terry; Ouyang et al. 2022, eq. 1."""
+    assert chosen_rewards.shape == rejected_rewards.shape
+    return -F.logsigmoid(chosen_rewards - rejected_rewards - margin)
+
+
+def centering_loss(chosen_rewards, rejected_rewards):
+    """(r_chosen + r_rejected)^2 -> (pairs,): keeps the scores around zero. Eisenstein et al. 2023, eq. 2."""
+    return (chosen_rewards + rejected_rewards).square()
+
+
+def dpo_loss(
+    chosen_logprobs,
+    rejected_logprobs,
+    ref_chosen_logprobs,
+    ref_rejected_logprobs,
+    beta=0.1,
+    label_smoothing=0.0,
+    kind="sigmoid",
+):
+    """Preference loss -> (pairs,), from log-probs of whole answers (pairs,) under policy and reference.
+
+    h = log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected)
+    sigmoid            -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)    Rafailov et al. 2023, eq. 7; e: cDPO
+    length_normalised  the same on averages a token (Lambert et al. 2024, `dpo_norm`)
+    ipo                (h - 1 / (2 beta))^2 on averages a token                 Azar et al. 2023, eq. 17
+    The caller sums or averages; this function only says which one it wants: sums for sigmoid, averages for the others.
+    """
+    h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
+    if kind == "ipo":
+        return (h - 1 / (2 * beta)).square()
+    assert kind in ("sigmoid", "length_normalised"), kind
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+
+
+def hinge_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=0.1):
+    """max(0, 1 - beta h) -> (pairs,), h as in dpo_loss. SLiC-HF, Zhao et al. 2023, on DPO's margin."""
+    h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
+    return torch.relu(1 - beta * h)
+
+
+def simpo_loss(chosen_logprobs, rejected_logprobs, beta=2.0, gamma=0.5):
+    """-log sigmoid(beta (c - r) - gamma) -> (pairs,) on averages a token, no reference. Meng et al. 2024, eq. 6."""
+    return -F.logsigmoid(beta * (chosen_logprobs - rejected_logprobs) - gamma)
+
+
+def orpo_loss(chosen_logprobs, rejected_logprobs):
+    """-log sigmoid(log odds(chosen) - log odds(rejected)) -> (pairs,) on averages a token. Hong et al. 2024, eq. 7.
+
+    odds(p) = p / (1 - p); log(1 - p) from log p by log1mexp, since 1 - exp(x) is all rounding near x = 0.
+    """
+    odds = (chosen_logprobs - rejected_logprobs) - (_log1mexp(chosen_logprobs) - _log1mexp(rejected_logprobs))
+    return -F.logsigmoid(odds)
+
+
+def _log1mexp(x):
+    """log(1 - exp(x)) for x < 0 (Maechler 2012): expm1 near 0, log1p far from it."""
+    x = x.clamp(max=-1e-7)
+    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

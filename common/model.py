@@ -44,8 +44,8 @@ def load(checkpoint, device, dtype, quantize=False):
     """(model, tokenizer) of a base in eval mode on `device`; `quantize` turns its linears into 4-bit NF4 (QLoRA)."""
     folder = base.resolve(checkpoint)
     config, tokenizer = base.read_config(folder), base.load_tokenizer(folder)
-    if config.vocab_size < len(tokenizer):
-        raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the model {config.vocab_size}")
+    if config.vocab_size < tokenizer.vocab_size:  # Gemma's own has one added mark more, <image_soft_token>
+        raise UserError(f"{folder}: the tokenizer knows {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     base.check_weights(folder, config)
     transformers_logging.disable_progress_bar()
     model, found = Gemma3ForCausalLM.from_pretrained(
