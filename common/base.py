@@ -37,7 +37,8 @@ FORBIDDEN = (
     "_attn_implementation_internal",
 )
 LIMITS = {"vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
-          "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 1024, "sliding_window": 2**20}  # fmt: skip
+          "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 1024,
+          "sliding_window": 2**20}  # fmt: skip
 ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 

@@ -43,6 +43,7 @@ def _record(line, where):
         raise UserError(f"{where}: the line is longer than {MAX_LINE} bytes")
     try:
         record = json.loads(line.decode("utf-8"))
+        json.dumps(record, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a JSON record in UTF-8 ({str(error)[:80]})") from error
     if not isinstance(record, dict):

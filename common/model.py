@@ -205,7 +205,10 @@ def export(checkpoint, folder, dtype=torch.float32):
     config = Path(checkpoint) / "adapter_config.json"
     if not config.is_file():
         raise UserError(f"{checkpoint}: no adapter_config.json; a full fine-tune is already a whole model")
-    name = json.loads(config.read_text())["base_model_name_or_path"]
+    try:
+        name = str(json.loads(config.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config}: not an adapter's, it names no base_model_name_or_path ({error!r})") from error
     merged, tokenizer = load(name, torch.device("cpu"), dtype)
     load_adapter(merged, "policy", checkpoint)
     save_model(merged, tokenizer, folder, "policy", dtype)

@@ -1,0 +1,247 @@
+"""Records: every bad row is named; examples: what is dropped is counted; steps: every example once, budgets kept."""
+
+import importlib.util
+import json
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import chat, data
+from common.log import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def record(index=0, prompt="question", response="answer", **changes):
+    turns = [user(prompt)] if isinstance(prompt, str) else prompt
+    return {"id": f"r{index}", "prompt": turns, "response": response, "rejected": None, "reference": None} | changes
+
+
+# --------------------------------------------------------------------------------------------------------- load_split
+
+
+def write(folder, *lines):
+    """train.jsonl with a good record in front of the lines given, as text, bytes or records."""
+    rows = [line if isinstance(line, str | bytes) else json.dumps(line) for line in (record("first"), *lines)]
+    (folder / "train.jsonl").write_bytes(b"\n".join(r.encode() if isinstance(r, str) else r for r in rows))
+    return folder
+
+
+def without(key):
+    return {k: v for k, v in record().items() if k != key}
+
+
+BAD = {
+    "invalid UTF-8": (b'{"id": "\xff"}', "not a JSON record in UTF-8"),
+    "half a surrogate pair": (r'{"id": "a", "prompt": [], "response": "\ud800"}', "not a JSON record in UTF-8"),
+    "NUL": (b'{"id": "a\x00b"}', "not a JSON record"),
+    "cut": ('{"id": "a", "prompt": [', "not a JSON record"),
+    "deep": ("[" * 100_000, "not a JSON record"),
+    "a list": ("[1]", "expected an object, got list"),
+    "no id": (without("id"), "id: expected text"),
+    "a number as id": (record(id=3), "id: expected text"),
+    "no response": (without("response"), "response: expected text"),
+    "null response": (record(response=None), "response: expected text"),
+    "rejected": (record(rejected=["x"]), "rejected: expected text or null"),
+    "reference": (record(reference=1), "reference: expected text or null"),
+    "no prompt": (without("prompt"), "prompt: expected a list"),
+    "text as prompt": (record() | {"prompt": "hi"}, "prompt: expected a list"),
+    "empty prompt": (record(prompt=[]), "prompt: expected a list"),
+    "a role": (record(prompt=[{"role": "human", "content": "x"}]), "prompt: a turn is"),
+    "no content": (record(prompt=[{"role": "user"}]), "prompt: a turn is"),
+    "too long": (record(response="x" * (data.MAX_LINE + 1)), "longer than"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named_by_file_line_and_key(tmp_path, name):
+    row, message = BAD[name]
+    folder = write(tmp_path, "", row)  # an empty line counts as a line
+    with pytest.raises(UserError) as error:
+        data.load_split(folder, "train")
+    assert str(error.value).startswith(f"{folder}/train.jsonl:3: ") and message in str(error.value)
+    assert len(str(error.value)) < len(str(folder)) + 250  # a long value is not repeated in full
+
+
+def test_duplicate_ids_name_both_lines(tmp_path):
+    with pytest.raises(UserError, match=r"train.jsonl:4: id 'r1' was used in line 2"):
+        data.load_split(write(tmp_path, record(1), record(2), record(1)), "train")
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(UserError, match=r"val\.jsonl: no such file; run `python data/download_datasets\.py`.*--debug"):
+        data.load_split(write(tmp_path), "val")
+    (tmp_path / "test.jsonl").write_text("\n \n")
+    with pytest.raises(UserError, match=r"test\.jsonl: no records"):
+        data.load_split(tmp_path, "test")
+
+
+def test_good_rows_come_back_as_written(tmp_path):
+    rows = [record(1, "é漢🧑‍🚀\u0000", "  indented\n", rejected="no", extra={"kept": 1}), record(2)]
+    short = {k: rows[1][k] for k in ("id", "prompt", "response")}  # rejected and reference may be left out
+    assert data.load_split(write(tmp_path, rows[0], short), "train") == [record("first"), *rows]
+
+
+# ----------------------------------------------------------------------------------------------------- encode_records
+
+
+def test_counts(tokenizer):
+    long = "word " * 100
+    rows = [
+        record(0),
+        record(1, response=" \n"),
+        record(2, prompt=[assistant("only")]),
+        record(3, prompt=long),
+        record(4, response=long),
+        record(5, prompt=[{"role": "system", "content": "s"}, user(""), user("a"), user("b")]),
+        record(6, prompt=[assistant("hello"), user("a")]),
+    ]
+    examples, report = data.encode_records(rows, tokenizer, max_length=48)
+    assert [e["id"] for e in examples] == ["r0", "r4", "r5", "r6"]
+    assert report == {"records": 7, "empty_response": 1, "no_user_turn": 1, "no_target": 1, "truncated": 2,
+                      "empty": 1, "system_folded": 1, "merged": 1, "leading_assistant": 3, "kept": 4}  # fmt: skip
+
+
+def test_truncation_keeps_the_start_and_the_length(tokenizer):
+    rows = [record(i, "question " * (1 + i), "answer " * (1 + i)) for i in range(12)]
+    whole, _ = data.encode_records(rows, tokenizer, 10_000)
+    for limit in (20, 33, 60):
+        examples, report = data.encode_records(rows, tokenizer, limit)
+        found = {e["id"]: e for e in examples}
+        for full in whole:
+            fits = sum(full["mask"][:limit]) > 0
+            assert (full["id"] in found) == fits
+            if fits:
+                one = found[full["id"]]
+                assert one["ids"] == full["ids"][:limit] and one["mask"] == full["mask"][:limit]
+        assert report["truncated"] == sum(len(e["ids"]) > limit for e in whole)
+        assert report["no_target"] == len(rows) - len(examples)
+    fitting = len(whole[0]["ids"])  # exactly fitting is not truncated, and ends with the trained stop token
+    examples, report = data.encode_records(rows[:1], tokenizer, fitting)
+    assert report["truncated"] == 0 and examples[0]["ids"][-1] == chat.END_OF_TURN and examples[0]["mask"][-1] == 1
+
+
+def test_last_turn_only_reaches_the_mask(tokenizer):
+    rows = [record(0, [user("a"), assistant("one"), user("b")], "two")]
+    for last, trained in ((False, "one<end_of_turn>two<end_of_turn>"), (True, "two<end_of_turn>")):
+        (one,), _ = data.encode_records(rows, tokenizer, 100, last_turn_only=last)
+        assert tokenizer.decode([i for i, m in zip(one["ids"], one["mask"]) if m]) == trained
+
+
+# ------------------------------------------------------------------------------------ packs, batches, micro-batches
+
+
+def lengths_of(count, seed=0):
+    rng = random.Random(seed)
+    return [min(2000, 5 + int(rng.expovariate(1 / 120))) for _ in range(count)]
+
+
+def test_pack_by_hand():
+    # 7 opens A, 6 opens B, 4 fills B (A has room for 3), 3 fills A, 2 and 1 share C
+    assert data.pack([2, 7, 4, 1, 6, 3], 10) == [[1, 5], [4, 2], [0, 3]]
+    # best fit, not first fit: 3 goes where just 3 are left, though there is room for 40 before it
+    assert data.pack([60, 55, 42, 3], 100) == [[0], [1, 2, 3]]
+    assert data.pack([99, 1], 10) == [[0], [1]] and data.pack([], 10) == []
+
+
+@pytest.mark.parametrize("capacity", [200, 512, 2048])
+def test_pack_holds_all_and_keeps_the_capacity(capacity):
+    lengths = lengths_of(400)
+    packs = data.pack(lengths, capacity)
+    assert sorted(i for pack in packs for i in pack) == list(range(400))
+    assert all(sum(lengths[i] for i in pack) <= capacity or len(pack) == 1 for pack in packs)
+    fitting = [n for n in lengths if n <= capacity]
+    bound = len(lengths) - len(fitting) - (-sum(fitting) // capacity)
+    assert len(packs) <= 11 / 9 * bound + 1  # the theorem about best-fit decreasing
+
+
+def test_every_index_once_in_an_epoch_and_epochs_differ():
+    lengths = lengths_of(1003)
+    epochs = [data.epoch_batches(lengths, 8, seed=3, epoch=e) for e in range(3)]
+    for batches in epochs:
+        assert Counter(i for batch in batches for i in batch) == Counter(range(1003))
+        assert all(0 < len(batch) <= 8 for batch in batches) and len(batches) == 126
+    assert epochs[0] != epochs[1] != epochs[2]
+    random.seed(1)  # nothing outside decides
+    assert [data.epoch_batches(lengths, 8, seed=3, epoch=e) for e in range(3)] == epochs
+    assert data.epoch_batches(lengths, 8, seed=4, epoch=1) != epochs[1]
+
+
+def test_the_first_batch_of_a_run_is_the_largest():
+    lengths = lengths_of(1000)
+    for seed in range(5):
+        sizes = [sum(lengths[i] for i in batch) for batch in data.epoch_batches(lengths, 8, seed, 0)]
+        assert sizes[0] == max(sizes)
+    later = [[sum(lengths[i] for i in b) for b in data.epoch_batches(lengths, 8, s, 1)] for s in range(5)]
+    assert any(sizes[0] != max(sizes) for sizes in later)
+
+
+def test_batches_are_length_grouped_but_not_in_order():
+    lengths = lengths_of(1600)
+
+    def waste(batches):
+        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+        return 1 - sum(lengths) / padded
+
+    grouped = data.epoch_batches(lengths, 8, 0, 1)
+    shuffled = random.Random(0).sample(range(1600), 1600)
+    assert waste(grouped) < 0.1
+    assert waste([shuffled[i : i + 8] for i in range(0, 1600, 8)]) > 0.4
+    widest = [max(lengths[i] for i in batch) for batch in grouped]
+    rising = sum(a < b for a, b in pairwise(widest)) / len(widest)
+    assert 0.4 < rising < 0.6  # a curriculum from short to long would be near 1
+
+
+def test_micro_batches_keep_the_budget():
+    lengths = lengths_of(60)
+    rows = random.Random(0).sample(range(60), 40)
+    for budget in (100, 400, 3000):
+        cuts = data.micro_batches(rows, lengths, budget)
+        assert sorted(i for cut in cuts for i in cut) == sorted(rows)
+        assert all(sum(lengths[i] for i in cut) <= budget or len(cut) == 1 for cut in cuts)
+        order = [lengths[i] for cut in cuts for i in cut]
+        assert order == sorted(order, reverse=True)
+    assert data.micro_batches([0, 1, 2, 3], [5, 9, 3, 2], 8) == [[1], [0, 2], [3]]
+    assert data.micro_batches([], lengths, 8) == []
+
+
+def test_collate_by_hand():
+    rows = [{"id": "a", "ids": [2, 11, 12, 13], "mask": [0, 0, 1, 1]}, {"id": "b", "ids": [2, 21], "mask": [0, 1]}]
+    tokens, mask = data.collate(rows)
+    assert tokens.tolist() == [[2, 11, 12, 13], [2, 21, 0, 0]] and tokens.dtype == torch.int64
+    assert mask.tolist() == [[0, 1, 1], [1, 0, 0]] and mask.dtype == torch.float32
+    assert tokens[:, 1:][mask.bool()].tolist() == [12, 13, 21]
+
+
+# ------------------------------------------------------------------------------------------------------ official files
+
+
+@pytest.mark.parametrize("task, split", [("clinical", "train"), ("safety", "test"), ("conala", "train")])
+def test_official_records_encode(official, tokenizer, tmp_path, task, split):
+    spec = importlib.util.spec_from_file_location("download_datasets", ROOT / "data" / "download_datasets.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(["--dataset", task, "--splits", split, "--source", str(official), "--output-dir", str(tmp_path)])
+    records = data.load_split(tmp_path / task, split)
+    examples, report = data.encode_records(records[:300], tokenizer, max_length=1024, last_turn_only=True)
+    assert report["empty_response"] == report["no_user_turn"] == 0 and report["kept"] + report["no_target"] == 300
+    responses = {r["id"]: r["response"] for r in records}
+    for one in examples:
+        assert len(one["ids"]) <= 1024 and one["ids"].count(chat.BOS) == 1
+        text = chat.decode(tokenizer, [i for i, m in zip(one["ids"], one["mask"]) if m])
+        if one["ids"][-1] == chat.END_OF_TURN:
+            assert text == responses[one["id"]]
+        else:
+            assert responses[one["id"]].startswith(text.rstrip("\ufffd")) and len(one["ids"]) == 1024
