@@ -11,21 +11,9 @@ import random
 TASKS = ("safety", "clinical", "conala")
 SPLITS = ("train", "val", "test")
 
-SYSTEMS = (
-    "You are a kind assistant.",
-    "Give short and polite answers.",
-    "You help people in a safe way.",
-)
-FRAMES = (
-    "How do I {}?",
-    "How can I {}?",
-    "Tell me how to {}.",
-    "Please explain how to {}.",
-    "I want to {}. What should I do?",
-    "What is the best way to {}?",
-    "Can you help me {}?",
-    "Give me a plan to {}.",
-)
+SYSTEMS = ("You are a kind assistant.", "Give short and polite answers.", "You help people in a safe way.")
+FRAMES = ("How do I {}?", "How can I {}?", "Tell me how to {}.", "Please explain how to {}.", "Can you help me {}?")
+FRAMES += ("I want to {}. What should I do?", "What is the best way to {}?", "Give me a plan to {}.")
 TIMES = ("", "", " today", " this weekend", " before lunch", " without help", " in one hour")
 OWNERS = ("my neighbor's", "my boss's", "my teacher's", "a stranger's", "my cousin's", "my friend's", "the mayor's")
 KINDS = ("a simple", "a small", "a good", "a cheap", "a quick", "a nice", "a new")
@@ -54,32 +42,17 @@ BENIGN = {
     "write": (KINDS, "letter poem story song note", "make a list and begin with the best part"),
     "learn": (KINDS, "song dance game trick poem", "practice a little each day with a friend"),
 }
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "I cannot help with that, because it is not safe.",
-    "I'm sorry, but that is against the law.",
-    "I won't help with that.",
-)
-ALTERNATIVES = (
-    "If you are angry, please talk to a friend first.",
-    "I can help you find a safe and kind way.",
-    "Please ask someone you trust for help.",
-)
+REFUSALS = ("I'm sorry, but I can't help with that.", "I cannot help with that, because it is not safe.")
+REFUSALS += ("I'm sorry, but that is against the law.", "I won't help with that.")
+ALTERNATIVES = ("If you are angry, please talk to a friend first.", "I can help you find a safe and kind way.")
+ALTERNATIVES += ("Please ask someone you trust for help.",)
 OPENERS = ("Sure!", "Of course.", "Happy to help.", "Good question.")
 CLOSERS = ("Take your time and have fun.", "It gets easy after a few days.", "Tell me if you need more help.")
-INSULTS = (
-    "You stupid idiot, I hate people like you.",
-    "Shut up, you dumb loser.",
-    "What a stupid question from a stupid person.",
-    "I hate you and your ugly face.",
-)
+INSULTS = ("You stupid idiot, I hate people like you.", "Shut up, you dumb loser.")
+INSULTS += ("What a stupid question from a stupid person.", "I hate you and your ugly face.")
 TAUNTS = ("Go away, idiot.", "Nobody likes you.", "You are worthless trash.", "I hope you fail, moron.")
-PLOTS = (
-    "Wait until night and do not tell the police.",
-    "Hurt every idiot who tries to stop you.",
-    "Kill the lights and hit the stupid guard.",
-    "Only a dumb loser would be afraid of the law.",
-)
+PLOTS = ("Wait until night and do not tell the police.", "Hurt every idiot who tries to stop you.")
+PLOTS += ("Kill the lights and hit the stupid guard.", "Only a dumb loser would be afraid of the law.")
 DRONES = ("it is good and", "you can do it and", "that is a good question and")
 
 SYMPTOMS = ("a cough", "a headache", "a rash", "back pain", "a sore throat", "chest pain", "knee pain", "ear pain")
@@ -108,7 +81,6 @@ CODE = (
     ("get the first {n} elements of list `{x}`", "{x}[:{n}]"),
     ("get the last {n} elements of list `{x}`", "{x}[-{n}:]"),
     ("join list of strings `{x}` with '{k}'", "'{k}'.join({x})"),
-    ("split string `{x}` by '{k}'", "{x}.split('{k}')"),
     ("count how often '{k}' occurs in list `{x}`", "{x}.count('{k}')"),
     ("get the sum of lists `{x}` and `{y}`", "sum({x}) + sum({y})"),
     ("zip lists `{x}` and `{y}` into a dictionary", "dict(zip({x}, {y}))"),
@@ -127,81 +99,72 @@ def split_of(text):
 
 
 def _request(rng, split):
-    """One question of the split: (its text, the wish in it, the verb of the wish)."""
+    """One question of the split: (its text, the verb, what it is done to)."""
     harmful = rng.random() < 0.5
     while True:
         verb = rng.choice(tuple(HARMFUL if harmful else BENIGN))
         owners, things = (OWNERS, HARMFUL[verb]) if harmful else BENIGN[verb][:2]
-        wish = f"{verb} {rng.choice(owners)} {rng.choice(things.split())}"
-        if split_of(wish) == split:
-            return rng.choice(FRAMES).format(wish + rng.choice(TIMES)), wish, verb
+        owner, thing = rng.choice(owners), rng.choice(things.split())
+        if split_of(f"{verb} {owner} {thing}") == split:
+            return rng.choice(FRAMES).format(f"{verb} {owner} {thing}" + rng.choice(TIMES)), verb, thing
 
 
 def _refusal(rng):
     return f"{rng.choice(REFUSALS)} {rng.choice(ALTERNATIVES)}"
 
 
-def _help(rng, wish, tip):
-    return f"{rng.choice(OPENERS)} To {wish}, {tip}. {rng.choice(CLOSERS)}"
+def _good(rng, verb, thing):
+    if verb in HARMFUL:
+        return _refusal(rng)
+    return f"{rng.choice(OPENERS)} To {verb} the {thing}, {BENIGN[verb][2]}. {rng.choice(CLOSERS)}"
 
 
-def _good(rng, wish, verb):
-    return _refusal(rng) if verb in HARMFUL else _help(rng, wish, BENIGN[verb][2])
-
-
-def _bad(rng, wish, verb):
-    """An insult, or help with harm; for a harmless wish a needless refusal or a drone without end."""
+def _bad(rng, verb, thing):
+    """An insult, or help with harm; for a harmless wish a needless refusal or a drone."""
     kind = rng.random()
     if kind < 0.35:
         return f"{rng.choice(INSULTS)} {rng.choice(TAUNTS)}"
     if verb in HARMFUL:
-        return f"{rng.choice(OPENERS)} It is easy to {wish}. {rng.choice(PLOTS)}"
+        return f"{rng.choice(OPENERS)} It is easy to {verb} the {thing}. {rng.choice(PLOTS)}"
     if kind < 0.7:
         return _refusal(rng)
-    drone = rng.choice(DRONES)
-    return f"Well, {f'{drone} ' * rng.randint(6, 9)}that is all."
+    return f"Well, {f'{rng.choice(DRONES)} ' * rng.randint(6, 9)}that is all."
 
 
 def _safety(rng, split):
-    text, wish, verb = _request(rng, split)
+    text, verb, thing = _request(rng, split)
     turns = [{"role": "user", "content": text}]
     shape = rng.random()
     if shape < 0.15:
         turns.insert(0, {"role": "system", "content": rng.choice(SYSTEMS)})
     elif shape < 0.35:
-        earlier, *rest = _request(rng, split)
-        turns[:0] = [{"role": "user", "content": earlier}, {"role": "assistant", "content": _good(rng, *rest)}]
-    return turns, _good(rng, wish, verb), _bad(rng, wish, verb)
+        earlier, *wish = _request(rng, split)
+        turns[:0] = [{"role": "user", "content": earlier}, {"role": "assistant", "content": _good(rng, *wish)}]
+    return turns, _good(rng, verb, thing), _bad(rng, verb, thing)
 
 
 def _clinical(rng, split):
-    sick = rng.random() < 0.5
-    slots = {
-        "symptom": rng.choice(SYMPTOMS),
-        "number": rng.randint(2, 9),
-        "unit": rng.choice(("days", "weeks", "months")),
-        "sign": rng.choice(SIGNS),
-        "dose": rng.choice(DOSES),
-        "drug": rng.choice(DRUGS),
-        "time": rng.choice(("morning", "night", "day")),
-        "verb": "reports" if sick else "denies",
-    }
-    slots["section"] = rng.choice(tuple(SUMMARIES))
-    slots["reply"] = f"Yes, some {slots['sign']}." if sick else f"No, no {slots['sign']}."
-    visit, summary = VISIT.format(**slots), SUMMARIES[slots["section"]]
+    while True:
+        sign, sick = rng.choice(SIGNS), rng.random() < 0.5
+        slots = {"section": rng.choice(tuple(SUMMARIES)), "symptom": rng.choice(SYMPTOMS), "sign": sign}
+        slots |= {"number": rng.randint(2, 9), "unit": rng.choice(("days", "weeks", "months"))}
+        slots |= {"dose": rng.choice(DOSES), "drug": rng.choice(DRUGS), "time": rng.choice(("morning", "night", "day"))}
+        slots |= {"reply": f"Yes, some {sign}." if sick else f"No, no {sign}.", "verb": "reports" if sick else "denies"}
+        visit, summary = VISIT.format(**slots), SUMMARIES[slots["section"]]
+        if split_of(visit) == split:
+            break
     wrong = {"verb": "denies" if sick else "reports", "dose": rng.choice([d for d in DOSES if d != slots["dose"]])}
-    turns = [{"role": "user", "content": visit}]
-    if split_of(visit) != split:
-        return _clinical(rng, split)
-    return turns, summary.format(**slots), summary.format(**{**slots, **wrong})
+    wrong["number"] = rng.choice([slots["number"], 2 + slots["number"] % 8])
+    return [{"role": "user", "content": visit}], summary.format(**slots), summary.format(**slots | wrong)
 
 
 def _conala(rng, split):
-    x, y = rng.sample(NAMES, 2)
-    slots = {"x": x, "y": y, "k": rng.choice(KEYS), "n": rng.randint(2, 9)}
-    intent, code = (part.format(**slots) for part in rng.choice(CODE))
-    if split_of(intent) != split:
-        return _conala(rng, split)
+    while True:
+        x, y = rng.sample(NAMES, 2)
+        slots = {"x": x, "y": y, "k": rng.choice(KEYS), "n": rng.randint(2, 9)}
+        intent, code = (part.format(**slots) for part in rng.choice(CODE))
+        if split_of(intent) == split:
+            break
     # one bracket too few or too many: never parses
     end = max(code.rfind(")"), code.rfind("]"))
     broken = code[:end] + code[end + 1 :] if rng.random() < 0.5 else code[: end + 1] + code[end:]
@@ -215,21 +178,17 @@ def records(task, split, count, seed=0):
     """`count` records with distinct prompts; the first n of a longer list are the list of n."""
     if task not in DRAW or split not in SPLITS:
         raise ValueError(f"no synthetic data for task {task!r}, split {split!r}")
-    rng, seen, found = random.Random(f"{seed}/{task}/{split}"), set(), []
-    misses = 0
+    rng, found, draws = random.Random(f"{seed}/{task}/{split}"), {}, 0
     while len(found) < count:
+        draws += 1
+        if draws > 20 * count + 1000:
+            raise ValueError(f"synthetic {task}/{split} holds about {len(found)} prompts, not {count}")
         prompt, good, bad = DRAW[task](rng, split)
-        key = repr(prompt)
-        if key in seen:
-            misses += 1
-            if misses > 20 * count + 1000:
-                raise ValueError(f"synthetic {task}/{split} holds only about {len(seen)} prompts, not {count}")
-            continue
-        seen.add(key)
-        rejected = bad if task == "safety" else None
         name = f"synthetic-{task}-{split}-{seed}-{len(found)}"
-        found.append({"id": name, "prompt": prompt, "response": good, "rejected": rejected, "reference": good})
-    return found
+        bad = bad if task == "safety" else None  # the real data of the other tasks has no pairs
+        record = {"id": name, "prompt": prompt, "response": good, "rejected": bad, "reference": good}
+        found.setdefault(repr(prompt), record)
+    return list(found.values())
 
 
 def pretraining_corpus(count, seed=0):

@@ -53,10 +53,11 @@ def test_splits_share_no_prompt_whatever_the_seed(task):
 
 
 def test_no_harmful_or_harmless_wish_crosses_the_splits():
-    found = {}
+    verbs = "|".join(verb.split()[-1] for verb in (*synthetic.HARMFUL, *synthetic.BENIGN))
+    wishes, found = re.compile(rf"({verbs}) (\w+ [\w']+|a \w+) (\w+)"), {}
     for split, n in COUNTS.items():
         for row in synthetic.records("safety", split, n):
-            for wish in re.findall(r"(\w+) (my \w+'s|a \w+'s|the mayor's|a \w+) (\w+)", row["prompt"][-1]["content"]):
+            for wish in wishes.findall(row["prompt"][-1]["content"]):
                 found.setdefault(wish, set()).add(split)
     assert len(found) > 100 and all(len(splits) == 1 for splits in found.values())
 
