@@ -16,6 +16,7 @@ Run the same command again to resume: a run that was stopped or killed goes on b
 
 import functools
 import math
+import os
 import time
 from pathlib import Path
 
@@ -72,9 +73,7 @@ def main(argv=None):
     base_folder = base.resolve(cfg.model.base_checkpoint)  # may build or download: before the group's clock runs
     dist.init(device, training.timeout)
     run_dir = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "sft")
-    if not job.explain and dist.is_main():
-        checkpoint.lock_run(run_dir)
-    dist.barrier()
+    locked = checkpoint.lock_run(run_dir) if dist.is_main() and run_dir.exists() and not job.explain else None
 
     # --- data
     def read(split):
@@ -138,10 +137,15 @@ def main(argv=None):
         "data": resume.fingerprint([[e["id"], e["ids"], e["mask"]] for e in train + val]),
     }
     state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts}
+    if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
+        locked = checkpoint.lock_run(run_dir)
+    dist.barrier()
     found = resume.find(run_dir, training.resume)
     if found:
         tensors, saved = checkpoint.load_step(found)
         resume.refuse_changes(found, saved["facts"], facts, FREE_TO_CHANGE, say)
+        if saved["step"] > steps:
+            raise UserError(f"{found} lies behind the {steps} steps of training.max_steps or epochs: raise them")
         state |= saved | {"facts": facts}
         model.restore(net, adapter, found)
         resume.load_optimizer(optimizer, named, tensors["optimizer"])
@@ -258,6 +262,7 @@ def main(argv=None):
         ]
         log.plot_curves(log.read_records(metrics_file), panels, run_dir / "curves.png")
         say(f"wrote {run_dir}/final, curves.png and metrics.jsonl; peak memory {log.peak_memory_gb(device):.2f} GB")
+        os.close(locked)
     dist.barrier()
     return record
 
