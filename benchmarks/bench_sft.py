@@ -91,18 +91,21 @@ def prepare(base, data_folder, work, steps):
 
     (work / "data").mkdir()
     records = (Path(data_folder) / "train.jsonl").read_text().splitlines()
-    (work / "data" / "train.jsonl").write_text("\n".join(records[VALIDATION:]) + "\n")
     (work / "data" / "val.jsonl").write_text("\n".join(records[:VALIDATION]) + "\n")
     net, tokenizer = model.load(base, torch.device("cpu"), torch.bfloat16)
     torch.manual_seed(SEED)
     lora.inject(net, "policy", 8, 16, TARGETS)
     (work / "adapter").mkdir()
     model.save_adapter(net, tokenizer, work / "adapter", "policy", base)
-    examples, _ = data.encode_records(data.load_split(work / "data", "train"), tokenizer, LENGTH, True)
+    train = [json.loads(line) for line in records[VALIDATION:]]
+    kept = [record for record in train if data.encode_records([record], tokenizer, LENGTH, True)[0]]
+    kept = kept[: len(kept) // BATCH * BATCH]  # whole batches, so that TRL's sequential batches are ours
+    (work / "data" / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    examples, _ = data.encode_records(kept, tokenizer, LENGTH, True)
     lengths = [len(example["ids"]) for example in examples]
     order = [i for batch in data.epoch_batches(lengths, BATCH, SEED, 0) for i in batch]
-    if len(order) < steps * BATCH or len(order) % BATCH:
-        raise SystemExit(f"{len(order)} rows do not make {steps} whole batches of {BATCH} in one epoch")
+    if len(order) < steps * BATCH:
+        raise SystemExit(f"{len(order)} rows do not make {steps} batches of {BATCH}")
     rows = [examples[i] for i in order]
     (work / "rows.json").write_text(json.dumps(rows))
     return rows[: steps * BATCH]

@@ -39,8 +39,10 @@ TEMPLATE = (
 def encode_text(tokenizer, text):
     """Token ids of a text, with no specials added; `<end_of_turn>` and the like inside it stay plain characters.
 
-    Raises ValueError if even so the tokenizer yields a control token or an id beyond its vocabulary.
+    Raises ValueError if even so the tokenizer yields a control token or an id beyond its vocabulary, and for half of a
+    surrogate pair, which is no text.
     """
+    text.encode("utf-8")
     ids = _plain_ids(tokenizer, text)
     if CONTROL_TOKENS.intersection(ids):  # some tokenizers hold a mark as an ordinary piece: cut it in two
         marks = [tokenizer.convert_ids_to_tokens(i) for i in sorted(CONTROL_TOKENS) if i < len(tokenizer)]

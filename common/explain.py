@@ -1,5 +1,6 @@
 """What `--explain` shows: which tokens are trained, the checks on them, and the memory a step will take, by formula."""
 
+import itertools
 import shutil
 
 from common import chat
@@ -12,15 +13,14 @@ CHUNK, BLOCK = 256, 16  # rows of logits at a time on CPU, and of their fp32 cop
 
 def token_view(tokenizer, example, colour=True, limit=400):
     """One example as text, trained tokens in colour (or in [[ ]]) and the others dim; long ones are cut with a mark."""
-    parts, trained = [], None
-    for token, mask in list(zip(example["ids"], example["mask"]))[:limit]:
-        if mask != trained:
-            parts.append((GREEN if mask else PLAIN + DIM) if colour else ("[[" if mask else "]]" if trained else ""))
-            trained = mask
-        parts.append(tokenizer.decode([token]))
-    cut = len(example["ids"]) - limit
-    closing = PLAIN if colour else "]]" * bool(trained)
-    return "".join(parts) + closing + (f" ... and {cut} more tokens" if cut > 0 else "")
+    pairs = list(zip(example["ids"], example["mask"]))
+    parts = []
+    for trained, run in itertools.groupby(pairs[:limit], key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in run])
+        before, after = (GREEN if trained else DIM, PLAIN) if colour else ("[[", "]]") if trained else ("", "")
+        parts.append(before + text + after)
+    cut = len(pairs) - limit
+    return "".join(parts) + (f" ... and {cut} more tokens" if cut > 0 else "")
 
 
 def check_example(example):
