@@ -51,7 +51,7 @@ def activation_bytes_per_token(config, bytes_per_value, length):
     norms = 4 * d + 2 * d  # inputs of the four norms, and of the adapters behind two of them
     attention = (heads + groups) + (heads + 2 * groups) + heads  # before and after norm and rotation; the output
     weights = config.num_attention_heads * min(length, length / 2 + 64)  # softmax, its upper half never made
-    mlp = 3 * config.intermediate_size  # gate, up, and the input of down's adapter
+    mlp = 4 * config.intermediate_size  # gate, up, the activation, and the input of down's adapter
     return config.num_hidden_layers * (norms + attention + weights + mlp) * bytes_per_value
 
 

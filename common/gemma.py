@@ -181,15 +181,15 @@ def _rotate(x, cos, sin):
 
 
 class _GatedGelu(torch.autograd.Function):
-    """gelu_tanh(gate) * up; keeps gate and up, makes the rest again."""
+    """gelu_tanh(gate) * up; keeps gate, up and the activation in their own dtype."""
 
     @staticmethod
     def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
+        active = F.gelu(gate, approximate="tanh")
+        ctx.save_for_backward(gate, up, active)
+        return active * up
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
-        return grad_gate, F.gelu(gate, approximate="tanh").mul_(grad)
+        gate, up, active = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"), grad * active
