@@ -7,10 +7,11 @@ over all micro-batches and ranks, so cutting a step differently cannot change it
 TRL's SFTTrainer: NEFTune, label smoothing, DFT, gradient checkpointing (micro-batches of a few thousand tokens fit
 without it), and every tensor of (tokens, vocabulary).
 
-    python train_sft.py --config configs/sft_lora_270m.yml --debug         two cores, half a minute, nothing to download
-    python train_sft.py --config configs/sft_lora_270m.yml                 the same command on one GPU or a laptop
-    python train_sft.py --config configs/sft_lora_270m.yml --explain       what would be trained, without training
-    torchrun --nproc-per-node 2 train_sft.py --config configs/sft_lora_270m.yml
+    python train_sft.py --config configs/sft_lora_270m.yml --debug                    two cores, nothing to download
+    python train_sft.py --config configs/sft_lora_270m.yml --explain                  what would be trained
+    python train_sft.py --config configs/sft_lora_270m.yml --device cpu               a laptop
+    python train_sft.py --config configs/sft_lora_270m.yml --training.micro_batch_tokens 8192         one GPU
+    torchrun --nproc-per-node 8 train_sft.py --config configs/sft_lora_270m.yml --training.batch_size 64
 Run the same command again to resume: a run that was stopped or killed goes on bit for bit.
 """
 
@@ -32,7 +33,8 @@ SYNTHETIC_SIZE = {"train": 1024, "val": 128}  # records of --debug
 FREE_TO_CHANGE = ("training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
                   "training.max_grad_norm", "training.epochs", "training.max_steps", "training.eval_interval",
                   "training.save_interval", "training.keep_last", "training.patience", "training.resume",
-                  "training.timeout", "training.budget_tokens", "logging.")  # fmt: skip
+                  "training.timeout", "training.budget_tokens", "training.micro_batch_tokens",
+                  "logging.", "rl.", "reward.", "evaluation.")  # fmt: skip
 
 
 def learning_rate(step, steps, training):
@@ -70,10 +72,15 @@ def main(argv=None):
     # --- distributed, run folder
     device = model.pick_device(cfg.device)
     dtype = model.pick_dtype(cfg.model.dtype, device)
+    resume.deterministic(device)
+    if training.budget_tokens is not None:
+        raise UserError("training.budget_tokens: train_sft.py has no token budget yet; use --training.max_steps")
     base_folder = base.resolve(cfg.model.base_checkpoint)  # may build or download: before the group's clock runs
     dist.init(device, training.timeout)
     run_dir = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "sft")
-    locked = checkpoint.lock_run(run_dir) if dist.is_main() and run_dir.exists() and not job.explain else None
+    locked = dist.is_main() and run_dir.exists() and not job.explain
+    if locked:
+        log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
 
     # --- data
     def read(split):
@@ -95,7 +102,8 @@ def main(argv=None):
     if full:
         net.requires_grad_(True)
     elif cfg.model.adapter:
-        model.load_adapter(net, adapter, cfg.model.adapter)
+        rank, alpha, targets = model.load_adapter(net, adapter, cfg.model.adapter)
+        say(f"adapter sizes are those of {cfg.model.adapter}: r {rank}, alpha {alpha:g}, {', '.join(targets)}")
     else:
         peft = cfg.model
         lora.inject(net, adapter, peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
@@ -138,7 +146,7 @@ def main(argv=None):
     }
     state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts}
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
-        locked = checkpoint.lock_run(run_dir)
+        log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
     dist.barrier()
     found = resume.find(run_dir, training.resume)
     if found:
@@ -206,7 +214,7 @@ def main(argv=None):
         chosen = [i for row in batches[step % per_epoch] for i in rows[row]]
         num_tokens = sum(sum(train[i]["mask"]) for i in chosen)
         mine = sorted(chosen, key=lambda i: (-lengths[i], i))[dist.rank() :: dist.world_size()]
-        resume.seed_step(cfg.seed, step)
+        resume.seed_step(cfg.seed, step, dist.rank())
 
         # --- update
         loss = torch.zeros((), device=device)
@@ -262,7 +270,6 @@ def main(argv=None):
         ]
         log.plot_curves(log.read_records(metrics_file), panels, run_dir / "curves.png")
         say(f"wrote {run_dir}/final, curves.png and metrics.jsonl; peak memory {log.peak_memory_gb(device):.2f} GB")
-        os.close(locked)
     dist.barrier()
     return record
 

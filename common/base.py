@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from common import chat, tiny
-from common.log import UserError
+from common.log import UserError, say
 
 HUB_FILES = [
     "config.json",
@@ -119,16 +119,15 @@ def _convert_gguf(path, folder):
 
 def public_name(checkpoint, folder):
     """What an adapter names as its base: the hub id, or the local folder where there is none."""
-    return checkpoint if checkpoint != "tiny" and not Path(checkpoint).expanduser().exists() else str(folder)
+    return checkpoint if checkpoint != "tiny" and not Path(checkpoint).expanduser().exists() else str(folder.resolve())
 
 
 def fingerprint(folder):
-    """SHA-256 over config.json and the headers of the weights: another model, another string; reads no tensor."""
+    """SHA-256 over config.json and every weight: another model or another fine-tune of it, another string."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in sorted(folder.glob("*.safetensors")):
         with shard.open("rb") as file:
-            size = file.read(8)
-            digest.update(size + file.read(min(int.from_bytes(size, "little"), 100_000_000)))
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -157,7 +156,7 @@ def read_config(folder):
         raise UserError(f"{folder}: no config.json{hint}")
     try:
         raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind != "gemma3_text":
@@ -183,7 +182,7 @@ def _repaired(config):
     for key, right in (("layer_types", layers), ("rope_parameters", rope), ("tie_word_embeddings", True)):
         found = getattr(config, key, None)
         if found != right:
-            print(f"repaired: {key} was {str(found)[:80]}, which is not Gemma 3's", file=sys.stderr)
+            say(f"repaired: {key} was {str(found)[:80]}, which is not Gemma 3's")
             setattr(config, key, right)
     if config.final_logit_softcapping or config.attn_logit_softcapping or config.attention_bias:
         raise ValueError("Gemma 3 has no soft-capping and no attention bias")

@@ -45,13 +45,13 @@ def encode_text(tokenizer, text):
     text.encode("utf-8")
     ids = _plain_ids(tokenizer, text)
     if CONTROL_TOKENS.intersection(ids):  # some tokenizers hold a mark as an ordinary piece: cut it in two
-        marks = [tokenizer.convert_ids_to_tokens(i) for i in sorted(CONTROL_TOKENS) if i < len(tokenizer)]
+        marks = [tokenizer.convert_ids_to_tokens(i) for i in sorted(CONTROL_TOKENS) if i < tokenizer.vocab_size]
         pieces = re.split(
             "|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in marks if mark), text
         )
         ids = [token for piece in pieces for token in _plain_ids(tokenizer, piece)]
     bad = CONTROL_TOKENS.intersection(ids)
-    if bad or max(ids, default=0) >= len(tokenizer):
+    if bad or max(ids, default=0) >= tokenizer.vocab_size:  # the hub's image token lies one beyond the embedding
         raise ValueError(f"text encodes to control or unknown token ids {sorted(bad) or [max(ids)]}: {text[:60]!r}")
     return ids
 
@@ -85,6 +85,9 @@ def normalise(turns):
                 counts["merged"] += 1
                 content = clean.pop()["content"] + "\n" + content
             clean.append({"role": role, "content": content})
+    if pending and clean:  # no user turn followed: the last one there is takes it
+        last = next(turn for turn in reversed(clean) if turn["role"] == "user")
+        last["content"] = "\n\n".join([last["content"], *pending])
     return clean, counts
 
 

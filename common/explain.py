@@ -2,13 +2,13 @@
 
 import itertools
 import shutil
+import sys
 
 from common import chat
-from common.log import UserError
+from common.log import UserError, say
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 LIBRARIES = 0.5e9  # bytes of Python, torch and transformers before any weight
-CHUNK, BLOCK = 256, 16  # rows of logits at a time on CPU, and of their fp32 copy (common/losses.py)
 
 
 def token_view(tokenizer, example, colour=True, limit=400):
@@ -55,47 +55,46 @@ def activation_bytes_per_token(config, bytes_per_value, length):
     return config.num_hidden_layers * (norms + attention + weights + mlp) * bytes_per_value
 
 
-def memory_plan(net, trainable, training_tokens, length):
-    """[(what, bytes)] of one training step: weights, optimizer, logits, activations, libraries."""
+def memory_plan(net, trainable, tokens, length):
+    """[(what, bytes)] of a step of `tokens` tokens, the longest of `length`: what holds the memory at its peak."""
     config, head = net.config, net.lm_head.weight
     numbers = sum(p.numel() for p in trainable)
+    rows, copied = (256, 16) if head.device.type == "cpu" else (1024, 1024)  # of logits, and of their fp32 copy
+    logits = config.vocab_size * (min(rows, tokens) * head.element_size() + min(copied, tokens) * 4)
+    if head.requires_grad:  # full fine-tuning: the head's own gradient on its way to the embedding
+        logits += head.numel() * 4
+    activations = tokens * activation_bytes_per_token(config, head.element_size(), length)
     return [
         ("libraries", LIBRARIES),
         ("weights", sum(p.numel() * p.element_size() for p in net.parameters())),
         ("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3),
-        ("one chunk of logits", config.vocab_size * (min(CHUNK, training_tokens) * head.element_size() + BLOCK * 4)),
-        (
-            f"activations of {training_tokens} tokens",
-            training_tokens * activation_bytes_per_token(config, head.element_size(), length),
-        ),
+        ("one chunk of logits", logits),
+        (f"activations of {tokens} tokens", activations),
     ]
 
 
 def show(examples, tokenizer, net, named, budget):
-    """Print the first batch as it will be trained and the plan; returns the number of examples shown.
+    """Print the first batch as it will be trained and the memory plan; returns the number of examples shown.
 
     UserError with the reason if an example breaks a rule of the format.
     """
-    width = shutil.get_terminal_size((100, 24)).columns
+    width, colour = shutil.get_terminal_size((100, 24)).columns, sys.stdout.isatty()
     for example in examples:
-        trained = sum(example["mask"])
-        print("-" * width)
-        print(f"{example['id']}: {len(example['ids'])} tokens, {trained} trained ({GREEN}green{PLAIN})")
-        print(token_view(tokenizer, example))
+        say("-" * width)
+        mark = f"{GREEN}green{PLAIN}" if colour else "[[so]]"
+        say(f"{example['id']}: {len(example['ids'])} tokens, {sum(example['mask'])} trained, {mark}")
+        say(token_view(tokenizer, example, colour))
         wrong = check_example(example)
         if wrong:
             raise UserError(f"example {example['id']} {'; '.join(wrong)}")
-    print("-" * width)
-    print(
-        f"checks passed on {len(examples)} examples: one BOS each, a trained stop token, no other control token trained"
-    )
+    say("-" * width)
+    stopless = sum(example["ids"][-1] != chat.END_OF_TURN for example in examples)
+    say(f"checked {len(examples)} examples: one BOS each, a trained stop token in all but {stopless} cut ones")
     trainable = list(named.values())
     numbers = sum(p.numel() for p in trainable)
-    print(f"trainable: {numbers:,} parameters in {len(trainable)} tensors, the first {next(iter(named))}")
-    longest = max(len(example["ids"]) for example in examples)
+    say(f"trainable: {numbers:,} parameters in {len(trainable)} tensors, the first {next(iter(named))}")
     tokens = min(budget, sum(len(example["ids"]) for example in examples))
-    plan = memory_plan(net, trainable, tokens, longest)
-    for what, size in plan:
-        print(f"{size / 1e9:8.2f} GB  {what}")
-    print(f"{sum(size for _, size in plan) / 1e9:8.2f} GB  estimated peak of a step")
+    plan = memory_plan(net, trainable, tokens, max(len(example["ids"]) for example in examples))
+    for what, size in [*plan, ("estimated peak of a step", sum(size for _, size in plan))]:
+        say(f"{size / 1e9:8.2f} GB  {what}")
     return len(examples)

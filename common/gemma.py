@@ -60,8 +60,14 @@ def _attend_padded(q, k, v, lengths, scale, window):
     padded = [t.new_zeros(*real.shape, *t.shape[1:]).masked_scatter(real[..., None, None], t) for t in (q, k, v)]
     at = torch.arange(longest, device=q.device)
     mask = None if window is None or longest <= window else (at[:, None] >= at) & (at[:, None] - at < window)
+    if mask is not None:  # GPU kernels that take a mask do not share keys among heads
+        padded[1:] = [t.repeat_interleave(q.shape[1] // k.shape[1], 2) for t in padded[1:]]
     out = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in padded), attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        *(t.transpose(1, 2) for t in padded),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=mask is None,
     )
     return out.transpose(1, 2)[real]
 

@@ -22,20 +22,40 @@ class UserError(Exception):
     """Bad input: one line that names the file, line, key or flag and says what to do next."""
 
 
+_closing = []  # what the running commands have to undo, the latest last
+
+
+def on_exit(function):
+    """Call `function` when the running command ends, however it ends: its lock, its signal handlers."""
+    _closing.append(function)
+
+
 def command(main):
-    """Decorate a script's `main`: a UserError becomes one line on stderr and exit status 2, never a traceback."""
+    """Decorate a script's `main`: bad input becomes one line on stderr and exit status 2, never a traceback."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        depth = len(_closing)
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from error
+            _refuse(str(error), error)
+        except torch.OutOfMemoryError as error:
+            _refuse(f"out of memory: lower --training.micro_batch_tokens ({str(error)[:120]})", error)
+        except OSError as error:  # a full disk, a folder that may not be written
+            _refuse(f"{error.strerror or error}: {error.filename or ''}", error)
         finally:
-            dist.end()
+            while len(_closing) > depth:
+                _closing.pop()()
+            if not depth:
+                dist.end()
 
     return wrapped
+
+
+def _refuse(message, error):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from error
 
 
 def say(message):

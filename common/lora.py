@@ -196,9 +196,17 @@ def read_config(text):
     )
     wrong = [f"{k}={config[k]!r}" for k, fine in neutral.items() if k in config and config[k] not in fine]
     targets = config.get("target_modules")
-    if wrong or not isinstance(targets, list) or not isinstance(config.get("r"), int):
-        raise ValueError(f"adapter uses what is not supported here: {', '.join(wrong) or 'target_modules or r'}")
-    return config["r"], float(config.get("lora_alpha", config["r"])), targets, float(config.get("lora_dropout", 0.0))
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    wrong += [] if type(rank) is int and 0 < rank <= 1024 else [f"r={rank!r}"]
+    wrong += [
+        f"{k}={v!r}" for k, v in (("lora_alpha", alpha), ("lora_dropout", dropout)) if type(v) not in (int, float)
+    ]
+    wrong += (
+        [] if isinstance(targets, list) and set(map(str, targets)) <= set(TARGETS) else [f"target_modules={targets!r}"]
+    )
+    if wrong:
+        raise ValueError(f"adapter uses what is not supported here: {', '.join(wrong)}")
+    return rank, float(alpha), [str(target) for target in targets], float(dropout)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from common import base, chat, gemma, lora, losses
-from common.log import UserError
+from common.log import UserError, say
 
 
 def pick_device(device="auto"):
@@ -20,6 +20,8 @@ def pick_device(device="auto"):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, found in there.items() if found)
+    if device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count() > 0:
+        raise UserError(f"device: {torch.cuda.device_count()} GPUs here, fewer than torchrun's --nproc-per-node")
     if not there.get(device, False):
         raise UserError(
             f"device: {device} is not available here; choose from {', '.join(k for k in there if there[k])}"
@@ -81,7 +83,7 @@ def quantise(model):
             )
             model.get_submodule(name.rsplit(".", 1)[0]).register_module(name.rsplit(".", 1)[-1], small)
     after = memory_bytes(model)
-    print(
+    say(
         f"QLoRA: weights {before / 1e6:.0f} -> {after / 1e6:.0f} MB with 4-bit linears ({1 - after / before:.0%} saved)"
     )
 
@@ -166,17 +168,18 @@ def save_adapter(model, tokenizer, folder, name, base_checkpoint):
 
 
 def load_adapter(model, name, folder, trainable=True):
-    """Inject the adapter saved in `folder` under `name`; UserError if it does not fit."""
+    """Inject the adapter saved in `folder` as `name`; returns (rank, alpha, targets). UserError if it does not fit."""
     folder = Path(folder)
     try:
         rank, alpha, targets, dropout = lora.read_config((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
         lora.inject(model, name, rank, alpha, targets, dropout)
         lora.load_adapter_state(model, name, tensors)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder} cannot be used ({error})") from error
     for parameter in lora.adapter_parameters(model, name).values():
         parameter.requires_grad_(trainable)
+    return rank, alpha, targets
 
 
 def save(model, tokenizer, folder, adapter, base_name):

@@ -16,13 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, dist
+from common import checkpoint, log
 from common.log import UserError
 
 
-def seed_step(seed, step):
-    """Set torch's, Python's and numpy's generators for one step of this rank."""
-    text = f"{seed}/{step}/{dist.rank()}"
+def deterministic(device):
+    """On CUDA, make torch choose kernels that repeat to the bit (it warns where it knows none); CPU ones do already."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def seed_step(seed, step, rank):
+    """Set torch's, Python's and numpy's generators for one step of one rank."""
+    text = f"{seed}/{step}/{rank}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     torch.manual_seed(number - 2**63)
     random.seed(number)
@@ -56,8 +63,11 @@ def find(run_dir, choice):
 def refuse_changes(folder, saved, now, free, say):
     """Compare the facts of the saved run with this one's: `free` ones (prefixes) are logged, others are a UserError."""
     changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    show = lambda keys: ", ".join(f"{k} {str(saved.get(k))[:24]} -> {str(now.get(k))[:24]}" for k in keys)  # noqa: E731
     fixed = [key for key in changed if not key.startswith(free)]
+
+    def show(keys):
+        return ", ".join(f"{key} {str(saved.get(key))[:24]} -> {str(now.get(key))[:24]}" for key in keys)
+
     if fixed:
         raise UserError(
             f"{folder} cannot be resumed, this is another run: {show(fixed)}; choose another --logging.run_name"
@@ -92,7 +102,8 @@ def stop_signals(grace=0.0):
     """Catch SIGTERM and SIGINT; the function returned tells whether one came. A second one exits at once.
 
     Those within `grace` seconds of the first do not count: torchrun repeats to its workers a Ctrl-C that the
-    terminal sent them already. Outside the main thread nothing is caught and the function returned says False.
+    terminal sent them already. Outside the main thread nothing is caught and the function returned says False. When the
+    running command (log.command) ends, the handlers before are put back.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: False
@@ -114,7 +125,16 @@ def stop_signals(grace=0.0):
     os.set_blocking(writer, False)
     threading.Thread(target=watch, daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: asked.append(number))
+        handlers[number] = signal.signal(number, lambda number, frame: asked.append(number))
+
+    def restore():
+        signal.set_wakeup_fd(-1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(writer)  # the watcher reads the end and leaves
+
     os.register_at_fork(after_in_child=forget)
+    log.on_exit(restore)
     return lambda: bool(asked)

@@ -214,7 +214,8 @@ class Letters:
     def __init__(self, pieces, size=300_000):
         self.pieces, self.size = pieces, size
 
-    def __len__(self):
+    @property
+    def vocab_size(self):
         return self.size
 
     def __call__(self, text, add_special_tokens, split_special_tokens):

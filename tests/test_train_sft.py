@@ -112,10 +112,10 @@ def at_step(number, act):
     def body(argv):
         real = resume.seed_step
 
-        def seed_step(seed, step):
+        def seed_step(seed, step, rank):
             if step == number:
                 act()
-            real(seed, step)
+            real(seed, step, rank)
 
         resume.seed_step = seed_step
         call(argv)
@@ -403,6 +403,7 @@ def test_gradient_of_micro_batches_and_packs(tmp_path, settings, few):
 
 def test_one_rank_or_two(tmp_path, settings):
     flags = ["--training.max_steps", 6, "--training.eval_interval", 3, "--model.peft_dropout", 0]
+    flags += ["--training.save_interval", 1, "--training.keep_last", 10]
     train(tmp_path, settings(tmp_path / "one", *flags))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "train_sft.py"), *map(str, settings(tmp_path / "two", *flags))]
@@ -416,6 +417,10 @@ def test_one_rank_or_two(tmp_path, settings):
         assert a.keys() == b.keys()
         for key in a:
             assert float.fromhex(b[key]) == pytest.approx(float.fromhex(a[key]), rel=1e-6), (a["step"], key)
+    # Adam's first moment after one step is a tenth of the gradient
+    one, two = (load_file(tmp_path / name / "run" / "step-000001" / "optimizer.safetensors") for name in ("one", "two"))
+    moments = [torch.cat([t[k].flatten() for k in sorted(t) if k.endswith("exp_avg")]).double() for t in (one, two)]
+    assert (moments[0] - moments[1]).norm() < 1e-6 * moments[0].norm()
 
 
 # ---------------------------------------------------------------- R15: not finite
@@ -428,9 +433,9 @@ def poisoned(number):
         step, nets = [0], []
         seed_step, load, logprobs = resume.seed_step, model.load, model.sequence_logprobs
 
-        def remember(seed, now):
+        def remember(seed, now, rank):
             step[0] = now
-            seed_step(seed, now)
+            seed_step(seed, now, rank)
 
         def keep(*args, **kwargs):
             nets.append(load(*args, **kwargs))
