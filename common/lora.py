@@ -118,7 +118,7 @@ def wrap(model):
     for name, module in list(model.named_modules()):
         child_name = name.rsplit(".", 1)[-1]
         if child_name in TARGETS and not isinstance(module, LoraLinear):
-            setattr(model.get_submodule(name.rsplit(".", 1)[0]), child_name, LoraLinear(module))
+            setattr(model.get_submodule(name.rsplit(".", 1)[0]), child_name, LoraLinear(module).train(model.training))
 
 
 def use(model, name):

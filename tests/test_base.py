@@ -312,13 +312,13 @@ def test_only_harmless_files_are_asked_of_the_hub(monkeypatch, tiny_folder):
 
 def test_what_a_source_lost_is_put_back(folder, tiny_folder, capsys):
     right, _ = load(tiny_folder)
-    assert "repaired" not in capsys.readouterr().err
+    assert "repaired" not in capsys.readouterr().out
     ropes = {k: {"rope_type": "default", "rope_theta": 5.0} for k in ("full_attention", "sliding_attention")}
     edit(folder / "config.json", rope_parameters=ropes, layer_types=["full_attention"] * 6, tie_word_embeddings=False)
     edit(folder / "generation_config.json", eos_token_id=1, pad_token_id=None)
     (folder / "chat_template.jinja").unlink()
     net, tokenizer = load(folder)
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr().out
     assert all(f"repaired: {key} was" in printed for key in ("rope_parameters", "layer_types", "tie_word_embeddings"))
     assert net.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
     assert {k: v["rope_theta"] for k, v in net.config.rope_parameters.items()} == base.ROPE

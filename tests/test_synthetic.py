@@ -140,4 +140,4 @@ def test_refuses_what_it_does_not_have():
     with pytest.raises(ValueError, match="no synthetic data"):
         synthetic.records("poetry", "train", 1)
     with pytest.raises(ValueError, match="holds about"):
-        synthetic.records("conala", "test", 100000)
+        synthetic.records("conala", "test", 1000)
