@@ -223,6 +223,8 @@ def test_qlora(tmp_path, settings):
     run_dir = tmp_path / "run"
     losses = [float.fromhex(record["loss"]) for record in records(run_dir)[:-1]]
     assert len(losses) == 5 and all(map(math.isfinite, losses))
+    held_out = [record["eval/loss"] for record in records(run_dir) if record.get("eval/loss")]
+    assert float.fromhex(held_out[-1]) < float.fromhex(held_out[0])
     tensors = load_file(run_dir / "final" / WEIGHTS["lora"])
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]  # zero before the first update
     assert ups and all(tensor.isfinite().all() and tensor.any() for tensor in ups)
