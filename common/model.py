@@ -1,8 +1,10 @@
 """A Gemma 3 with its tokenizer: load, quantise, save, merge; and the one way from a batch to log-probabilities."""
 
 import contextlib
+import ctypes
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -125,6 +127,14 @@ def sequence_logprobs_and_hits(model, tokens, mask, temperature=1.0):
         hidden[mask[inside]], model.lm_head.weight, tokens[:, 1:][mask], temperature
     )
     return logprobs.masked_scatter(mask, found), hits.masked_scatter(mask, hit)
+
+
+def trim_memory(device):
+    """Give freed pages back to the system: steps of ever new sizes leave holes that glibc would keep, 1.4 GB in 150."""
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim:
+            trim(0)
 
 
 def compute_context(device, dtype, trainable_weights):
