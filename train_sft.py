@@ -72,7 +72,7 @@ def main(argv=None):
     # --- distributed, run folder
     device = model.pick_device(cfg.device)
     dtype = model.pick_dtype(cfg.model.dtype, device)
-    resume.deterministic(device)
+    resume.prepare(device)
     if training.budget_tokens is not None:
         raise UserError("training.budget_tokens: train_sft.py has no token budget yet; use --training.max_steps")
     base_folder = base.resolve(cfg.model.base_checkpoint)  # may build or download: before the group's clock runs

@@ -130,7 +130,7 @@ def sequence_logprobs_and_hits(model, tokens, mask, temperature=1.0):
 
 
 def trim_memory(device):
-    """Give freed pages back to the system: steps of ever new sizes leave holes that glibc would keep, 1.4 GB in 150."""
+    """Give freed pages back to the system, which glibc keeps: 0.4 GB in 45 steps of the 270M."""
     if device.type == "cpu" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim:
