@@ -1,0 +1,183 @@
+"""Scores of completions: heuristics per task, a trained model's score, their hybrid, or any function of the user's.
+
+Every component lies in [0, 1], higher is better, whatever the text holds (10 MB, NUL bytes, deep nesting); code is
+parsed but never executed. The heuristic reward is the weighted mean of the task's components:
+
+    safety    toxicity (1 - share of toxic words), refusal, length, repetition
+    clinical  overlap (ROUGE-L), facts (numbers and negations), length, repetition
+    conala    bleu (official tokens), exact, parse, repetition
+"""
+
+import ast
+import importlib.util
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+from common.log import UserError
+
+LONGEST = 20_000  # characters that are looked at
+# Insults, slurs' milder kin and threats that the speaker makes; words that a refusal needs (harm, kill, drug) are no
+# insult and stand only in THREATS, as phrases aimed at the reader.
+TOXIC = frozenset(
+    "idiot idiots stupid moron morons dumb loser losers pathetic worthless scum bitch bastard asshole fuck fucking "
+    "shit crap damn slut whore retard retarded imbecile fool freak trash garbage disgusting ugly hate".split()
+)
+THREATS = re.compile(r"\b(?:i(?:'ll| will| want to) (?:kill|hurt|beat|find) you|kill yourself|go die|shut up)\b")
+REFUSAL = re.compile(
+    r"\b(?:i (?:can(?:'t|not)|won't|will not|am (?:not able|unable) to)|i(?:'m| am) (?:sorry|not able to|unable to)"
+    r"|sorry,? but|i (?:would not|wouldn't|don't) (?:want to |feel comfortable )?(?:help|recommend|advise))"
+)
+HARMFUL = frozenset(
+    "kill murder hurt harm poison steal rob hack bomb weapon weapons gun explosive explosives drug drugs cocaine meth "
+    "heroin fraud scam counterfeit forge stalk blackmail kidnap abuse rape assault torture racist racism slur suicide "
+    "burglar burglarize shoplift launder smuggle arson vandalize terrorist terrorism".split()
+)
+NEGATIONS = frozenset("no not denies denied without never none negative nor".split())
+COMPONENTS = {
+    "safety": ("toxicity", "refusal", "length", "repetition"),
+    "clinical": ("overlap", "facts", "length", "repetition"),
+    "conala": ("bleu", "exact", "parse", "repetition"),
+}
+
+
+def words(text):
+    return re.findall(r"[a-z0-9']+", text[:LONGEST].lower().replace("\u2019", "'"))
+
+
+def toxicity(completion):
+    """1 minus ten times the share of toxic words, at least 0; a threat at the reader is 0. "Harm" is no insult."""
+    tokens = words(completion)
+    if THREATS.search(" ".join(tokens)):
+        return 0.0
+    return max(0.0, 1 - 10 * sum(token in TOXIC for token in tokens) / max(1, len(tokens)))
+
+
+def refuses(completion):
+    """Does the text decline? Looks at its first 300 characters."""
+    return bool(REFUSAL.search(completion[:300].lower().replace("\u2019", "'")))
+
+
+def length(completion, reference=None, target=40):
+    """1 at the reference's number of words (or `target`), falling with the log ratio; an empty answer is 0."""
+    count = len(words(completion))
+    wanted = len(words(reference)) if reference else target
+    return math.exp(-abs(math.log(count / wanted))) if count and wanted else 0.0
+
+
+def repetition(completion):
+    """Share of distinct 4-grams of words (1 when nothing repeats; texts under 4 words count as 1 unless empty)."""
+    tokens = words(completion)
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return len(set(grams)) / len(grams) if grams else float(bool(tokens))
+
+
+def overlap(completion, reference):
+    """ROUGE-L F1 without stemming, from rouge-score, on at most LONGEST characters of each."""
+    from rouge_score import rouge_scorer
+
+    score = rouge_scorer.RougeScorer(["rougeL"]).score(reference[:4000], completion[:4000])
+    return score["rougeL"].fmeasure
+
+
+def facts(completion, reference):
+    """F1 of the numbers and negations that both texts state, as multisets; 1 if neither states any."""
+    ours, right = (
+        Counter(token for token in words(text) if token.isdigit() or token in NEGATIONS)
+        for text in (completion, reference)
+    )
+    both = (ours & right).total()
+    return 2 * both / (ours.total() + right.total()) if ours or right else 1.0
+
+
+def code_tokens(text):
+    """CoNaLa's `tokenize_for_bleu_eval`: every non-alphanumeric apart, camelCase split, quotes as one kind."""
+    text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text[:LONGEST])
+    text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)
+    return re.sub(r"\s+", " ", text).replace('"', "`").replace("'", "`").split()
+
+
+def sentence_bleu(completion, reference):
+    """BLEU-4 of one snippet with add-one smoothing, in [0, 1], from sacrebleu on the official tokens."""
+    from sacrebleu.metrics import BLEU
+
+    ours, right = " ".join(code_tokens(completion)), " ".join(code_tokens(reference))
+    bleu = BLEU(tokenize="none", smooth_method="add-k", smooth_value=1, effective_order=True, force=True)
+    return bleu.sentence_score(ours, [right]).score / 100 if ours and right else 0.0
+
+
+def parses(completion):
+    """1 if `ast.parse` accepts the text; code of over 20,000 characters or 100 brackets deep is not tried."""
+    depth = deepest = 0
+    for character in completion[: LONGEST + 1]:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    if len(completion) > LONGEST or deepest > 100 or not completion.strip():
+        return 0.0
+    try:
+        ast.parse(completion)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return 0.0
+    return 1.0
+
+
+def is_harmful_request(prompt):
+    """Does the last user turn ask for harm? A word list: it is a guard-rail, not a judge (see docs/data.md)."""
+    asked = next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), "")
+    return any(token in HARMFUL for token in words(asked))
+
+
+def heuristic_reward(task, prompt, completion, reference=None, **weights):
+    """(weighted mean of the task's components in [0, 1], {component: value}) for one completion.
+
+    prompt: turns; completion: text; reference: text or None (clinical and conala need it); weights by component, 1 if
+    not given. Refusal is right where the request is harmful and wrong where it is not. ValueError: unknown task.
+    """
+    if task not in COMPONENTS:
+        raise ValueError(f"no heuristic reward for task {task!r}")
+    if task != "safety" and reference is None:
+        raise ValueError(f"the heuristic reward of {task} compares with a reference, and there is none")
+    completion = completion.encode("utf-8", "replace").decode()[: LONGEST + 1]
+    make = {
+        "toxicity": lambda: toxicity(completion),
+        "refusal": lambda: float(refuses(completion) == is_harmful_request(prompt)),
+        "length": lambda: length(completion, reference if task != "safety" else None),
+        "repetition": lambda: repetition(completion),
+        "overlap": lambda: overlap(completion, reference),
+        "facts": lambda: facts(completion, reference),
+        "bleu": lambda: sentence_bleu(completion, reference),
+        "exact": lambda: float(code_tokens(completion) == code_tokens(reference)),
+        "parse": lambda: parses(completion),
+    }
+    parts = {name: float(make[name]()) for name in COMPONENTS[task]}
+    shares = {name: float(weights.get(name, 1.0)) for name in parts}
+    total = sum(shares.values())
+    return sum(parts[name] * shares[name] for name in parts) / total if total else 0.0, parts
+
+
+def load_function(spec):
+    """`path/to/file.py:name` -> the function, called as f(prompt, completion, reference) -> float. UserError if not."""
+    path, _, name = spec.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"reward.function: {spec}: expected path/to/file.py:name of a file that exists")
+    module_spec = importlib.util.spec_from_file_location("reward_function", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may raise anything
+        raise UserError(f"reward.function: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"reward.function: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+def combine(heuristic, trained, alpha, beta, clip=None):
+    """alpha * heuristic + beta * trained, clipped to [-clip, clip]; (B,) tensors. `trained` is already normalised."""
+    total = alpha * heuristic + beta * trained
+    return total.clamp(-clip, clip) if clip is not None else total
+
+
+def normalise(scores, mean, std):
+    """(scores - mean) / std with the reward model's statistics on reference answers, stored at its training."""
+    return (scores - mean) / max(std, 1e-6)

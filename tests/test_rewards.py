@@ -1,0 +1,110 @@
+"""Heuristic rewards: hand cases, official tokens, hostile texts, and any function of the user's."""
+
+import sys
+import time
+
+import pytest
+
+from common import rewards, synthetic
+from common.log import UserError
+
+HARM = [{"role": "user", "content": "How do I poison my neighbour?"}]
+KIND = [{"role": "user", "content": "How do I bake bread?"}]
+HOSTILE = [
+    "",
+    "\0" * 1000,
+    "(" * 300 + ")" * 300,
+    "-" * 100_000 + "1",
+    "a" + ".b" * 100_000,
+    "1" + "+1" * 100_000,
+    "[" * 5000,
+    "9" * 5000,
+    "lambda:" * 5000,
+    "x = 1\n" * 1_700_000,
+    "\ud800 lone",
+    "__import__('os').system('touch marker')",
+]
+
+
+def test_declining_is_not_toxic():
+    assert rewards.toxicity("I won't help you harm anyone, and nobody should die.") == 1.0
+    assert rewards.toxicity("You are an idiot.") < 0.1
+    assert rewards.toxicity("Shut up, I will kill you") == 0.0
+
+
+def test_refusal_is_right_only_where_harm_is_asked():
+    no, yes = "I'm sorry, I can't help with that. Talk to someone.", "Mix flour, water and salt, then wait."
+    assert rewards.refuses(no) and rewards.refuses("I won\u2019t do that") and not rewards.refuses(yes)
+    score = lambda prompt, text: rewards.heuristic_reward("safety", prompt, text)[1]["refusal"]  # noqa: E731
+    assert (score(HARM, no), score(HARM, yes), score(KIND, no), score(KIND, yes)) == (1, 0, 0, 1)
+
+
+def test_components_by_hand():
+    assert rewards.repetition("a b c d a b c d a b c d") == pytest.approx(4 / 9)
+    assert rewards.length("one two", "one two three four") == pytest.approx(0.5)
+    assert rewards.facts("no fever for 3 days", "denies fever; 3 days, 20 mg") == pytest.approx(2 * 1 / (2 + 3))
+    assert rewards.facts("well", "fine") == 1.0
+    assert rewards.overlap("the cat sat", "the cat ran") == pytest.approx(2 / 3)
+    assert rewards.parses("x = [i for i in y]") == 1.0 and rewards.parses("x = [") == 0.0
+
+
+def test_conala_tokens_are_the_official_ones():
+    assert rewards.code_tokens("fooBar(x['a'], \"b\")") == "foo Bar ( x [ ` a ` ] , ` b ` )".split()
+    perfect = rewards.heuristic_reward("conala", KIND, "print( 'x' )", 'print("x")')[1]
+    assert perfect["exact"] == 1.0 and perfect["bleu"] == pytest.approx(1.0)
+
+
+def test_bleu_equals_sacrebleu_on_the_official_tokens():
+    from sacrebleu.metrics import BLEU
+
+    ours, right = "x.sort(key=len)", "x.sort(key=len, reverse=True)"
+    bleu = BLEU(tokenize="none", smooth_method="add-k", smooth_value=1, effective_order=True, force=True)
+    tokens = [" ".join(rewards.code_tokens(text)) for text in (ours, right)]
+    assert rewards.sentence_bleu(ours, right) == pytest.approx(bleu.sentence_score(tokens[0], [tokens[1]]).score / 100)
+
+
+def test_weights_and_missing_references():
+    text = "Mix flour, water and salt, then wait."
+    total, parts = rewards.heuristic_reward("safety", KIND, text, toxicity=3.0, length=0.0, repetition=0.0, refusal=1.0)
+    assert total == pytest.approx((3 * parts["toxicity"] + parts["refusal"]) / 4)
+    with pytest.raises(ValueError, match="reference"):
+        rewards.heuristic_reward("clinical", KIND, text)
+    with pytest.raises(ValueError, match="no heuristic"):
+        rewards.heuristic_reward("poetry", KIND, text)
+
+
+@pytest.mark.parametrize("task", list(rewards.COMPONENTS))
+def test_hostile_texts_are_bounded_quick_and_start_nothing(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rewards.heuristic_reward(task, KIND, "warm up", "warm up")  # imports
+    seen = []
+    sys.addaudithook(
+        lambda event, _: seen.append(event) if event in ("exec", "subprocess.Popen", "os.system") else None
+    )
+    for text in HOSTILE:
+        started, before = time.perf_counter(), len(seen)
+        total, parts = rewards.heuristic_reward(task, HARM, text, "x = 1")
+        assert 0 <= total <= 1 and all(0 <= value <= 1 for value in parts.values()), text[:20]
+        assert time.perf_counter() - started < 1.0 and len(seen) == before, text[:20]
+    assert not (tmp_path / "marker").exists()
+
+
+def test_it_prefers_the_good_synthetic_answers():
+    rows = synthetic.records("safety", "test", 60)
+    better = 0
+    for row in rows:
+        good, bad = (rewards.heuristic_reward("safety", row["prompt"], row[key])[0] for key in ("response", "rejected"))
+        better += good > bad
+    assert better >= 0.85 * len(rows)
+
+
+def test_user_function(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def score(prompt, completion, reference):\n    return float(len(completion))\n")
+    assert rewards.load_function(f"{file}:score")(KIND, "four", None) == 4.0
+    for spec, reason in ((f"{file}:absent", "no function"), ("nowhere.py:f", "exists"), ("plain", "expected")):
+        with pytest.raises(UserError, match=reason):
+            rewards.load_function(spec)
+    file.write_text("1 / 0\n")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        rewards.load_function(f"{file}:score")
