@@ -90,8 +90,8 @@ def fingerprint(value):
 def optimizer_tensors(optimizer, named):
     """{"<parameter>.<moment>": tensor} of an optimizer, for safetensors; empty before its first step."""
     return {f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, parameter in named.items() for key, value in optimizer.state[parameter].items()
-            if parameter in optimizer.state}  # fmt: skip
+            for name, parameter in named.items()
+            for key, value in optimizer.state.get(parameter, {}).items()}  # fmt: skip
 
 
 def load_optimizer(optimizer, named, tensors):
