@@ -8,19 +8,25 @@ attention runs inside each sequence, so neighbours cannot see each other; and no
 their input instead of fp32 intermediates for the backward. Weights are read from the model, nothing is patched.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
 
-def hidden_states(model, tokens, lengths):
+def hidden_states(model, tokens, lengths, parents=None):
     """Final hidden states (N, d) of sequences laid end to end.
 
     model: Gemma3ForCausalLM, with or without our adapters; tokens (N,) int64; lengths: list of ints, sum N.
-    Positions restart at 0 in each sequence. Gradients reach whatever parameters require them.
+    parents: for each sequence the number of the earlier one that it continues, or None. A prompt with several answers
+    is so computed once: each answer goes on at the prompt's next position and sees the prompt and itself, not the other
+    answers. Positions restart at 0 in a sequence without a parent. Gradients reach whatever parameters require them.
     """
     assert tokens.ndim == 1 and sum(lengths) == len(tokens), (tokens.shape, lengths)
+    parents = parents or [None] * len(lengths)
+    starts = [0 if parent is None else lengths[parent] for parent in parents]
     body, config = model.model, model.config
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(tokens.device)
+    positions = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths)]).to(tokens.device)
     rotations = {kind: _rotation(body.rotary_emb, positions, kind) for kind in set(config.layer_types)}
     x = body.embed_tokens(tokens)
     if torch.is_autocast_enabled(x.device.type):
@@ -28,7 +34,7 @@ def hidden_states(model, tokens, lengths):
     for layer, kind in zip(body.layers, config.layer_types):
         window = config.sliding_window if kind == "sliding_attention" else None
         h = norm(x, layer.input_layernorm)
-        h = attention(h, layer.self_attn, rotations[kind], lengths, window)
+        h = attention(h, layer.self_attn, rotations[kind], (lengths, parents), window)
         x = x + norm(h, layer.post_attention_layernorm)
         h = norm(x, layer.pre_feedforward_layernorm)
         h = _GatedGelu.apply(layer.mlp.gate_proj(h), layer.mlp.up_proj(h))
@@ -36,29 +42,42 @@ def hidden_states(model, tokens, lengths):
     return norm(x, body.norm)
 
 
-def attention(h, module, rotation, lengths, window):
+def attention(h, module, rotation, layout, window):
     """Grouped-query causal attention inside each sequence of (N, d) -> (N, d); `window` tokens back, or all if None."""
     heads, groups, dim = module.config.num_attention_heads, module.config.num_key_value_heads, module.head_dim
     q = _NormRotate.apply(module.q_proj(h).view(-1, heads, dim), module.q_norm.weight, *rotation, module.q_norm.eps)
     k = _NormRotate.apply(module.k_proj(h).view(-1, groups, dim), module.k_norm.weight, *rotation, module.k_norm.eps)
     v = module.v_proj(h).view(-1, groups, dim)
     attend = _attend_each if h.device.type == "cpu" else _attend_padded
-    return module.o_proj(attend(q, k, v, lengths, module.scaling, window).flatten(1))
+    return module.o_proj(attend(q, k, v, layout, module.scaling, window).flatten(1))
 
 
-def _attend_each(q, k, v, lengths, scale, window):
+def _attend_each(q, k, v, layout, scale, window):
     """(N, heads, dim) -> the same: one sequence after the other, by our own products (faster than sdpa on CPU)."""
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths))
-    return torch.cat([_CausalAttention.apply(*part, scale, window) for part in parts])
+    lengths, parents = layout
+    q, k, v = q.split(lengths), k.split(lengths), v.split(lengths)
+    out = []
+    for i, parent in enumerate(parents):
+        keys, values = (k[i], v[i]) if parent is None else (torch.cat((t[parent], t[i])) for t in (k, v))
+        out.append(_CausalAttention.apply(q[i], keys, values, scale, window))
+    return torch.cat(out)
 
 
-def _attend_padded(q, k, v, lengths, scale, window):
-    """The same in one sdpa call: right-padded to (B, heads, L, dim), so a causal mask already hides every pad."""
-    sizes = torch.tensor(lengths, device=q.device)
-    longest = max(lengths)
-    real = torch.arange(longest, device=q.device) < sizes[:, None]  # (B, L)
-    padded = [t.new_zeros(*real.shape, *t.shape[1:]).masked_scatter(real[..., None, None], t) for t in (q, k, v)]
+def _attend_padded(q, k, v, layout, scale, window):
+    """The same in one sdpa call: right-padded to (B, heads, L, dim), so a causal mask already hides every pad.
+
+    A row is a sequence with its parent in front; the parent's queries are made again there and thrown away.
+    """
+    lengths, parents = layout
+    starts = [0, *itertools.accumulate(lengths)]
+    whole = [[*range(starts[i], starts[i + 1])] for i in range(len(lengths))]
+    rows = [(whole[p] if p is not None else []) + own for p, own in zip(parents, whole)]
+    longest = max(map(len, rows))
+    index = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=q.device)  # (B, L)
     at = torch.arange(longest, device=q.device)
+    ends = torch.tensor([len(row) for row in rows], device=q.device)[:, None]
+    own = (at < ends) & (at >= ends - torch.tensor(lengths, device=q.device)[:, None])
+    padded = [t[index] for t in (q, k, v)]
     mask = None if window is None or longest <= window else (at[:, None] >= at) & (at[:, None] - at < window)
     if mask is not None:  # GPU kernels that take a mask do not share keys among heads
         padded[1:] = [t.repeat_interleave(q.shape[1] // k.shape[1], 2) for t in padded[1:]]
@@ -69,11 +88,11 @@ def _attend_padded(q, k, v, lengths, scale, window):
         scale=scale,
         enable_gqa=mask is None,
     )
-    return out.transpose(1, 2)[real]
+    return out.transpose(1, 2)[own]
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(q k^T scale) v of one sequence; q (L, heads, dim), k and v (L, groups, dim).
+    """softmax(q k^T scale) v of one sequence; k and v (L, groups, dim), q (its last n <= L tokens, heads, dim).
 
     Queries go in blocks against the keys they may see, so nearly half of the products are never made, and the heads of
     a group are rows of one product, so keys are never repeated.
@@ -87,7 +106,7 @@ class _CausalAttention(torch.autograd.Function):
         q = (q * scale).unflatten(1, (groups, shared)).permute(1, 2, 0, 3).contiguous()  # (G, H/G, L, D)
         k, v = k.transpose(0, 1), v.transpose(0, 1)  # (G, L, D)
         out, kept = torch.empty_like(q), []
-        for rows, keys, hidden in _blocks(k.shape[1], window, k.device):
+        for rows, keys, hidden in _blocks(q.shape[2], k.shape[1], window, k.device):
             scores = (
                 (q[:, :, rows].flatten(1, 2) @ k[:, keys].mT)
                 .unflatten(1, (shared, -1))
@@ -105,7 +124,7 @@ class _CausalAttention(torch.autograd.Function):
         groups, shared = q.shape[:2]
         grad = grad.unflatten(1, (groups, shared)).permute(1, 2, 0, 3).contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (rows, keys, _), p in zip(_blocks(k.shape[1], ctx.window, k.device), kept):
+        for (rows, keys, _), p in zip(_blocks(q.shape[2], k.shape[1], ctx.window, k.device), kept):
             one = grad[:, :, rows].flatten(1, 2)
             grad_v[:, keys] += p.mT @ one
             s = torch.ops.aten._softmax_backward_data(one @ v[:, keys].mT, p, -1, p.dtype)
@@ -115,14 +134,46 @@ class _CausalAttention(torch.autograd.Function):
         return grad_q, grad_k.transpose(0, 1), grad_v.transpose(0, 1), None, None
 
 
-def _blocks(length, window, device):
-    """Yields (query rows, key rows, (rows, keys) bool: hidden from the query) for one sequence."""
-    for start in range(0, length, _CausalAttention.BLOCK):
+def _blocks(queries, length, window, device):
+    """Yields (query rows, key rows, (rows, keys) bool: hidden from the query); the queries are the last of `length`."""
+    before = length - queries
+    for start in range(before, length, _CausalAttention.BLOCK):
         end = min(start + _CausalAttention.BLOCK, length)
         first = 0 if window is None else max(0, start + 1 - window)
         row, key = torch.arange(start, end, device=device)[:, None], torch.arange(first, end, device=device)
         hidden = key > row
-        yield slice(start, end), slice(first, end), hidden if window is None else hidden | (row - key >= window)
+        hidden = hidden if window is None else hidden | (row - key >= window)
+        yield slice(start - before, end - before), slice(first, end), hidden
+
+
+def share_prompts(tokens, starts, lengths):
+    """Lay rows end to end with the prompt of neighbours that share it stored once, for hidden_states.
+
+    tokens (B, T); of row b the first lengths[b] count, of them the first starts[b] are its prompt (both lists of ints).
+    -> (flat tokens (N,), lengths, parents, index (B, T): where a row's token lies in flat; 0 behind its end).
+    """
+    words = tokens.tolist()
+    index = torch.zeros(tokens.shape, dtype=torch.long)
+    pieces, sizes, parents = [], [], []
+
+    def add(rows, first, last, parent):
+        index[rows, first:last] = sum(sizes) + torch.arange(last - first)
+        pieces.append(tokens[rows[0], first:last])
+        sizes.append(last - first)
+        parents.append(parent)
+
+    def prompt(row):
+        return words[row][: starts[row]] if starts[row] <= lengths[row] else row
+
+    for _, group in itertools.groupby(range(len(words)), key=prompt):
+        rows, parent, shared = [*group], None, 0
+        if len(rows) > 1:
+            parent, shared = len(sizes), starts[rows[0]]
+            add(rows, 0, shared, None)
+        for row in rows:
+            if lengths[row] > shared:
+                add([row], shared, lengths[row], parent)
+    return torch.cat(pieces), sizes, parents, index.to(tokens.device)
 
 
 def _rotation(rotary, positions, kind):

@@ -113,20 +113,31 @@ def sequence_logprobs(model, tokens, mask, temperature=1.0):
 
 def sequence_logprobs_and_hits(model, tokens, mask, temperature=1.0):
     """As sequence_logprobs, and (B, T-1) bool: was the target the most likely token?"""
-    assert mask.shape == (tokens.shape[0], tokens.shape[1] - 1), (tokens.shape, mask.shape)
     mask = mask.bool()
     logprobs = torch.zeros(mask.shape, device=tokens.device)
     hits = torch.zeros_like(mask)
     if not mask.any():
         return logprobs, hits
-    at = torch.arange(1, mask.shape[1] + 1, device=tokens.device)
-    lengths = (mask * at).amax(1)  # inputs up to the one that predicts the row's last target
-    inside = at <= lengths[:, None]
-    hidden = gemma.hidden_states(model, tokens[:, :-1][inside], [n for n in lengths.tolist() if n])
+    hidden, index = sequence_hidden(model, tokens, mask)
     found, hit = losses.token_logprobs_and_hits(
-        hidden[mask[inside]], model.lm_head.weight, tokens[:, 1:][mask], temperature
+        hidden[index[:, :-1][mask]], model.lm_head.weight, tokens[:, 1:][mask], temperature
     )
     return logprobs.masked_scatter(mask, found), hits.masked_scatter(mask, hit)
+
+
+def sequence_hidden(model, tokens, mask, last=False):
+    """Final hidden states (N, d) of the rows, and index (B, T): where each token's state lies among them.
+
+    tokens and mask as for sequence_logprobs. A row is computed up to the token that predicts its last target, or with
+    `last` up to that target itself; a prompt that neighbouring rows share (answers to one question) is computed once.
+    """
+    assert mask.shape == (tokens.shape[0], tokens.shape[1] - 1), (tokens.shape, mask.shape)
+    at = torch.arange(1, tokens.shape[1], device=tokens.device)
+    ends = (mask.bool() * at).amax(1)  # inputs up to the one that predicts the row's last target; 0 without targets
+    starts = at.expand_as(mask).masked_fill(~mask.bool(), tokens.shape[1]).amin(1)  # and up to its first
+    lengths = torch.where(ends > 0, ends + last, 0).tolist()
+    flat, sizes, parents, index = gemma.share_prompts(tokens, starts.tolist(), lengths)
+    return gemma.hidden_states(model, flat, sizes, parents), index
 
 
 def trim_memory(device):

@@ -61,11 +61,12 @@ def test_gradients_equal_transformers(frozen):
 def test_the_padded_path_equals_the_other():
     """What runs on a GPU, run here: the same numbers, windows and gradients."""
     generator = torch.Generator().manual_seed(3)
-    for window in (None, 16):
+    alone, families = [None] * len(LENGTHS), [None, 0, 0, None, 3, 3]
+    for window, parents in ((None, alone), (16, alone), (None, families), (16, families)):
         q, k, v = (torch.randn(sum(LENGTHS), h, 8, generator=generator).requires_grad_() for h in (4, 2, 2))
         outs, grads = [], []
         for attend in (gemma._attend_each, gemma._attend_padded):
-            out = attend(q, k, v, LENGTHS, 0.3, window)
+            out = attend(q, k, v, (LENGTHS, parents), 0.3, window)
             outs.append(out)
             grads.append(torch.autograd.grad((out * torch.arange(8)).sum(), (q, k, v)))
         assert (outs[0] - outs[1]).abs().max() < 1e-5
@@ -111,6 +112,51 @@ def test_sequence_logprobs_against_whole_logits_and_padding():
     wider = torch.cat([tokens, torch.full((len(rows), 9), 7)], 1)
     more = model.sequence_logprobs(net, wider, torch.cat([mask, torch.zeros(len(rows), 9)], 1), temperature=0.8)
     assert torch.equal(more[:, : width - 1], logprobs)
+
+
+def family():
+    """Rows in groups that share a prompt: (tokens, mask) with answers of 9, 30, 1 and 30 tokens, and a lone row."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(n):
+        return torch.randint(300, (n,), generator=generator)
+
+    first, second = draw(140), draw(5)
+    rows = [(first, 9), (first, 30), (first, 1), (first, 30), (second, 30), (second, 9), (draw(20), 4)]
+    tokens, mask = torch.zeros(len(rows), 180, dtype=torch.long), torch.zeros(len(rows), 179)
+    for i, (prompt, answer) in enumerate(rows):
+        tokens[i, : len(prompt) + answer] = torch.cat([prompt, draw(answer)])
+        mask[i, len(prompt) - 1 : len(prompt) + answer - 1] = 1
+    return tokens, mask
+
+
+def test_a_shared_prompt_is_computed_once():
+    tokens, mask = family()
+    ends = mask.argmax(1) + mask.sum(1)
+    flat, sizes, parents, index = gemma.share_prompts(tokens, (mask.argmax(1) + 1).int().tolist(), ends.int().tolist())
+    assert sizes == [140, 8, 29, 29, 5, 29, 8, 23]  # a last token predicts nothing and is not computed
+    assert parents == [None, 0, 0, 0, None, 4, 4, None]
+    for row in range(len(tokens)):
+        end = int(ends[row])
+        assert torch.equal(flat[index[row, :end]], tokens[row, :end])
+
+
+def test_a_shared_prompt_changes_no_value_and_no_gradient():
+    """Against each row alone, across the window; weights random per token, so that no error can cancel."""
+    net, (tokens, mask) = random_gemma(), family()
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(5)) * mask
+
+    def gradients(split):
+        net.zero_grad()
+        logprobs = torch.cat([model.sequence_logprobs(net, tokens[i], mask[i], 0.8) for i in split])
+        (logprobs * weights).sum().backward()
+        return logprobs.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}
+
+    together, ours = gradients([slice(None)])
+    alone, theirs = gradients([slice(i, i + 1) for i in range(len(tokens))])
+    assert (together - alone).abs().max() < 1e-4
+    for name, grad in theirs.items():
+        assert (ours[name] - grad).norm() < 1e-4 * grad.norm(), name
 
 
 def test_nothing_supervised_is_zero_and_no_forward():
