@@ -23,18 +23,11 @@ from pathlib import Path
 
 import torch
 
-from common import base, checkpoint, config, data, dist, explain, log, lora, model, resume, synthetic
+from common import base, checkpoint, config, data, dist, explain, log, lora, model, resume
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
-SYNTHETIC_SIZE = {"train": 1024, "val": 128}  # records of --debug
-# what may differ between a run and its continuation; everything else would make it another run
-FREE_TO_CHANGE = ("training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
-                  "training.max_grad_norm", "training.epochs", "training.max_steps", "training.eval_interval",
-                  "training.save_interval", "training.keep_last", "training.patience", "training.resume",
-                  "training.timeout", "training.budget_tokens", "training.micro_batch_tokens",
-                  "logging.", "rl.", "reward.", "evaluation.")  # fmt: skip
 
 
 def learning_rate(step, steps, training):
@@ -82,12 +75,6 @@ def main(argv=None):
     if locked:
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
 
-    # --- data
-    def read(split):
-        if cfg.debug and cfg.dataset_path is None:
-            return synthetic.records(cfg.task, split, SYNTHETIC_SIZE[split], cfg.seed)
-        return data.load_split(cfg.dataset_path or Path(__file__).parent / "data" / cfg.task, split)
-
     # --- model, tokenizer, adapter
     full = cfg.model.peft_type == "none"
     adapter = None if full else "policy"
@@ -116,7 +103,8 @@ def main(argv=None):
     encoded = {}
     for split in ("train", "val"):
         length, last = training.max_seq_length, training.last_turn_only
-        encoded[split], report = data.encode_records(read(split), tokenizer, length, last)
+        records = data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed)
+        encoded[split], report = data.encode_records(records, tokenizer, length, last)
         say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in report.items() if value or key == "kept"))
         if not encoded[split]:
             raise UserError(f"{split}: training.max_seq_length {length} leaves no example a token to train on")
@@ -148,21 +136,12 @@ def main(argv=None):
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
     dist.barrier()
-    found = resume.find(run_dir, training.resume)
+    found, tensors = resume.go_on(run_dir, training.resume, state, steps, (*resume.FREE_TO_CHANGE, "rl.", "reward."))
     if found:
-        tensors, saved = checkpoint.load_step(found)
-        resume.refuse_changes(found, saved["facts"], facts, FREE_TO_CHANGE, say)
-        if saved["step"] > steps:
-            raise UserError(f"{found} lies behind the {steps} steps of training.max_steps or epochs: raise them")
-        state |= saved | {"facts": facts}
         model.restore(net, adapter, found)
         resume.load_optimizer(optimizer, named, tensors["optimizer"])
-        say(f"resuming {run_dir} at step {state['step']} of {steps}")
     metrics_file = run_dir / "metrics.jsonl"
-    if dist.is_main():
-        checkpoint.truncate_log(metrics_file, state["step"] - 1)
-        (run_dir / "config.yml").write_text(config.dump(cfg))
-        log.write_json(run_dir / "run.json", log.provenance(facts={k: v for k, v in facts.items() if "." not in k}))
+    resume.begin(run_dir, state["step"], config.dump(cfg), facts)
     send = log.open_wandb(cfg.logging.wandb, run_dir.name, config.flatten(cfg))
 
     def save(step):

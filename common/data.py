@@ -1,7 +1,8 @@
 """Records of the three tasks -> token examples -> steps of rows -> micro-batches under a token budget.
 
 A record is one JSON line: `prompt` (turns, the last one the user's), `response`, `rejected` (or null), `reference`
-(or null), `id`. An example is {"id", "ids": T token ids, "mask": T of 0 / 1}; nothing is padded until `collate`.
+(or null), `margin` (of a preference, optional), `id`. An example is {"id", "ids": T token ids, "mask": T of 0 / 1}, a
+pair two examples with one prompt; nothing is padded until `collate`.
 """
 
 import json
@@ -10,10 +11,19 @@ from pathlib import Path
 
 import torch
 
-from common import chat
+from common import chat, synthetic
 from common.log import UserError
 
+DEBUG_SIZE = {"train": 1024, "val": 128, "test": 128}  # synthetic records
 MAX_LINE = 4 * 2**20  # bytes
+PAIR_SKIPS = ("no_rejected", "empty_answer", "equal_answers", "no_user_turn", "prompt_too_long")
+
+
+def load(task, folder, split, debug, seed):
+    """The records of a split: of `folder`, or, in a debug run without one, synthetic ones of the task."""
+    if debug and folder is None:
+        return synthetic.records(task, split, DEBUG_SIZE[split], seed)
+    return load_split(folder or Path(__file__).parents[1] / "data" / task, split)
 
 
 def load_split(folder, split):
@@ -52,6 +62,9 @@ def _record(line, where):
         value = record.setdefault(key, None)
         if not (isinstance(value, str) or (optional and value is None)):
             raise UserError(f"{where}: {key}: expected text{' or null' * optional}, got {str(value)[:40]!r}")
+    margin = record.get("margin", 0.0)
+    if type(margin) not in (int, float) or not 0 <= margin < 1e6:
+        raise UserError(f"{where}: margin: expected a number from 0 up, got {str(margin)[:40]!r}")
     prompt = record.get("prompt")
     if not isinstance(prompt, list) or not prompt:
         raise UserError(f"{where}: prompt: expected a list of turns, got {str(prompt)[:40]!r}")
@@ -90,6 +103,64 @@ def encode_records(records, tokenizer, max_length, last_turn_only=False):
             report["no_target"] += 1
     report["kept"] = len(examples)
     return examples, report
+
+
+def encode_pairs(records, tokenizer, max_length):
+    """Preference pairs of at most `max_length` tokens a side -> (pairs, report).
+
+    A pair is {"id", "margin", "texts": (chosen, rejected), "chosen": example, "rejected": example}: both begin with the
+    same prompt tokens, and the mask is 1 on the answer and its stop token. A longer answer is cut and counted; what
+    teaches nothing is skipped and counted by PAIR_SKIPS.
+    """
+    report = {"records": len(records)} | dict.fromkeys((*PAIR_SKIPS, "truncated", *chat.REPAIRS), 0)
+    pairs = []
+    for record in records:
+        found = _pair(record, tokenizer, max_length, report)
+        if isinstance(found, str):
+            report[found] += 1
+        else:
+            pairs.append(found)
+    report["kept"] = len(pairs)
+    return pairs, report
+
+
+def _pair(record, tokenizer, max_length, report):
+    """One pair, or the name of the reason why there is none."""
+    texts = record["response"], record["rejected"]
+    if texts[1] is None:
+        return "no_rejected"
+    if not all(text.strip() for text in texts):
+        return "empty_answer"
+    if texts[0].strip() == texts[1].strip():
+        return "equal_answers"
+    pair = {"id": record["id"], "margin": record.get("margin", 0.0), "texts": texts}
+    for side, text in zip(("chosen", "rejected"), texts):
+        turns, repairs = chat.normalise([*record["prompt"], {"role": "assistant", "content": text}])
+        if not turns:
+            return "no_user_turn"
+        ids, mask = chat.encode(tokenizer, turns, last_turn_only=True)
+        end = max(i for i, m in enumerate(mask) if m) + 1  # the newline behind the stop token is never generated
+        pair[side] = {
+            "id": f"{record['id']}/{side}",
+            "ids": ids[: min(end, max_length)],
+            "mask": mask[: min(end, max_length)],
+        }
+        pair["prompt_tokens"] = mask.index(1)
+        if pair["prompt_tokens"] >= max_length:
+            return "prompt_too_long"
+        report["truncated"] += end > max_length
+    report |= {key: report[key] + count for key, count in repairs.items()}
+    return pair if pair["chosen"]["ids"] != pair["rejected"]["ids"] else "equal_answers"
+
+
+def pair_tokens(pair):
+    """Tokens that a forward pass of the pair computes: the common prompt once."""
+    return len(pair["chosen"]["ids"]) + len(pair["rejected"]["ids"]) - pair["prompt_tokens"]
+
+
+def collate_pairs(pairs, device="cpu"):
+    """As collate, rows chosen, rejected, chosen, ...: neighbours, so that the prompt is computed once."""
+    return collate([pair[side] for pair in pairs for side in ("chosen", "rejected")], device)
 
 
 def pack(lengths, capacity):

@@ -16,8 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, log
-from common.log import UserError
+from common import checkpoint, dist, log
+from common.log import UserError, say
+
+# what may differ between a run and its continuation; everything else would make it another run
+FREE_TO_CHANGE = ("training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
+                  "training.max_grad_norm", "training.epochs", "training.max_steps", "training.eval_interval",
+                  "training.save_interval", "training.keep_last", "training.patience", "training.resume",
+                  "training.timeout", "training.budget_tokens", "training.micro_batch_tokens",
+                  "evaluation.", "logging.")  # fmt: skip
 
 
 def prepare(device):
@@ -66,7 +73,33 @@ def find(run_dir, choice):
     return folder
 
 
-def refuse_changes(folder, saved, now, free, say):
+def go_on(run_dir, choice, state, steps, free=FREE_TO_CHANGE):
+    """Fill `state` from the step folder to resume from, if there is one -> (folder, tensors) or (None, {}).
+
+    UserError where `state["facts"]` differ from the saved ones in more than `free`, or the run is already past `steps`.
+    """
+    found = find(run_dir, choice)
+    if not found:
+        return None, {}
+    tensors, saved = checkpoint.load_step(found)
+    refuse_changes(found, saved["facts"], state["facts"], free)
+    if saved["step"] > steps:
+        raise UserError(f"{found} lies behind the {steps} steps of training.max_steps or epochs: raise them")
+    state |= saved | {"facts": state["facts"]}
+    say(f"resuming {run_dir} at step {state['step']} of {steps}")
+    return found, tensors
+
+
+def begin(run_dir, step, config_text, facts):
+    """Leave in the run folder, on the main rank, what a run starts with: config.yml, run.json, the log up to `step`."""
+    if dist.is_main():
+        checkpoint.truncate_log(run_dir / "metrics.jsonl", step - 1)
+        (run_dir / "config.yml").write_text(config_text)
+        short = {key: value for key, value in facts.items() if "." not in key}
+        log.write_json(run_dir / "run.json", log.provenance(facts=short))
+
+
+def refuse_changes(folder, saved, now, free):
     """Compare the facts of the saved run with this one's: `free` ones (prefixes) are logged, others are a UserError."""
     changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     fixed = [key for key in changed if not key.startswith(free)]
