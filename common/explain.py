@@ -55,25 +55,28 @@ def activation_bytes_per_token(config, bytes_per_value, length):
     return config.num_hidden_layers * (norms + attention + weights + mlp) * bytes_per_value
 
 
-def memory_plan(net, trainable, tokens, length):
-    """[(what, bytes)] of a step of `tokens` tokens, the longest of `length`: what holds the memory at its peak."""
+def memory_plan(net, trainable, tokens, length, logits=True):
+    """[(what, bytes)] of a step of `tokens` tokens, the longest of `length`: what holds the memory at its peak.
+
+    `logits` is false for a reward model, which never meets the vocabulary.
+    """
     config, head = net.config, net.lm_head.weight
     numbers = sum(p.numel() for p in trainable)
     rows, copied = (256, 16) if head.device.type == "cpu" else (1024, 1024)  # of logits, and of their fp32 copy
-    logits = config.vocab_size * (min(rows, tokens) * head.element_size() + min(copied, tokens) * 4)
+    chunk = config.vocab_size * (min(rows, tokens) * head.element_size() + min(copied, tokens) * 4)
     if head.requires_grad:  # full fine-tuning: the head's own gradient on its way to the embedding
-        logits += head.numel() * 4
+        chunk += head.numel() * 4
     activations = tokens * activation_bytes_per_token(config, head.element_size(), length)
     return [
         ("libraries", LIBRARIES),
         ("weights", sum(p.numel() * p.element_size() for p in net.parameters())),
         ("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3),
-        ("one chunk of logits", logits),
+        *([("one chunk of logits", chunk)] if logits else []),
         (f"activations of {tokens} tokens", activations),
     ]
 
 
-def show(examples, tokenizer, net, named, budget):
+def show(examples, tokenizer, net, named, budget, logits=True):
     """Print the first batch as it will be trained and the memory plan; returns the number of examples shown.
 
     UserError with the reason if an example breaks a rule of the format.
@@ -94,7 +97,7 @@ def show(examples, tokenizer, net, named, budget):
     numbers = sum(p.numel() for p in trainable)
     say(f"trainable: {numbers:,} parameters in {len(trainable)} tensors, the first {next(iter(named))}")
     tokens = min(budget, sum(len(example["ids"]) for example in examples))
-    plan = memory_plan(net, trainable, tokens, max(len(example["ids"]) for example in examples))
+    plan = memory_plan(net, trainable, tokens, max(len(example["ids"]) for example in examples), logits)
     for what, size in [*plan, ("estimated peak of a step", sum(size for _, size in plan))]:
         say(f"{size / 1e9:8.2f} GB  {what}")
     return len(examples)

@@ -88,7 +88,8 @@ def read_records(path):
 
 def line(record):
     """A record as one readable console line: `step 20  loss 1.234  ...`."""
-    shown = ("step", "loss", "eval/loss", "eval/perplexity", "eval/accuracy", "lr", "grad_norm", "tokens_per_second")
+    shown = ("step", "loss", "accuracy", "margin", "eval/loss", "eval/perplexity", "eval/accuracy", "eval/margin",
+             "eval/chosen_logprob", "eval/kl", "lr", "grad_norm", "tokens_per_second")  # fmt: skip
     return "  ".join(f"{key} {record[key]:.4g}" for key in shown if record.get(key) is not None)
 
 
@@ -149,5 +150,26 @@ def plot_curves(records, panels, path):
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_reliability(rows, path):
+    """Draw a PNG of a preference model's calibration, rows of {"predicted", "observed", "count"}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
+    axis.plot((0, 1), (0, 1), color="grey", linewidth=1, linestyle="--", label="calibrated")
+    most = max(row["count"] for row in rows)
+    sizes = [20 + 180 * row["count"] / most for row in rows]
+    axis.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], linewidth=1.2, label="reward model")
+    axis.scatter([r["predicted"] for r in rows], [r["observed"] for r in rows], s=sizes, alpha=0.6)
+    axis.set(title="pairs, each shown both ways", xlabel="predicted P(first is better)", ylabel="share that is better")
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,0 +1,90 @@
+"""A scalar head on a LoRA adapter: the reward model, r = h_last w with h_last the state of a row's last token.
+
+The adapter shares the frozen base with the policy. On disk it is PEFT's SEQ_CLS adapter, which plain peft opens over
+Gemma3TextForSequenceClassification, with reward.json beside it: mean and deviation on held-out reference answers.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common import lora, model
+from common.log import UserError, write_json
+
+HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
+
+
+def new_head(width, device, generator=None):
+    """(1, d) fp32 from N(0, 1 / sqrt(d + 1)), so that first rewards have unit size (Stiennon et al. 2020, app. B)."""
+    draw = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
+    return torch.nn.Parameter(draw.to(device))
+
+
+def parameters(net, name, head):
+    """{PEFT's name on disk: parameter} of adapter `name` and its head, in a fixed order."""
+    return lora.adapter_parameters(net, name) | {HEAD: head}
+
+
+def scores(net, head, tokens, mask):
+    """Reward of each row (B,) fp32, read at its last masked token; a prompt shared by neighbours is computed once.
+
+    tokens (B, T), mask (B, T-1) with at least one 1 a row, as for model.sequence_logprobs. What lies behind the last
+    masked token has no influence. Runs the active adapter.
+    """
+    at = torch.arange(1, tokens.shape[1], device=tokens.device)
+    last = (mask.bool() * at).amax(1)
+    assert last.all(), "a row without an answer has no reward"
+    hidden, index = model.sequence_hidden(net, tokens, mask, last=True)
+    state = hidden[index.gather(1, last[:, None])[:, 0]]  # (B, d)
+    return F.linear(state.float(), head)[:, 0]
+
+
+def save(net, tokenizer, folder, name, head, about):
+    """Adapter, head, tokenizer and `about` (reward.json): a folder that plain peft and `load` read."""
+    model.save_adapter(net, tokenizer, folder, name, about["base_checkpoint"])
+    tensors = {key: p.detach().cpu().contiguous() for key, p in parameters(net, name, head).items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = lora.adapter_config(net, name, about["base_checkpoint"])
+    write_json(Path(folder) / "adapter_config.json", config | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]})
+    write_json(Path(folder) / "reward.json", about)
+
+
+@torch.no_grad()
+def restore(net, name, head, folder):
+    """Put back, bit for bit, what `save` wrote, into an adapter and head of the same shape."""
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    head.copy_(tensors.pop(HEAD))
+    lora.load_adapter_state(net, name, tensors)
+
+
+def load(net, name, folder, fingerprint):
+    """Add a trained reward model to `net` as the frozen adapter `name` -> (head, about).
+
+    `fingerprint` is that of the base in `net`: a reward model belongs to the base it was trained on. UserError if the
+    folder is none of ours or does not fit. The adapter that was active stays so.
+    """
+    folder, active = (
+        Path(folder),
+        next(iter(lora.lora_modules(net).values())).active if lora.lora_modules(net) else None,
+    )
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        about = json.loads((folder / "reward.json").read_text())
+        if config.get("task_type") != "SEQ_CLS" or not {"mean", "std", "base"} <= about.keys():
+            raise ValueError("not a reward model of train_reward.py")
+        if about["base"] != fingerprint:
+            raise ValueError(f"it was trained on another base, {about['base_checkpoint']}")
+        rank, alpha, targets, _ = lora.read_config(json.dumps(config | {"modules_to_save": None}))
+        head = torch.nn.Parameter(torch.zeros(1, net.config.hidden_size, device=net.lm_head.weight.device))
+        lora.inject(net, name, rank, alpha, targets)
+        restore(net, name, head, folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"reward.checkpoint: {folder} cannot be used ({error})") from error
+    for parameter in parameters(net, name, head).values():
+        parameter.requires_grad_(False)
+    lora.use(net, active)
+    return head, about
