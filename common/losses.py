@@ -174,3 +174,77 @@ def _log1mexp(x):
     """log(1 - exp(x)) for x < 0 (Maechler 2012): expm1 near 0, log1p far from it."""
     x = x.clamp(max=-1e-7)
     return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2):
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) -> (B, T-1), r = pi / old. Schulman et al. 2017, eq. 7."""
+    assert logprobs.shape == advantages.shape, (logprobs.shape, advantages.shape)
+    ratio = _ratio(logprobs, old_logprobs)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+
+
+def clipped(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2):
+    """Where policy_loss is flat -> (B, T-1) bool: r above the range counts only under A > 0, below it under A < 0."""
+    assert logprobs.shape == advantages.shape, (logprobs.shape, advantages.shape)
+    ratio = _ratio(logprobs, old_logprobs)
+    return (advantages > 0) & (ratio > 1 + clip_high) | (advantages < 0) & (ratio < 1 - clip_low)
+
+
+def _ratio(logprobs, old_logprobs):
+    """exp(log pi - log old); the exponent is clamped to +-20, and beyond it a token has no gradient."""
+    assert logprobs.shape == old_logprobs.shape, (logprobs.shape, old_logprobs.shape)
+    return (logprobs - old_logprobs).clamp(-20, 20).exp()
+
+
+def value_loss(values, old_values, returns, clip=0.2):
+    """max((V - R)^2, (V' - R)^2) / 2 -> (B, T-1), V' = V kept within +-clip of the rollout's value (inf: unclipped).
+
+    Huang et al. 2022, detail 9."""
+    assert values.shape == old_values.shape == returns.shape, (values.shape, old_values.shape, returns.shape)
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+
+def kl_estimate(logprobs, ref_logprobs, kind="k3"):
+    """KL(policy || ref) a token, on samples of the policy -> (B, T-1); d = log pi - log ref. Schulman 2020.
+
+    k1  d                  unbiased; for rewards and reports: as a loss its expected gradient is 0
+    k2  d^2 / 2            biased, but as a loss its gradient is that of KL(policy || ref)
+    k3  exp(-d) - 1 + d    unbiased and >= 0; as a loss it has the gradient of KL(ref || policy), see kl_loss_unbiased
+    k3 clamps d to >= -20 (finite, no gradient below); k1 and k2 clamp nothing.
+    """
+    assert logprobs.shape == ref_logprobs.shape, (logprobs.shape, ref_logprobs.shape)
+    assert kind in ("k1", "k2", "k3"), kind
+    d = logprobs - ref_logprobs
+    if kind == "k3":
+        d = d.clamp(min=-20)
+        return torch.expm1(-d) + d
+    return d if kind == "k1" else 0.5 * d.square()
+
+
+def kl_loss_unbiased(logprobs, old_logprobs, ref_logprobs):
+    """r * k3 -> (B, T-1), value and gradient of KL(policy || ref) on samples of `old`. DeepSeek-V3.2 2025, eq. 7."""
+    return _ratio(logprobs, old_logprobs) * kl_estimate(logprobs, ref_logprobs)
+
+
+def gspo_loss(logprobs, old_logprobs, advantages, mask, clip_low=3e-4, clip_high=4e-4):
+    """policy_loss with one ratio a sequence, s = exp(mean of log r) -> (B, T-1). Zheng et al. 2025, eq. 5 and 7.
+
+    Wants the mean of sequence means as its reduction: by tokens, long sequences would weigh more than eq. 5 says."""
+    assert logprobs.shape == old_logprobs.shape == mask.shape, (logprobs.shape, old_logprobs.shape, mask.shape)
+    mean = ((logprobs - old_logprobs) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return policy_loss(mean.expand_as(logprobs), torch.zeros_like(logprobs), advantages, clip_low, clip_high)
+
+
+def cispo_loss(logprobs, old_logprobs, advantages, max_ratio=5.0):
+    """-A stop_gradient(min(r, max_ratio)) log pi -> (B, T-1): every token keeps a gradient. MiniMax-M1 2025, eq. 4, 5.
+
+    max_ratio bounds r itself (the paper's 1 + eps); there is no lower bound, as in the paper's runs."""
+    assert logprobs.shape == advantages.shape, (logprobs.shape, advantages.shape)
+    return -advantages * _ratio(logprobs, old_logprobs).clamp(max=max_ratio).detach() * logprobs
+
+
+def dual_clip_loss(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2, bound=3.0):
+    """policy_loss, at most -bound * A where A < 0: a runaway ratio has no gradient. Ye et al. 2020, dual-clip PPO."""
+    loss = policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high)
+    return torch.where(advantages < 0, torch.minimum(loss, -bound * advantages), loss)
