@@ -133,20 +133,24 @@ def step_flops(rows):
     return 4 * body * tokens + 4 * head * targets
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def drive(script, doc, sides, prepare, report):
+    """Run both sides of a comparison in turns, each in its own process, and write benchmarks/<name>.md.
+
+    sides: {"ours": f, "trl": f}, f(base, work, steps) -> records of the steps; prepare(base, data, work, steps) -> rows.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="the real 270M: folder or .gguf")
     parser.add_argument("--data", required=True, help="folder with train.jsonl of the safety task")
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has trl==1.16.0")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=tuple(sides), help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         import resource
 
-        steps = {"ours": ours, "trl": trl}[args.side](args.base, args.work, args.steps)
+        steps = sides[args.side](args.base, args.work, args.steps)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         Path(args.work, f"{args.side}.json").write_text(json.dumps({"steps": steps, "peak_gb": peak}))
         return
@@ -157,16 +161,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         rows = prepare(base, args.data, work, args.steps)
-        results = {"ours": [], "trl": []}
+        results = {side: [] for side in sides}
         for _ in range(args.rounds):
             for side, python in (("ours", sys.executable), ("trl", args.trl_python)):
-                command = [python, __file__, "--side", side, "--work", folder, "--base", base, "--data", args.data]
+                command = [python, script, "--side", side, "--work", folder, "--base", base, "--data", args.data]
                 subprocess.run([*command, "--steps", str(args.steps)], check=True, stdout=subprocess.DEVNULL)
                 results[side].append(json.loads((work / f"{side}.json").read_text()))
                 print(side, f"{results[side][-1]['peak_gb']:.2f} GB", flush=True)
     text = report(rows, results, args)
     print(text)
-    (ROOT / "benchmarks" / "sft.md").write_text(text)
+    (ROOT / "benchmarks" / f"{Path(script).stem.removeprefix('bench_')}.md").write_text(text)
 
 
 def report(rows, results, args):
@@ -209,4 +213,4 @@ def report(rows, results, args):
 
 
 if __name__ == "__main__":
-    main()
+    drive(__file__, __doc__, {"ours": ours, "trl": trl}, prepare, report)

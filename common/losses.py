@@ -115,6 +115,25 @@ def _softmax_rows(logits, targets, temperature, logprobs, hits, keep_gradient):
             logits[rows] = z
 
 
+@torch.no_grad()
+def entropy_and_kl(hidden, ref_hidden, head_weight, chunk=None):
+    """Entropy of the next-token distribution and KL(policy || reference), exact over the vocabulary -> (N,), (N,) fp32.
+
+    hidden, ref_hidden (N, d) under one head (V, d); nats; no gradient. As token_logprobs, never (N, V) beyond a chunk.
+    """
+    chunk = chunk or (256 if hidden.device.type == "cpu" else 1024)
+    block = 16 if hidden.device.type == "cpu" else chunk
+    entropy, kl = torch.zeros(2, len(hidden), device=hidden.device)
+    both = zip(*(_chunks(h.to(head_weight.dtype), head_weight, chunk) for h in (hidden, ref_hidden)))
+    for (rows, ours), (_, theirs) in both:
+        for start in range(0, len(ours), block):
+            at = slice(rows.start + start, min(rows.start + start + block, rows.stop))
+            log_p, log_q = (torch.log_softmax(z[start : start + block].float(), -1) for z in (ours, theirs))
+            p = log_p.exp()
+            entropy[at], kl[at] = -(p * log_p).sum(-1), (p * (log_p - log_q)).sum(-1)
+    return entropy, kl
+
+
 def reward_loss(chosen_rewards, rejected_rewards, margin=0.0):
     """-log sigmoid(r_chosen - r_rejected - margin) -> (pairs,). Bradley-Terry; Ouyang et al. 2022, eq. 1."""
     assert chosen_rewards.shape == rejected_rewards.shape

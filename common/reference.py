@@ -1,0 +1,78 @@
+"""What a frozen reference says about fixed data, computed once and kept by content hash."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from common import base, data, dist, lora, losses, model
+from common.log import say
+
+
+def cached(key, shape, compute):
+    """The fp64 tensor of `shape` that compute() returns, from the cache where a run with the same `key` left it.
+
+    key: a hash of everything that decides its bits (weights, data, dtype, layout). compute() runs on all ranks
+    together or on none; the main rank writes, whole or not at all. A damaged file is computed anew, and said.
+    """
+    path = base.cache_dir() / "reference" / f"{key}.json"
+    found = _read(path, shape) if dist.is_main() else None
+    if dist.any_rank(found is not None):
+        flat = torch.zeros(shape, dtype=torch.float64).flatten().tolist() if found is None else found
+        return torch.tensor(dist.sum_all(*flat), dtype=torch.float64).view(shape)  # the other ranks add zeros
+    value = compute()
+    if dist.is_main():
+        flat = value.flatten().tolist()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps({"value": flat, "sha256": _digest(flat)}))
+        os.replace(draft, path)
+    return value
+
+
+@torch.no_grad()
+def pair_logprobs(net, pairs, cuts):
+    """Summed log-probs of both answers (pairs, 2) fp64, chosen first; `cuts` are this rank's micro-batches of rows."""
+    found = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for rows in cuts:
+        tokens, mask = data.collate_pairs([pairs[i] for i in rows], net.device)
+        found[rows] = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1).double().cpu().view(-1, 2)
+    return torch.tensor(dist.sum_all(*found.flatten().tolist()), dtype=torch.float64).view(-1, 2)
+
+
+@torch.no_grad()
+def drift(net, frozen, examples, cuts):
+    """Exact entropy of the policy and KL(policy || reference) a supervised token, in nats, over all ranks.
+
+    `frozen` holds the reference: as its adapter of that name, or bare. `cuts` are this rank's micro-batches of rows.
+    """
+    entropy = kl = count = 0.0
+    for rows in cuts:
+        tokens, mask = data.collate([examples[i] for i in rows], net.device)
+        hidden, index = model.sequence_hidden(net, tokens, mask)
+        with lora.using(frozen, "reference"):
+            reference_hidden, _ = model.sequence_hidden(frozen, tokens, mask)
+        at = index[:, :-1][mask.bool()]
+        h, k = losses.entropy_and_kl(hidden[at], reference_hidden[at], net.lm_head.weight)
+        entropy, kl, count = entropy + h.sum().item(), kl + k.sum().item(), count + len(h)
+    entropy, kl, count = dist.sum_all(entropy, kl, count)
+    return {"eval/entropy": entropy / count, "eval/kl": kl / count}
+
+
+def _read(path, shape):
+    if not Path(path).is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text())
+        if saved["sha256"] == _digest(saved["value"]) and len(saved["value"]) == torch.Size(shape).numel():
+            return saved["value"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    say(f"{path} is damaged: computing the reference anew")
+    return None
+
+
+def _digest(flat):
+    return hashlib.sha256(json.dumps(flat).encode()).hexdigest()
