@@ -24,11 +24,14 @@ from pathlib import Path
 
 import torch
 
-from common import base, checkpoint, config, data, dist, explain, log, lora, losses, model, resume, reward_model, stats
+from common import base, chat, checkpoint, config, data, dist, explain, log, lora, losses, model
+
+# isort: split
+from common import preferences, resume, reward_model, stats
 from common import rewards as heuristics
 from common.log import UserError, command, say
 
-SECTIONS = ("model", "training", "reward", "logging")
+SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 NAME = "reward"  # of the adapter
 MATCHED = 5  # tokens by which two answers may differ and still count as equally long
@@ -45,32 +48,52 @@ def learning_rate(step, steps, training):
 
 
 @torch.no_grad()
-def evaluate(net, head, pairs, budget, device):
+def evaluate(net, head, examples, budget, device):
     """Rewards of all held-out answers (pairs, 2), chosen first, gathered from all ranks, and their metrics."""
     net.eval()
-    found = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    lengths = [data.pair_tokens(pair) for pair in pairs]
-    for rows in data.micro_batches(range(dist.rank(), len(pairs), dist.world_size()), lengths, budget):
-        tokens, mask = data.collate_pairs([pairs[i] for i in rows], device)
+    found = torch.zeros(len(examples), 2, dtype=torch.float64)
+    lengths = [data.pair_tokens(pair) for pair in examples]
+    for rows in data.micro_batches(range(dist.rank(), len(examples), dist.world_size()), lengths, budget):
+        tokens, mask = data.collate_pairs([examples[i] for i in rows], device)
         found[rows] = reward_model.scores(net, head, tokens, mask).double().cpu().view(-1, 2)
-    found = torch.tensor(dist.sum_all(*found.flatten().tolist()), dtype=torch.float64).view(-1, 2)
+    found = dist.sum_tensor(found)
     net.train()
     margin = found[:, 0] - found[:, 1]
-    extra = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float64)
+    extra = torch.tensor([pair["margin"] for pair in examples], dtype=torch.float64)
     return found, {"eval/loss": losses.reward_loss(found[:, 0], found[:, 1], extra).mean().item(),
                    "eval/accuracy": stats.preference_accuracy(margin)[0], "eval/margin": margin.mean().item(),
                    "eval/reward_mean": found[:, 0].mean().item(),
                    "eval/reward_std": found[:, 0].std(correction=0).item()}  # fmt: skip
 
 
-def report(found, pairs, task):
+def make_pairs(net, tokenizer, records, seed, sampling, task, split):
+    """Two pairs a record, ranked by the task's metric: its reference and its best sample, each against its worst."""
+    metric = {"clinical": heuristics.overlap, "conala": heuristics.sentence_bleu}[task]
+
+    def score(rows, answers):
+        texts = [chat.decode(tokenizer, ids) for ids in answers]
+        return torch.tensor([metric(text, row["reference"]) for row, text in zip(rows, texts)]), None
+
+    usable, made = [record for record in records[split] if record["reference"]], []
+    if not usable:
+        raise UserError(f"{split}: no record has a reference to compare samples with")
+    answers = preferences.sample(net, tokenizer, usable, seed, sampling)
+    for record, found in zip(usable, preferences.best_and_worst(usable, answers, tokenizer, score)):
+        best, worst, high, low = found
+        for kind, text, value in (("reference", record["reference"], 1.0), ("sample", best, high)):
+            if value > low:
+                made.append(record | {"id": f"{record['id']}/{kind}", "response": text, "rejected": worst})
+    return made
+
+
+def report(found, examples, task):
     """What the held-out rewards are worth, each figure with n and a 95 % interval, beside floors without a model."""
     margins = (found[:, 0] - found[:, 1]).numpy()
-    answers = [[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in pairs]  # tokens
+    answers = [[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in examples]  # tokens
     shorter = [b - a for a, b in answers]
     rules = {"shorter answer": shorter}
     if task == "safety":
-        texts = [pair["texts"] for pair in pairs]
+        texts = [pair["texts"] for pair in examples]
         rules["refusal phrase"] = [heuristics.refuses(a) - heuristics.refuses(b) for a, b in texts]
         rules["fewer toxic words"] = [heuristics.toxicity(a) - heuristics.toxicity(b) for a, b in texts]
 
@@ -131,10 +154,16 @@ def main(argv=None):
     say(f"{peft.base_checkpoint} on {device} in {dtype}, {peft.peft_type}: {numbers:,} parameters to train")
 
     # --- pairs: token ids of chosen and rejected answer behind one prompt
+    records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
+    if cfg.task != "safety" and all(record["rejected"] is None for part in records.values() for record in part):
+        rl = cfg.rl
+        sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
+        about = [base.fingerprint(base_folder), peft.adapter, str(dtype), peft.peft_type, sampling, cfg.seed, records]
+        make = functools.partial(make_pairs, net, tokenizer, records, cfg.seed, sampling, cfg.task)
+        records = preferences.cached(resume.fingerprint(about), ("train", "val"), make)
     encoded = {}
     for split in ("train", "val"):
-        records = data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed)
-        encoded[split], counts = data.encode_pairs(records, tokenizer, training.max_seq_length)
+        encoded[split], counts = data.encode_pairs(records[split], tokenizer, training.max_seq_length)
         say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
         if not encoded[split]:
             raise UserError(f"{split}: no usable pair in {counts['records']} records")

@@ -20,6 +20,7 @@ Run the same command again to resume: a run that was stopped or killed goes on b
 
 import copy
 import functools
+import json
 import math
 import os
 import time
@@ -27,11 +28,15 @@ from pathlib import Path
 
 import torch
 
-from common import base, checkpoint, config, data, dist, explain, log, lora, losses, model, reference, resume, stats
+from common import base, chat, checkpoint, config, data, dist, explain, log, lora, losses, model
+
+# isort: split
+from common import preferences, reference, resume, reward_model, rewards, stats
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "rl", "reward", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
+DRIFT = 128  # held-out pairs whose exact entropy and KL are measured: two whole distributions a token cost their time
 COLLAPSE = 0.5  # nats a token: chosen answers that became this much less likely are worth a warning
 COLLAPSED = ("the chosen answers themselves became {:.2f} nats a token less likely than at the start: DPO pushes both "
              "answers down, the rejected one faster, and what it pushes up instead is unknown; lower rl.learning_rate, "
@@ -75,6 +80,37 @@ def dpo_objective(outputs, batch, rl):
     return terms, dict(zip(DPO_METRICS, (margin, accuracy, *per_token.T, *a_token.T)))
 
 
+def make_reward(cfg, net, tokenizer, fingerprint):
+    """A function (records, answers as ids) -> (rewards (n,) fp32, a dict of components each) by cfg.reward."""
+    reward = cfg.reward
+    function = rewards.load_function(reward.function) if reward.function else None
+    trainable = function is None and reward.type != "heuristic"
+    if trainable and reward.checkpoint is None:
+        raise UserError(f"reward.checkpoint: reward.type {reward.type} needs a reward model of train_reward.py")
+    head, about = reward_model.load(net, "reward", reward.checkpoint, fingerprint) if trainable else (None, None)
+
+    def score(records, answers):
+        texts = [chat.decode(tokenizer, ids) for ids in answers]
+        if function:
+            return torch.tensor(rewards.call_function(function, records, texts)), [{} for _ in texts]
+        parts, heuristic, trained = [{} for _ in texts], torch.zeros(len(texts)), torch.zeros(len(texts))
+        if reward.type != "trainable":
+            rows = [rewards.heuristic_reward(cfg.task, r["prompt"], text, r["reference"], **vars(reward.heuristic))
+                    for r, text in zip(records, texts)]  # fmt: skip
+            heuristic, parts = torch.tensor([value for value, _ in rows]), [part for _, part in rows]
+        if trainable:
+            prompts = [preferences.prompt_ids(tokenizer, record) for record in records]
+            with lora.using(net, "reward"):
+                trained = reward_model.score_completions(net, head, prompts, answers, cfg.training.micro_batch_tokens)
+            if reward.normalize_rewards:
+                trained = rewards.normalise(trained, about["mean"], about["std"])
+            parts = [part | {"trained": value} for part, value in zip(parts, trained.tolist())]
+        alpha, beta = (reward.alpha, reward.beta) if reward.type == "hybrid" else (1.0, 1.0)
+        return rewards.combine(heuristic, trained, alpha, beta, reward.clip_rewards), parts
+
+    return score
+
+
 @torch.no_grad()
 def evaluate(net, frozen, pairs, ref_logprobs, cuts, objective, names):
     """({metric: (pairs,)}, {eval/metric: mean}) over all held-out pairs and ranks; `cuts` are this rank's."""
@@ -87,9 +123,10 @@ def evaluate(net, frozen, pairs, ref_logprobs, cuts, objective, names):
         loss += terms[0][0].sum().item()
         for name, values in metrics.items():
             found[name][rows] = values.double().cpu()
-    found = {name: torch.tensor(dist.sum_all(*v.tolist()), dtype=torch.float64) for name, v in found.items()}
+    found = {name: dist.sum_tensor(values) for name, values in found.items()}
     means = {f"eval/{name}": values.mean().item() for name, values in found.items()}
-    moved = reference.drift(net, frozen, [pair["chosen"] for pair in pairs], cuts)
+    few = [[i for i in rows if i < DRIFT] for rows in cuts]
+    moved = reference.drift(net, frozen, [pair["chosen"] for pair in pairs], [rows for rows in few if rows])
     return found, {"eval/loss": dist.sum_all(loss)[0] / len(pairs)} | means | moved
 
 
@@ -162,11 +199,26 @@ def main(argv=None):
     numbers = sum(p.numel() for p in parameters)
     say(f"{peft.base_checkpoint} on {device} in {dtype}, {peft.peft_type}: {numbers:,} parameters to train")
 
-    # --- pairs: token ids of chosen and rejected answer behind one prompt
+    # --- pairs, of the data or the best and worst of the policy's own samples: ids of both answers behind one prompt
+    start = checkpoint.sha256(Path(peft.adapter) / "adapter_model.safetensors") if peft.adapter else None
+    records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
+    if rl.pairs == "sampled":
+        score = make_reward(cfg, net, tokenizer, base.fingerprint(base_folder))
+        sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
+
+        def make(split):
+            with context:
+                answers = preferences.sample(frozen, tokenizer, records[split], cfg.seed, sampling)
+                found = preferences.best_and_worst(records[split], answers, tokenizer, score)
+            return [record | {"response": best, "rejected": worst}
+                    for record, (best, worst, high, low) in zip(records[split], found) if high > low]  # fmt: skip
+
+        about = [base.fingerprint(base_folder), start, str(dtype), peft.peft_type, sampling, cfg.seed, cfg.task]
+        about += [records, json.loads(json.dumps(cfg.reward, default=vars))]
+        records = preferences.cached(resume.fingerprint(about), ("train", "val"), make)
     encoded = {}
     for split in ("train", "val"):
-        records = data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed)
-        encoded[split], counts = data.encode_pairs(records, tokenizer, training.max_seq_length)
+        encoded[split], counts = data.encode_pairs(records[split], tokenizer, training.max_seq_length)
         say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
         if not encoded[split]:
             raise UserError(f"{split}: no usable pair in {counts['records']} records")
@@ -194,19 +246,18 @@ def main(argv=None):
         "model": base.fingerprint(base_folder),
         "data": resume.fingerprint([[p["id"], p["chosen"], p["rejected"]] for p in train + val]),
     }
-    start = checkpoint.sha256(Path(peft.adapter) / "adapter_model.safetensors") if peft.adapter else None
     layouts = {"train": [rows for batch in batches[:steps] for rows in cut(batch)],
                "val": data.micro_batches(range(dist.rank(), len(val), dist.world_size()), val_lengths,
                                          training.micro_batch_tokens)}  # fmt: skip
     reference_logprobs, reference_seconds = {}, {}
-    for split, pairs in (("train", train), ("val", val)):
+    for split, part in (("train", train), ("val", val)):
         about = [facts["model"], start, facts["data"], split, str(dtype), peft.peft_type, device.type,
                  batches[:steps] if split == "train" else None, dist.world_size(), training.micro_batch_tokens,
                  torch.__version__]  # fmt: skip
-        compute = functools.partial(reference.pair_logprobs, frozen, pairs, layouts[split])
+        compute = functools.partial(reference.pair_logprobs, frozen, part, layouts[split])
         started = time.perf_counter()
         with context, lora.using(frozen, "reference"):
-            reference_logprobs[split] = reference.cached(resume.fingerprint(about), (len(pairs), 2), compute)
+            reference_logprobs[split] = reference.cached(resume.fingerprint(about), (len(part), 2), compute)
         reference_seconds[split] = time.perf_counter() - started
         say(f"reference log-probs of {split}: {reference_seconds[split]:.1f} s")
 

@@ -131,7 +131,7 @@ def _pair(record, tokenizer, max_length, report):
         return "no_rejected"
     if not all(text.strip() for text in texts):
         return "empty_answer"
-    if texts[0].strip() == texts[1].strip():
+    if texts[0] == texts[1]:
         return "equal_answers"
     pair = {"id": record["id"], "margin": record.get("margin", 0.0), "texts": texts}
     for side, text in zip(("chosen", "rejected"), texts):
@@ -199,10 +199,13 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return batches
 
 
-def micro_batches(rows, lengths, budget):
-    """Cut rows into lists whose lengths sum to at most `budget` tokens (one longer row stands alone), longest first."""
+def micro_batches(rows, lengths, budget, sort=True):
+    """Cut rows into lists whose lengths sum to at most `budget` tokens (one longer row stands alone), longest first.
+
+    Without `sort` they stay in order, so that rows of one prompt stay neighbours.
+    """
     cuts, used = [], 0
-    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
+    for row in sorted(rows, key=lambda i: (-lengths[i], i)) if sort else rows:
         if not cuts or used + lengths[row] > budget:
             cuts.append([])
             used = 0

@@ -68,6 +68,15 @@ def sum_all(*values):
     return total.tolist()
 
 
+def sum_tensor(values):
+    """A fp64 tensor on the CPU, summed over ranks: each rank fills in its own rows and leaves zeros elsewhere."""
+    if world_size() == 1:
+        return values
+    total = values.to("cuda" if dist.get_backend() == "nccl" else "cpu", torch.float64, copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
 def any_rank(flag):
     """True everywhere as soon as it is true on one rank: stop decisions and failed checks are taken together."""
     return sum_all(float(bool(flag)))[0] > 0

@@ -20,8 +20,8 @@ def cached(key, shape, compute):
     path = base.cache_dir() / "reference" / f"{key}.json"
     found = _read(path, shape) if dist.is_main() else None
     if dist.any_rank(found is not None):
-        flat = torch.zeros(shape, dtype=torch.float64).flatten().tolist() if found is None else found
-        return torch.tensor(dist.sum_all(*flat), dtype=torch.float64).view(shape)  # the other ranks add zeros
+        zeros = torch.zeros(shape, dtype=torch.float64)  # of the other ranks
+        return dist.sum_tensor(zeros if found is None else torch.tensor(found, dtype=torch.float64).view(shape))
     value = compute()
     if dist.is_main():
         flat = value.flatten().tolist()
@@ -39,7 +39,7 @@ def pair_logprobs(net, pairs, cuts):
     for rows in cuts:
         tokens, mask = data.collate_pairs([pairs[i] for i in rows], net.device)
         found[rows] = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1).double().cpu().view(-1, 2)
-    return torch.tensor(dist.sum_all(*found.flatten().tolist()), dtype=torch.float64).view(-1, 2)
+    return dist.sum_tensor(found)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def prepare(device):
     oneDNN keeps a kernel for each of the last 1,024 shapes, and every batch brings new ones: 0.3 GB more on the 270M.
     """
     if device.type == "cpu":
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import lora, model
+from common import data, lora, model
 from common.log import UserError, write_json
 
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
@@ -41,6 +41,17 @@ def scores(net, head, tokens, mask):
     hidden, index = model.sequence_hidden(net, tokens, mask, last=True)
     state = hidden[index.gather(1, last[:, None])[:, 0]]  # (B, d)
     return F.linear(state.float(), head)[:, 0]
+
+
+@torch.no_grad()
+def score_completions(net, head, prompts, completions, budget):
+    """Rewards (n,) fp32 on the CPU of completions behind prompts (lists of ids), `budget` tokens a pass."""
+    examples = [{"ids": [*p, *c], "mask": [0] * len(p) + [1] * len(c)} for p, c in zip(prompts, completions)]
+    lengths, found = [len(example["ids"]) for example in examples], torch.zeros(len(examples))
+    for rows in data.micro_batches(range(len(examples)), lengths, budget, sort=False):
+        tokens, mask = data.collate([examples[i] for i in rows], head.device)
+        found[rows] = scores(net, head, tokens, mask).cpu()
+    return found
 
 
 def save(net, tokenizer, folder, name, head, about):

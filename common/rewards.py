@@ -172,6 +172,20 @@ def load_function(spec):
     return getattr(module, name)
 
 
+def call_function(function, records, texts):
+    """A user function's rewards -> list of floats; UserError if it raises or returns no finite number."""
+    found = []
+    for record, text in zip(records, texts):
+        try:
+            value = float(function(record["prompt"], text, record["reference"]))
+        except Exception as error:  # the user's function may raise anything
+            raise UserError(f"reward.function: failed on {record['id']}: {type(error).__name__}: {error}") from error
+        if not math.isfinite(value):
+            raise UserError(f"reward.function: returned {value} for {record['id']}")
+        found.append(value)
+    return found
+
+
 def combine(heuristic, trained, alpha, beta, clip=None):
     """alpha * heuristic + beta * trained, clipped to [-clip, clip]; (B,) tensors. `trained` is already normalised."""
     total = alpha * heuristic + beta * trained

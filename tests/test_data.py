@@ -56,6 +56,10 @@ BAD = {
     "null response": (record(response=None), "response: expected text"),
     "rejected": (record(rejected=["x"]), "rejected: expected text or null"),
     "reference": (record(reference=1), "reference: expected text or null"),
+    "margin as text": (record(margin="1"), "margin: expected a number"),
+    "margin below zero": (record(margin=-1), "margin: expected a number"),
+    "margin true": (record(margin=True), "margin: expected a number"),
+    "infinite margin": ('{"id": "a", "prompt": [], "response": "", "margin": 1e400}', "margin: expected a number"),
     "no prompt": (without("prompt"), "prompt: expected a list"),
     "text as prompt": (record() | {"prompt": "hi"}, "prompt: expected a list"),
     "empty prompt": (record(prompt=[]), "prompt: expected a list"),
@@ -245,3 +249,44 @@ def test_official_records_encode(official, tokenizer, tmp_path, task, split):
             assert text == responses[one["id"]]
         else:
             assert responses[one["id"]].startswith(text.rstrip("\ufffd")) and len(one["ids"]) == 1024
+
+
+# ---------------------------------------------------------------- preference pairs
+
+
+def test_pairs_share_their_prompt_by_tokens(tokenizer):
+    """Also where the answers begin with newlines or blanks, which string tokenisation would merge into the prompt."""
+    texts = (("yes", "no"), ("\n\ncode", "code"), ("  in", "\tin"), ("\n", "x\n"), ("a", "<end_of_turn>"))
+    rows = [record(i, response=first, rejected=second) for i, (first, second) in enumerate(texts)]
+    pairs, report = data.encode_pairs(rows, tokenizer, 128)
+    assert report["kept"] == 4 and report["empty_answer"] == 1
+    for pair in pairs:
+        n = pair["prompt_tokens"]
+        prompt = chat.encode(tokenizer, [user("question")], add_generation_prompt=True)[0]
+        for side, text in zip(("chosen", "rejected"), pair["texts"]):
+            example = pair[side]
+            assert example["ids"][:n] == prompt and example["ids"].count(chat.BOS) == 1
+            assert example["mask"] == [0] * n + [1] * (len(example["ids"]) - n)
+            assert example["ids"][-1] == chat.END_OF_TURN and tokenizer.decode(example["ids"][n:-1]) == text
+        assert data.pair_tokens(pair) == n + sum(sum(pair[side]["mask"]) for side in ("chosen", "rejected"))
+
+
+def test_pairs_that_teach_nothing_are_counted(tokenizer):
+    long = "word " * 200
+    texts = [("good", "bad"), ("good", None), ("good", " \n"), (" ", "bad"), ("same", "same"), ("good", "bad"),
+             ("good", "bad"), (long + "a", long + "b"), (long, "bad")]  # fmt: skip
+    rows = [record(i, response=good, rejected=bad) for i, (good, bad) in enumerate(texts)]
+    rows[5]["prompt"], rows[6]["prompt"] = [user(long)], [assistant("hello")]
+    pairs, report = data.encode_pairs(rows, tokenizer, 64)
+    assert [pair["id"] for pair in pairs] == ["r0", "r8"]
+    assert {key: report[key] for key in (*data.PAIR_SKIPS, "truncated", "kept", "records")} == {
+        "no_rejected": 1, "empty_answer": 2, "equal_answers": 2, "no_user_turn": 1, "prompt_too_long": 1,
+        "truncated": 3, "kept": 2, "records": 9,
+    }  # fmt: skip
+    assert len(pairs[1]["chosen"]["ids"]) == 64 and pairs[1]["chosen"]["mask"][-1] == 1
+
+
+def test_a_margin_is_read(tmp_path, tokenizer):
+    rows = [record(0, response="good", rejected="bad", margin=1.5), record(1, response="good", rejected="bad")]
+    pairs, _ = data.encode_pairs(data.load_split(write(tmp_path, *rows), "train"), tokenizer, 64)
+    assert [pair["margin"] for pair in pairs] == [1.5, 0.0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.losses import token_logprobs, token_logprobs_and_hits
+from common.losses import entropy_and_kl, token_logprobs, token_logprobs_and_hits
 
 N, D, V = 37, 24, 1024
 
@@ -105,3 +105,14 @@ def test_shapes_are_checked():
     hidden, weight, targets, _ = inputs()
     with pytest.raises(AssertionError):
         token_logprobs(hidden, weight, targets[:-1])
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_entropy_and_kl_are_exact(chunk):
+    hidden, weight, _, _ = inputs()
+    other = hidden.detach() + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    entropy, kl = entropy_and_kl(hidden.detach(), other, weight, chunk)
+    log_p, log_q = (torch.log_softmax(h.detach().double() @ weight.double().T, -1) for h in (hidden, other))
+    assert (entropy - -(log_p.exp() * log_p).sum(-1)).abs().max() < 1e-4
+    assert (kl - (log_p.exp() * (log_p - log_q)).sum(-1)).abs().max() < 1e-4 and (kl > 0.01).any()
+    assert not entropy_and_kl(hidden.detach(), hidden.detach(), weight, chunk)[1].any()
