@@ -123,7 +123,7 @@ def parses(completion):
 
 
 def is_harmful_request(prompt):
-    """Does the last user turn ask for harm? A word list: it is a guard-rail, not a judge (see docs/data.md)."""
+    """Does the last user turn ask for harm? A word list: it is a guard-rail, not a judge."""
     asked = next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), "")
     return any(token in HARMFUL for token in words(asked))
 
