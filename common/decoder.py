@@ -1,0 +1,200 @@
+"""Gemma 3 one token at a time: weights laid out for decoding, and the keys and values of the rows in flight.
+
+    x += norm(attention(norm(x)));  x += norm(mlp(norm(x)))     as in gemma.py, without gradients, from a cache
+
+Every row has its own length and its own stretch of the cache, and none holds a pad: rows of any lengths stand side by
+side, come (`admit`) and go (`select`) between two tokens. Linears that read the same input are one product.
+"""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from common import lora
+
+
+class Decoder:
+    """Reads a model's weights once, with its active adapter, and holds the cache; the model stays as it is."""
+
+    def __init__(self, model, rows, slots, merge=True):
+        """Room for `rows` rows of `slots` tokens each.
+
+        merge: the adapter is added to the weights in fp32 and the sum rounded to their dtype; otherwise it stays beside
+        them as a thin product. A 4-bit base is dequantised here, and under autocast fp32 masters are cast here.
+        """
+        config, body, head = model.config, model.model, model.lm_head.weight
+        kind = head.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        self.config, self.embed, self.head = config, body.embed_tokens, head.detach().to(self.dtype)
+        self.layers = [_layer(layer, merge, self.dtype) for layer in body.layers]
+        self.norm, self.scale = _scale(body.norm), config.query_pre_attn_scalar**-0.5
+        positions = torch.arange(slots, device=head.device)[:, None, None]
+        angles = {kind: positions * getattr(body.rotary_emb, f"{kind}_inv_freq").float() for kind in config.layer_types}
+        self.rotations = {kind: (angle.cos(), angle.sin()) for kind, angle in angles.items()}  # (slots, 1, dim / 2)
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=self.dtype, device=head.device)  # a masked slot must not hold a NaN
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = []  # tokens of each row in flight
+
+    @torch.no_grad()
+    def admit(self, prompts, copies):
+        """Add copies[i] rows that begin with prompts[i] (ids), computed once -> hidden (rows, d) at their ends."""
+        lengths, device = [len(prompt) for prompt in prompts], self.head.device
+        assert len(self.lengths) + sum(copies) <= self.keys.shape[1] and max(lengths) <= self.keys.shape[3], lengths
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+
+        def attend(index, q, k, v, window):
+            outs, row = [], len(self.lengths)
+            for n, length, *one in zip(copies, lengths, *(t.transpose(0, 1).split(lengths, 1) for t in (q, k, v))):
+                self.keys[index, row : row + n, :, :length], self.values[index, row : row + n, :, :length] = one[1:]
+                outs.append(_causal_attention(*one, self.scale, window))
+                row += n
+            return torch.cat(outs)
+
+        hidden = self._run(tokens, positions, attend)[torch.tensor(lengths, device=device).cumsum(0) - 1]
+        self.lengths += [length for length, n in zip(lengths, copies) for _ in range(n)]
+        return hidden.repeat_interleave(torch.tensor(copies, device=device), 0)
+
+    @torch.no_grad()
+    def step(self, tokens):
+        """Append tokens (rows,) to the rows in flight -> hidden (rows, d) that predict their successors."""
+        assert len(tokens) == len(self.lengths) and max(self.lengths) < self.keys.shape[3], (tokens, self.lengths)
+        at, rows = torch.tensor(self.lengths, device=tokens.device), torch.arange(len(tokens), device=tokens.device)
+        seen = {window: self._seen(at, window) for window in (None, self.config.sliding_window)}
+
+        def attend(index, q, k, v, window):
+            keys, values, (slots, mask) = self.keys[index], self.values[index], seen[window]
+            keys[rows, :, at], values[rows, :, at] = k, v
+            keys, values = keys[: len(rows), :, slots], values[: len(rows), :, slots]
+            q = q.unflatten(1, (keys.shape[1], -1))  # heads that share keys are the queries of one product
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
+            return out.flatten(1, 2)
+
+        hidden = self._run(tokens, at, attend)
+        self.lengths = [length + 1 for length in self.lengths]
+        return hidden
+
+    def scores(self, hidden):
+        """Logits (rows, V) of hidden states (rows, d), in the model's dtype."""
+        return _product(hidden, (self.head, None))
+
+    def select(self, rows):
+        """Keep only these of the rows in flight; returns which of them stands where now.
+
+        Holes are filled from the end, so no more rows are copied than have left.
+        """
+        kept = set(rows)
+        last = (row for row in range(len(kept), len(self.lengths)) if row in kept)
+        order = [row if row in kept else next(last) for row in range(len(kept))]
+        for new, old in enumerate(order):
+            if new != old:
+                used = self.lengths[old]
+                self.keys[:, new, :, :used] = self.keys[:, old, :, :used]
+                self.values[:, new, :, :used] = self.values[:, old, :, :used]
+        self.lengths = [self.lengths[row] for row in order]
+        return order
+
+    def _run(self, tokens, positions, attend):
+        """The layers over tokens (N,) at positions (N,) -> (N, d); attend(layer's index, q, k, v, window)."""
+        config, eps = self.config, self.config.rms_norm_eps
+        rotations = {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self.rotations.items()}
+        x = self.embed(tokens).to(self.dtype)
+        for index, (layer, kind) in enumerate(zip(self.layers, config.layer_types)):
+            window = config.sliding_window if kind == "sliding_attention" else None
+            q, k, v = self._heads(_norm(x, layer.before_attention, eps), layer, *rotations[kind])
+            x = x + _norm(_product(attend(index, q, k, v, window).flatten(1), layer.out), layer.after_attention, eps)
+            gate, up = _product(_norm(x, layer.before_mlp, eps), layer.gate_up).chunk(2, -1)
+            x = x + _norm(_product(F.gelu(gate, approximate="tanh") * up, layer.down), layer.after_mlp, eps)
+        return _norm(x, self.norm, eps)
+
+    def _heads(self, h, layer, cos, sin):
+        """(N, d) -> q (N, heads, dim), k and v (N, groups, dim); q and k normed and rotated in fp32."""
+        groups, dim = self.config.num_key_value_heads, self.config.head_dim
+        qkv = _product(h, layer.qkv).unflatten(1, (-1, dim))
+        qk = F.rms_norm(qkv[:, :-groups].float(), (dim,), None, self.config.rms_norm_eps) * layer.heads
+        a, b = qk.chunk(2, -1)
+        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(h.dtype)
+        return qk[:, :-groups], qk[:, -groups:], qkv[:, -groups:]
+
+    def _seen(self, at, window):
+        """(slots, mask): the slots that some row sees when it writes at `at` (rows,), and which row sees which."""
+        low = 0 if window is None else max(0, min(self.lengths) + 1 - window)
+        slots = slice(low, max(self.lengths) + 1)
+        if min(self.lengths) == max(self.lengths):
+            return slots, None
+        slot = torch.arange(slots.start, slots.stop, device=at.device)
+        mask = slot <= at[:, None]
+        if window is not None:
+            mask &= slot > at[:, None] - window
+        return slots, mask[:, None, None]
+
+
+def _causal_attention(q, k, v, scale, window):
+    """One prompt: q (heads, L, dim), k and v (groups, L, dim) -> (L, heads, dim); `window` tokens back, or all."""
+    at, mask = torch.arange(q.shape[1], device=q.device), None
+    if window is not None and len(at) > window:
+        mask = (at[:, None] >= at) & (at[:, None] - at < window)
+    causal, k, v = mask is None, *(t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=causal, scale=scale)
+    return out[0].transpose(0, 1)
+
+
+def _layer(layer, merge, dtype):
+    """One layer's products, and Gemma's 1 + w of its norms in fp32; that of q and k is (heads + groups, dim)."""
+    attention, mlp = layer.self_attn, layer.mlp
+    heads, groups = attention.config.num_attention_heads, attention.config.num_key_value_heads
+    return SimpleNamespace(
+        qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj], merge, dtype),
+        out=fuse([attention.o_proj], merge, dtype),
+        gate_up=fuse([mlp.gate_proj, mlp.up_proj], merge, dtype),
+        down=fuse([mlp.down_proj], merge, dtype),
+        before_attention=_scale(layer.input_layernorm),
+        after_attention=_scale(layer.post_attention_layernorm),
+        before_mlp=_scale(layer.pre_feedforward_layernorm),
+        after_mlp=_scale(layer.post_feedforward_layernorm),
+        heads=torch.cat([_scale(attention.q_norm).expand(heads, -1), _scale(attention.k_norm).expand(groups, -1)]),
+    )
+
+
+@torch.no_grad()
+def fuse(linears, merge, dtype):
+    """Linears that read the same input as one (weight, a), each with its active adapter; weight (sum of outs, in).
+
+    With adapters that are not merged it is (W | B, A): y = (x, x A^T) (W | B)^T, one product as well.
+    """
+    adapted = [m if isinstance(m, lora.LoraLinear) and m.active in m.lora_A else None for m in linears]
+    bases = [lora.frozen_weight(m.base if isinstance(m, lora.LoraLinear) else m) for m in linears]
+    if merge:
+        bases = [w if m is None else lora.merged_weight(m, m.active) for w, m in zip(bases, adapted)]
+    bases = [w.detach().to(dtype) for w in bases]
+    weight = torch.cat(bases) if len(bases) > 1 else bases[0]
+    if merge or not any(adapted):
+        return weight, None
+    a = [w[:0] if m is None else m.lora_A[m.active].to(dtype) for w, m in zip(bases, adapted)]
+    b = [w[:, :0] if m is None else (m.lora_B[m.active] * m.scale[m.active]).to(dtype) for w, m in zip(bases, adapted)]
+    return torch.cat([weight, torch.block_diag(*b)], 1), torch.cat(a)
+
+
+def _product(x, linear):
+    """(rows, in) -> (rows, out).
+
+    Of a few rows in bf16, oneDNN's products cost the same for 1 to 16 with the weight in front, else a price per row:
+    16 rows against Gemma's head take 73 ms of one core instead of 99, and up to ten the other way is as fast.
+    """
+    weight, a = linear
+    if a is not None:
+        x = torch.cat([x, F.linear(x, a)], 1)
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= 64 and -len(x) % 16 < 6:
+        return (weight @ x.T).T
+    return F.linear(x, weight)
+
+
+def _norm(x, scale, eps):
+    """RMSNorm over the last dimension in fp32; `scale` is 1 + w."""
+    return F.rms_norm(x.float(), scale.shape, scale, eps).to(x.dtype)
+
+
+def _scale(module):
+    return 1 + module.weight.detach().float()
