@@ -34,6 +34,7 @@ from common.log import UserError, command, say
 SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 NAME = "reward"  # of the adapter
+SAMPLED = "/sample"  # ends the id of a pair whose better answer is a sample, not a reference
 MATCHED = 5  # tokens by which two answers may differ and still count as equally long
 
 
@@ -55,34 +56,36 @@ def evaluate(net, head, examples, budget, device):
     lengths = [data.pair_tokens(pair) for pair in examples]
     for rows in data.micro_batches(range(dist.rank(), len(examples), dist.world_size()), lengths, budget):
         tokens, mask = data.collate_pairs([examples[i] for i in rows], device)
-        found[rows] = reward_model.scores(net, head, tokens, mask).double().cpu().view(-1, 2)
+        found[rows] = reward_model.scores(net, head, tokens, mask).cpu().double().view(-1, 2)
     found = dist.sum_tensor(found)
     net.train()
     margin = found[:, 0] - found[:, 1]
+    good = found[[not example["id"].endswith(SAMPLED) for example in examples], 0]  # rewards of reference answers
     extra = torch.tensor([pair["margin"] for pair in examples], dtype=torch.float64)
     return found, {"eval/loss": losses.reward_loss(found[:, 0], found[:, 1], extra).mean().item(),
                    "eval/accuracy": stats.preference_accuracy(margin)[0], "eval/margin": margin.mean().item(),
-                   "eval/reward_mean": found[:, 0].mean().item(),
-                   "eval/reward_std": found[:, 0].std(correction=0).item()}  # fmt: skip
+                   "eval/reward_mean": good.mean().item(),
+                   "eval/reward_std": good.std(correction=0).item()}  # fmt: skip
 
 
-def make_pairs(net, tokenizer, records, seed, sampling, task, split):
+def make_pairs(net, tokenizer, records, sampling, task, split):
     """Two pairs a record, ranked by the task's metric: its reference and its best sample, each against its worst."""
     metric = {"clinical": heuristics.overlap, "conala": heuristics.sentence_bleu}[task]
 
     def score(rows, answers):
         texts = [chat.decode(tokenizer, ids) for ids in answers]
-        return torch.tensor([metric(text, row["reference"]) for row, text in zip(rows, texts)]), None
+        found = [metric(text, row["reference"]) for row, text in zip(rows, texts)]
+        return torch.tensor(found), [{metric.__name__: value} for value in found]
 
     usable, made = [record for record in records[split] if record["reference"]], []
     if not usable:
         raise UserError(f"{split}: no record has a reference to compare samples with")
-    answers = preferences.sample(net, tokenizer, usable, seed, sampling)
-    for record, found in zip(usable, preferences.best_and_worst(usable, answers, tokenizer, score)):
-        best, worst, high, low = found
-        for kind, text, value in (("reference", record["reference"], 1.0), ("sample", best, high)):
-            if value > low:
-                made.append(record | {"id": f"{record['id']}/{kind}", "response": text, "rejected": worst})
+    answers = preferences.sample(net, tokenizer, usable, sampling)
+    for record, (best, worst) in zip(usable, preferences.best_and_worst(usable, answers, tokenizer, score)):
+        if worst["score"] < 1:
+            made.append(preferences.pair_record(record, {"text": record["reference"]}, worst))
+        if best["score"] > worst["score"]:
+            made.append(preferences.pair_record(record, best, worst, SAMPLED))
     return made
 
 
@@ -104,8 +107,10 @@ def report(found, examples, task):
         return {"accuracy": rate, "interval": [low, high], "pairs": len(values)}
 
     error, rows = stats.calibration(torch.sigmoid(found[:, 0] - found[:, 1]).numpy())
+    sampled = torch.tensor([pair["id"].endswith(SAMPLED) for pair in examples]).numpy()
     return {
-        "held_out": accuracy(margins),
+        "held_out": accuracy(margins[~sampled]),
+        **({"held_out_between_samples": accuracy(margins[sampled])} if sampled.any() else {}),
         f"length_matched_within_{MATCHED}_tokens": accuracy(stats.length_matched(margins, shorter, MATCHED)),
         "floors": {name: accuracy(values) for name, values in rules.items()},
         "calibration_error": error,
@@ -113,7 +118,10 @@ def report(found, examples, task):
         "correlation_of_reward_and_length": stats.correlation(
             found.flatten().numpy(), [n for pair in answers for n in pair]
         ),
-        "reward_on_reference_answers": {"mean": found[:, 0].mean().item(), "std": found[:, 0].std(correction=0).item()},
+        "reward_on_reference_answers": {
+            "mean": found[~sampled, 0].mean().item(),
+            "std": found[~sampled, 0].std(correction=0).item(),
+        },
     }
 
 
@@ -124,8 +132,8 @@ def main(argv=None):
     training, peft = cfg.training, cfg.model
     if peft.peft_type == "none":
         raise UserError("model.peft_type: a reward model is an adapter on the policy's base: lora or qlora")
-    if training.packing or training.last_turn_only:
-        raise UserError("training.packing and last_turn_only: pairs are never packed and only their answers count")
+    if training.packing or training.last_turn_only or training.budget_tokens is not None:
+        raise UserError("training.packing, last_turn_only and budget_tokens do not belong to pairs: leave them out")
 
     # --- distributed, run folder
     device = model.pick_device(cfg.device)
@@ -158,9 +166,12 @@ def main(argv=None):
     if cfg.task != "safety" and all(record["rejected"] is None for part in records.values() for record in part):
         rl = cfg.rl
         sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
-        about = [base.fingerprint(base_folder), peft.adapter, str(dtype), peft.peft_type, sampling, cfg.seed, records]
-        make = functools.partial(make_pairs, net, tokenizer, records, cfg.seed, sampling, cfg.task)
-        records = preferences.cached(resume.fingerprint(about), ("train", "val"), make)
+        about = [base.fingerprint(base_folder), model.adapter_fingerprint(peft.adapter), str(dtype), peft.peft_type]
+        key = resume.fingerprint([*about, sampling, cfg.seed, cfg.task, records])
+        if job.explain:  # a look needs no more, and leaves nothing behind
+            records, key = {split: part[: training.batch_size] for split, part in records.items()}, None
+        make = functools.partial(make_pairs, net, tokenizer, records, sampling | {"seed": cfg.seed}, cfg.task)
+        records = preferences.cached(key, ("train", "val"), make)
     encoded = {}
     for split in ("train", "val"):
         encoded[split], counts = data.encode_pairs(records[split], tokenizer, training.max_seq_length)
@@ -306,7 +317,7 @@ def main(argv=None):
         checkpoint.publish(run_dir / f"step-{step:06d}", run_dir, "final")
         worth = report(found, val, cfg.task)
         log.write_json(run_dir / "report.json", worth)
-        rows = {"reward model": worth["held_out"], **{k: v for k, v in worth.items() if k.startswith("length_matched")}}
+        rows = {k: v for k, v in worth.items() if k.startswith(("held_out", "length_matched"))}
         for name, row in (rows | {f"floor: {k}": v for k, v in worth["floors"].items()}).items():
             interval = "no pairs" if row["interval"] is None else "{:.3f} [{:.3f}, {:.3f}]".format(
                 row["accuracy"], *row["interval"])  # fmt: skip

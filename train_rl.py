@@ -31,7 +31,7 @@ import torch
 from common import base, chat, checkpoint, config, data, dist, explain, log, lora, losses, model
 
 # isort: split
-from common import preferences, reference, resume, reward_model, rewards, stats
+from common import preferences, reference, resume, reward_model, rewards
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "rl", "reward", "logging")
@@ -80,69 +80,23 @@ def dpo_objective(outputs, batch, rl):
     return terms, dict(zip(DPO_METRICS, (margin, accuracy, *per_token.T, *a_token.T)))
 
 
-def make_reward(cfg, net, tokenizer, fingerprint):
-    """A function (records, answers as ids) -> (rewards (n,) fp32, a dict of components each) by cfg.reward."""
-    reward = cfg.reward
-    function = rewards.load_function(reward.function) if reward.function else None
-    trainable = function is None and reward.type != "heuristic"
-    if trainable and reward.checkpoint is None:
-        raise UserError(f"reward.checkpoint: reward.type {reward.type} needs a reward model of train_reward.py")
-    head, about = reward_model.load(net, "reward", reward.checkpoint, fingerprint) if trainable else (None, None)
-
-    def score(records, answers):
-        texts = [chat.decode(tokenizer, ids) for ids in answers]
-        if function:
-            return torch.tensor(rewards.call_function(function, records, texts)), [{} for _ in texts]
-        parts, heuristic, trained = [{} for _ in texts], torch.zeros(len(texts)), torch.zeros(len(texts))
-        if reward.type != "trainable":
-            rows = [rewards.heuristic_reward(cfg.task, r["prompt"], text, r["reference"], **vars(reward.heuristic))
-                    for r, text in zip(records, texts)]  # fmt: skip
-            heuristic, parts = torch.tensor([value for value, _ in rows]), [part for _, part in rows]
-        if trainable:
-            prompts = [preferences.prompt_ids(tokenizer, record) for record in records]
-            with lora.using(net, "reward"):
-                trained = reward_model.score_completions(net, head, prompts, answers, cfg.training.micro_batch_tokens)
-            if reward.normalize_rewards:
-                trained = rewards.normalise(trained, about["mean"], about["std"])
-            parts = [part | {"trained": value} for part, value in zip(parts, trained.tolist())]
-        alpha, beta = (reward.alpha, reward.beta) if reward.type == "hybrid" else (1.0, 1.0)
-        return rewards.combine(heuristic, trained, alpha, beta, reward.clip_rewards), parts
-
-    return score
-
-
 @torch.no_grad()
 def evaluate(net, frozen, pairs, ref_logprobs, cuts, objective, names):
     """({metric: (pairs,)}, {eval/metric: mean}) over all held-out pairs and ranks; `cuts` are this rank's."""
-    device, loss = net.device, 0.0
+    device, loss, divisors = net.device, 0.0, dpo_weights(pairs)
     found = {name: torch.zeros(len(pairs), dtype=torch.float64) for name in names}
     for rows in cuts:
         tokens, mask = data.collate_pairs([pairs[i] for i in rows], device)
-        batch = {"mask": mask, "ref_logprobs": ref_logprobs[rows].flatten().to(device)}
+        batch = {"mask": mask, "ref_logprobs": ref_logprobs[rows].flatten().float().to(device)}
         terms, metrics = objective({"logprobs": model.sequence_logprobs(net, tokens, mask)}, batch)
-        loss += terms[0][0].sum().item()
+        loss += sum((term * weight).sum() / divisor for (term, weight), divisor in zip(terms, divisors)).item()
         for name, values in metrics.items():
-            found[name][rows] = values.double().cpu()
+            found[name][rows] = values.cpu().double()
     found = {name: dist.sum_tensor(values) for name, values in found.items()}
     means = {f"eval/{name}": values.mean().item() for name, values in found.items()}
     few = [[i for i in rows if i < DRIFT] for rows in cuts]
     moved = reference.drift(net, frozen, [pair["chosen"] for pair in pairs], [rows for rows in few if rows])
-    return found, {"eval/loss": dist.sum_all(loss)[0] / len(pairs)} | means | moved
-
-
-def report(found, pairs):
-    """Held-out implicit preference accuracy (ties half) with a 95 % Wilson interval, beside length alone."""
-    sizes = torch.tensor([[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in pairs])
-    change = torch.stack([found["chosen_change"], found["rejected_change"]], 1)  # nats a token
-    longer = (sizes[:, 0] - sizes[:, 1]).double()
-    sums = (change * sizes) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-    rows = {"implicit_accuracy": sums, "implicit_accuracy_of_averages": change[:, 0] - change[:, 1],
-            "floor_shorter_answer": -longer}  # fmt: skip
-    rates = {name: stats.preference_accuracy(values.numpy()) for name, values in rows.items()}
-    return {name: {"accuracy": rate, "interval": [low, high], "pairs": len(pairs)}
-            for name, (rate, low, high) in rates.items()} | {
-        "correlation_of_margin_and_length_difference": stats.correlation(sums.numpy(), longer.numpy())
-    }  # fmt: skip
+    return found, {"eval/loss": dist.sum_all(loss)[0]} | means | moved
 
 
 # what each algorithm does, resolved before the loop: the step's divisors and the loss of a micro-batch
@@ -200,22 +154,30 @@ def main(argv=None):
     say(f"{peft.base_checkpoint} on {device} in {dtype}, {peft.peft_type}: {numbers:,} parameters to train")
 
     # --- pairs, of the data or the best and worst of the policy's own samples: ids of both answers behind one prompt
-    start = checkpoint.sha256(Path(peft.adapter) / "adapter_model.safetensors") if peft.adapter else None
+    start = model.adapter_fingerprint(peft.adapter)
     records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
     if rl.pairs == "sampled":
-        score = make_reward(cfg, net, tokenizer, base.fingerprint(base_folder))
+        judge = None
+        if rewards.needs_model(cfg.reward):
+            fingerprint, budget = base.fingerprint(base_folder), training.micro_batch_tokens
+            judge = reward_model.judge(frozen, tokenizer, cfg.reward, fingerprint, budget)
+        score = rewards.make(cfg.task, cfg.reward, functools.partial(chat.decode, tokenizer), judge)
         sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
-
-        def make(split):
-            with context:
-                answers = preferences.sample(frozen, tokenizer, records[split], cfg.seed, sampling)
-                found = preferences.best_and_worst(records[split], answers, tokenizer, score)
-            return [record | {"response": best, "rejected": worst}
-                    for record, (best, worst, high, low) in zip(records[split], found) if high > low]  # fmt: skip
-
-        about = [base.fingerprint(base_folder), start, str(dtype), peft.peft_type, sampling, cfg.seed, cfg.task]
-        about += [records, json.loads(json.dumps(cfg.reward, default=vars))]
-        records = preferences.cached(resume.fingerprint(about), ("train", "val"), make)
+        about = [
+            base.fingerprint(base_folder),
+            start,
+            str(dtype),
+            peft.peft_type,
+            sampling,
+            cfg.seed,
+            cfg.task,
+            records,
+        ]
+        key = resume.fingerprint([*about, json.loads(json.dumps(cfg.reward, default=vars)), score.about])
+        if job.explain:  # a look needs no more, and leaves nothing behind
+            records, key = {split: part[: training.batch_size] for split, part in records.items()}, None
+        with context:
+            records = preferences.from_policy(frozen, tokenizer, records, score, sampling | {"seed": cfg.seed}, key)
     encoded = {}
     for split in ("train", "val"):
         encoded[split], counts = data.encode_pairs(records[split], tokenizer, training.max_seq_length)
@@ -237,6 +199,8 @@ def main(argv=None):
     batches = data.epoch_batches(lengths, training.batch_size, cfg.seed, 0)
     if job.explain:
         shown = [train[i][side] for i in batches[0] for side in ("chosen", "rejected")]
+        if full:
+            say(f"beside the memory below, {model.memory_bytes(frozen) / 1e9:.2f} GB of the frozen reference")
         return explain.show(shown, tokenizer, net, named, training.micro_batch_tokens)
 
     # --- the reference's log-probs, in the layout that they will be compared in
@@ -244,6 +208,7 @@ def main(argv=None):
         "world_size": dist.world_size(),
         "tokenizer": checkpoint.sha256(base_folder / "tokenizer.json"),
         "model": base.fingerprint(base_folder),
+        "start": start,
         "data": resume.fingerprint([[p["id"], p["chosen"], p["rejected"]] for p in train + val]),
     }
     layouts = {"train": [rows for batch in batches[:steps] for rows in cut(batch)],
@@ -312,11 +277,11 @@ def main(argv=None):
             better = state["evaluation"]["eval/loss"] < state["best"]
             state["best"] = min(state["best"], state["evaluation"]["eval/loss"])
             state["since_best"] = 0 if better else state["since_best"] + 1
-            if state["evaluation"]["eval/chosen_change"] < -COLLAPSE:
-                record["warning"] = COLLAPSED.format(-state["evaluation"]["eval/chosen_change"])
-                say(f"step {step}: {record['warning']}")
         improved = state["evaluation"] is not None and state["since_best"] == 0
         record |= state["evaluation"] or {}
+        if record.get("eval/chosen_change", 0) < -COLLAPSE:
+            record["warning"] = COLLAPSED.format(-record["eval/chosen_change"])
+            say(f"step {step}: {record['warning']}")
         patience_over = training.patience is not None and state["since_best"] >= training.patience
         done = step == steps or patience_over
         state["step"] = step
@@ -343,7 +308,7 @@ def main(argv=None):
         totals = dict.fromkeys(("loss", *algorithm["metrics"]), 0.0)
         for micro in cut(chosen):
             tokens, mask = data.collate_pairs([train[i] for i in micro], device)
-            batch = {"mask": mask, "ref_logprobs": reference_logprobs["train"][micro].flatten().to(device)}
+            batch = {"mask": mask, "ref_logprobs": reference_logprobs["train"][micro].flatten().float().to(device)}
             with context:
                 outputs = {"logprobs": model.sequence_logprobs(net, tokens, mask)}  # (B, T-1)
             terms, metrics = objective(outputs, batch)
@@ -392,7 +357,7 @@ def main(argv=None):
         send(record)
         say(log.line(record))
         checkpoint.publish(run_dir / f"step-{step:06d}", run_dir, "final")
-        worth = report(found, val)
+        worth = preferences.implicit_report(found, val)
         log.write_json(run_dir / "report.json", worth)
         for name, row in worth.items():
             if isinstance(row, dict):

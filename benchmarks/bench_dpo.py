@@ -115,8 +115,8 @@ def prepare(base, data_folder, work, steps):
 
 def report(rows, results, args):
     tokens = sum(len(row[side]["ids"]) for row in rows for side in ("chosen", "rejected"))
-    prompts, answers = (sum(values) for values in zip(*(
-        (row["prompt_tokens"], sum(row["chosen"]["mask"]) + sum(row["rejected"]["mask"])) for row in rows)))  # fmt: skip
+    prompts = sum(row["prompt_tokens"] for row in rows)
+    answers = sum(sum(row[side]["mask"]) for row in rows for side in ("chosen", "rejected"))
     lines = [
         "# DPO against TRL 1.16",
         "",

@@ -136,7 +136,7 @@ def step_flops(rows):
 def drive(script, doc, sides, prepare, report):
     """Run both sides of a comparison in turns, each in its own process, and write benchmarks/<name>.md.
 
-    sides: {"ours": f, "trl": f}, f(base, work, steps) -> records of the steps; prepare(base, data, work, steps) -> rows.
+    sides: {"ours": f, "trl": f}, f(base, work, steps) -> a record a step; prepare(base, data, work, steps) -> rows.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="the real 270M: folder or .gguf")

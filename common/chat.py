@@ -122,6 +122,11 @@ def encode(tokenizer, turns, add_generation_prompt=False, last_turn_only=False):
     return ids, mask
 
 
+def encode_prompt(tokenizer, turns):
+    """Ids of any list of turns (normalised here) up to where the model's answer begins."""
+    return encode(tokenizer, normalise(turns)[0], add_generation_prompt=True)[0]
+
+
 def decode(tokenizer, ids):
     """The text of a completion: cut at the first stop token, so no control token and no later turn is shown."""
     end = next((i for i, token in enumerate(ids) if token in STOP_TOKENS), len(ids))

@@ -1,8 +1,9 @@
 """Records of the three tasks -> token examples -> steps of rows -> micro-batches under a token budget.
 
 A record is one JSON line: `prompt` (turns, the last one the user's), `response`, `rejected` (or null), `reference`
-(or null), `margin` (of a preference, optional), `id`. An example is {"id", "ids": T token ids, "mask": T of 0 / 1}, a
-pair two examples with one prompt; nothing is padded until `collate`.
+(or null), `id`; optional `margin` (of a preference) and `unfinished` (which of the two answers were cut off). An
+example is {"id", "ids": T token ids, "mask": T of 0 / 1}, a pair two examples with one prompt; nothing is padded until
+`collate`.
 """
 
 import json
@@ -134,12 +135,13 @@ def _pair(record, tokenizer, max_length, report):
     if texts[0] == texts[1]:
         return "equal_answers"
     pair = {"id": record["id"], "margin": record.get("margin", 0.0), "texts": texts}
-    for side, text in zip(("chosen", "rejected"), texts):
+    for side, key, text in zip(("chosen", "rejected"), ("response", "rejected"), texts):
         turns, repairs = chat.normalise([*record["prompt"], {"role": "assistant", "content": text}])
         if not turns:
             return "no_user_turn"
         ids, mask = chat.encode(tokenizer, turns, last_turn_only=True)
         end = max(i for i, m in enumerate(mask) if m) + 1  # the newline behind the stop token is never generated
+        end -= key in record.get("unfinished", ())  # a sample that was cut off has no stop token to learn
         pair[side] = {
             "id": f"{record['id']}/{side}",
             "ids": ids[: min(end, max_length)],

@@ -18,9 +18,9 @@ def hidden_states(model, tokens, lengths, parents=None):
     """Final hidden states (N, d) of sequences laid end to end.
 
     model: Gemma3ForCausalLM, with or without our adapters; tokens (N,) int64; lengths: list of ints, sum N.
-    parents: for each sequence the number of the earlier one that it continues, or None. A prompt with several answers
-    is so computed once: each answer goes on at the prompt's next position and sees the prompt and itself, not the other
-    answers. Positions restart at 0 in a sequence without a parent. Gradients reach whatever parameters require them.
+    parents: for each sequence the number of the earlier one that it continues, or None: a prompt is computed once, and
+    each of its answers sees it and itself. Positions restart at 0 in a sequence without a parent. Gradients reach
+    whatever parameters require them.
     """
     assert tokens.ndim == 1 and sum(lengths) == len(tokens), (tokens.shape, lengths)
     parents = parents or [None] * len(lengths)
@@ -66,7 +66,7 @@ def _attend_each(q, k, v, layout, scale, window):
 def _attend_padded(q, k, v, layout, scale, window):
     """The same in one sdpa call: right-padded to (B, heads, L, dim), so a causal mask already hides every pad.
 
-    A row is a sequence with its parent in front; the parent's queries are made again there and thrown away.
+    A row is a sequence with its parent in front, whose outputs are thrown away.
     """
     lengths, parents = layout
     starts = [0, *itertools.accumulate(lengths)]

@@ -22,16 +22,17 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.active, self.dropout = base, None, 0.0
-        self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.base, self.active = base, None
+        self.lora_A, self.lora_B, self.scale, self.dropout = nn.ParameterDict(), nn.ParameterDict(), {}, {}
 
     def forward(self, x):
         """(..., in) -> (..., out)"""
         if self.active not in self.lora_A:
             return _FrozenLinear.apply(x, self.base)
         a, b, scale = self.lora_A[self.active], self.lora_B[self.active], self.scale[self.active]
-        if self.dropout and self.training:
-            low = F.linear(F.dropout(x, self.dropout), a.to(x.dtype))
+        dropout = self.dropout.get(self.active, 0.0) if self.training else 0.0
+        if dropout:
+            low = F.linear(F.dropout(x, dropout), a.to(x.dtype))
             return _FrozenLinear.apply(x, self.base) + F.linear(low, b.to(x.dtype)) * scale
         return _LoraProduct.apply(x, a, b, self.base, scale)
 
@@ -109,7 +110,7 @@ def inject(model, name, rank, alpha, targets=TARGETS, dropout=0.0):
             module.lora_A[name] = nn.Parameter(a)
             module.lora_B[name] = nn.Parameter(torch.zeros(module.base.out_features, rank, device=device))
             module.scale[name] = alpha / rank
-            module.dropout = dropout
+            module.dropout[name] = dropout
     use(model, name)
 
 
@@ -178,7 +179,7 @@ def adapter_config(model, name, base_checkpoint):
         "base_model_name_or_path": str(base_checkpoint),
         "r": rank,
         "lora_alpha": first.scale[name] * rank,
-        "lora_dropout": first.dropout,
+        "lora_dropout": first.dropout.get(name, 0.0),
         "target_modules": sorted({k.rsplit(".", 1)[-1] for k in modules}),
         "bias": "none",
         "inference_mode": True,

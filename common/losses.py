@@ -116,15 +116,18 @@ def _softmax_rows(logits, targets, temperature, logprobs, hits, keep_gradient):
 
 
 @torch.no_grad()
-def entropy_and_kl(hidden, ref_hidden, head_weight, chunk=None):
+def entropy_and_kl(hidden, ref_hidden, head_weight, chunk=None, ref_head_weight=None):
     """Entropy of the next-token distribution and KL(policy || reference), exact over the vocabulary -> (N,), (N,) fp32.
 
-    hidden, ref_hidden (N, d) under one head (V, d); nats; no gradient. As token_logprobs, never (N, V) beyond a chunk.
+    hidden, ref_hidden (N, d) under their heads (V, d), one and the same if ref_head_weight is not given; nats; no
+    gradient. As token_logprobs, never (N, V) beyond a chunk.
     """
+    ref_head_weight = head_weight if ref_head_weight is None else ref_head_weight
     chunk = chunk or (256 if hidden.device.type == "cpu" else 1024)
     block = 16 if hidden.device.type == "cpu" else chunk
     entropy, kl = torch.zeros(2, len(hidden), device=hidden.device)
-    both = zip(*(_chunks(h.to(head_weight.dtype), head_weight, chunk) for h in (hidden, ref_hidden)))
+    heads = ((hidden, head_weight), (ref_hidden, ref_head_weight))
+    both = zip(*(_chunks(h.to(w.dtype), w, chunk) for h, w in heads))
     for (rows, ours), (_, theirs) in both:
         for start in range(0, len(ours), block):
             at = slice(rows.start + start, min(rows.start + start + block, rows.stop))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from common import base, chat, gemma, lora, losses
+from common import base, chat, checkpoint, gemma, lora, losses
 from common.log import UserError, say
 
 
@@ -201,6 +201,12 @@ def load_adapter(model, name, folder, trainable=True):
     for parameter in lora.adapter_parameters(model, name).values():
         parameter.requires_grad_(trainable)
     return rank, alpha, targets
+
+
+def adapter_fingerprint(folder):
+    """Hashes of what decides an adapter's effect (tensors; rank, alpha and targets); None without a folder."""
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    return [checkpoint.sha256(Path(folder) / name) for name in files] if folder else None
 
 
 def save(model, tokenizer, folder, adapter, base_name):

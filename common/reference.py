@@ -7,17 +7,20 @@ from pathlib import Path
 
 import torch
 
-from common import base, data, dist, lora, losses, model
+from common import base, data, dist, gemma, lora, losses, model
 from common.log import say
 
 
 def cached(key, shape, compute):
     """The fp64 tensor of `shape` that compute() returns, from the cache where a run with the same `key` left it.
 
-    key: a hash of everything that decides its bits (weights, data, dtype, layout). compute() runs on all ranks
-    together or on none; the main rank writes, whole or not at all. A damaged file is computed anew, and said.
+    key: a hash of everything that decides its bits (weights, data, dtype, layout); that of our own forward pass is
+    added. compute() runs on all ranks together or on none; the main rank writes, whole or not at all. A damaged file is
+    computed anew, and said.
     """
-    path = base.cache_dir() / "reference" / f"{key}.json"
+    sources = [Path(module.__file__).read_bytes() for module in (gemma, losses, lora, model)]
+    name = hashlib.sha256(b"\0".join([key.encode(), *sources])).hexdigest()
+    path = base.cache_dir() / "reference" / f"{name}.json"
     found = _read(path, shape) if dist.is_main() else None
     if dist.any_rank(found is not None):
         zeros = torch.zeros(shape, dtype=torch.float64)  # of the other ranks
@@ -38,7 +41,7 @@ def pair_logprobs(net, pairs, cuts):
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for rows in cuts:
         tokens, mask = data.collate_pairs([pairs[i] for i in rows], net.device)
-        found[rows] = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1).double().cpu().view(-1, 2)
+        found[rows] = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1).cpu().double().view(-1, 2)
     return dist.sum_tensor(found)
 
 
@@ -55,7 +58,9 @@ def drift(net, frozen, examples, cuts):
         with lora.using(frozen, "reference"):
             reference_hidden, _ = model.sequence_hidden(frozen, tokens, mask)
         at = index[:, :-1][mask.bool()]
-        h, k = losses.entropy_and_kl(hidden[at], reference_hidden[at], net.lm_head.weight)
+        h, k = losses.entropy_and_kl(
+            hidden[at], reference_hidden[at], net.lm_head.weight, ref_head_weight=frozen.lm_head.weight
+        )
         entropy, kl, count = entropy + h.sum().item(), kl + k.sum().item(), count + len(h)
     entropy, kl, count = dist.sum_all(entropy, kl, count)
     return {"eval/entropy": entropy / count, "eval/kl": kl / count}

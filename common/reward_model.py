@@ -8,11 +8,10 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import data, lora, model
+from common import chat, data, lora, model, rewards
 from common.log import UserError, write_json
 
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
@@ -40,7 +39,7 @@ def scores(net, head, tokens, mask):
     assert last.all(), "a row without an answer has no reward"
     hidden, index = model.sequence_hidden(net, tokens, mask, last=True)
     state = hidden[index.gather(1, last[:, None])[:, 0]]  # (B, d)
-    return F.linear(state.float(), head)[:, 0]
+    return (state.float() * head).sum(-1)  # no product that autocast would round
 
 
 @torch.no_grad()
@@ -99,3 +98,20 @@ def load(net, name, folder, fingerprint):
         parameter.requires_grad_(False)
     lora.use(net, active)
     return head, about
+
+
+def judge(net, tokenizer, reward, fingerprint, budget):
+    """A function (records, answers as ids) -> (n,): the scores of the model in reward.checkpoint, held by `net`.
+
+    With reward.normalize_rewards they have mean 0 and deviation 1 on the model's own held-out reference answers.
+    """
+    head, about = load(net, "reward", reward.checkpoint, fingerprint)
+
+    def score(records, answers):
+        prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
+        with lora.using(net, "reward"):
+            found = score_completions(net, head, prompts, answers, budget)
+        return rewards.normalise(found, about["mean"], about["std"]) if reward.normalize_rewards else found
+
+    score.about = model.adapter_fingerprint(reward.checkpoint)
+    return score

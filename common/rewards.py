@@ -9,15 +9,20 @@ parsed but never executed. The heuristic reward is the weighted mean of the task
 """
 
 import ast
+import hashlib
 import importlib.util
 import math
 import re
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from common.log import UserError
 
 LONGEST = 20_000  # characters that are looked at
+WORDS = 512  # words that ROUGE-L compares (MTS-Dialog's longest reference has 403); its time grows with their square
+PARSED = 5_000  # characters of code that are parsed; CoNaLa's longest snippet has under 500
 # Insults, slurs' milder kin and threats that the speaker makes; words that a refusal needs (harm, kill, drug) are no
 # insult and stand only in THREATS, as phrases aimed at the reader.
 TOXIC = frozenset(
@@ -74,11 +79,11 @@ def repetition(completion):
 
 
 def overlap(completion, reference):
-    """ROUGE-L F1 without stemming, from rouge-score, on at most LONGEST characters of each."""
+    """ROUGE-L F1 without stemming, from rouge-score, on at most WORDS words of each."""
     from rouge_score import rouge_scorer
 
-    score = rouge_scorer.RougeScorer(["rougeL"]).score(reference[:4000], completion[:4000])
-    return score["rougeL"].fmeasure
+    ours, right = (" ".join(text[:LONGEST].split()[:WORDS])[: 8 * WORDS] for text in (completion, reference))
+    return rouge_scorer.RougeScorer(["rougeL"]).score(right, ours)["rougeL"].fmeasure
 
 
 def facts(completion, reference):
@@ -108,12 +113,12 @@ def sentence_bleu(completion, reference):
 
 
 def parses(completion):
-    """1 if `ast.parse` accepts the text; code of over 20,000 characters or 100 brackets deep is not tried."""
+    """1 if `ast.parse` accepts the text; code of over PARSED characters or 100 brackets deep is not tried."""
     depth = deepest = 0
-    for character in completion[: LONGEST + 1]:
+    for character in completion[: PARSED + 1]:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
-    if len(completion) > LONGEST or deepest > 100 or not completion.strip():
+    if len(completion) > PARSED or deepest > 100 or not completion.strip():
         return 0.0
     try:
         ast.parse(completion)
@@ -184,6 +189,47 @@ def call_function(function, records, texts):
             raise UserError(f"reward.function: returned {value} for {record['id']}")
         found.append(value)
     return found
+
+
+def needs_model(reward):
+    """Do these settings (section `reward`) ask for a trained model? UserError if they name none."""
+    wanted = reward.function is None and reward.type != "heuristic"
+    if wanted and reward.checkpoint is None:
+        raise UserError(f"reward.checkpoint: reward.type {reward.type} needs a reward model of train_reward.py")
+    return wanted
+
+
+def make(task, reward, decode, judge=None):
+    """A function (records, answers as ids) -> (rewards (n,) fp32, a dict of components for each) by section `reward`.
+
+    decode(ids) -> text; judge(records, answers) -> (n,), the trained model's normalised scores, where needs_model. Its
+    attribute `about` says what decides the scores beside the settings: the hash of the model or of the function's file.
+    """
+    function = load_function(reward.function) if reward.function else None
+
+    def score(records, answers):
+        texts = [decode(ids) for ids in answers]
+        if function:
+            return torch.tensor(call_function(function, records, texts)), [{} for _ in texts]
+        parts, heuristic, trained = [{} for _ in texts], torch.zeros(len(texts)), torch.zeros(len(texts))
+        if reward.type != "trainable":
+            rows = []
+            for record, text in zip(records, texts):
+                if record["reference"] is None and task != "safety":
+                    raise UserError(f"{record['id']}: the heuristic reward of {task} needs a reference, it has none")
+                rows.append(
+                    heuristic_reward(task, record["prompt"], text, record["reference"], **vars(reward.heuristic))
+                )
+            heuristic, parts = torch.tensor([value for value, _ in rows]), [part for _, part in rows]
+        if judge:
+            trained = judge(records, answers)
+            parts = [part | {"trained": value} for part, value in zip(parts, trained.tolist())]
+        alpha, beta = (reward.alpha, reward.beta) if reward.type == "hybrid" else (1.0, 1.0)
+        return combine(heuristic, trained, alpha, beta, reward.clip_rewards), parts
+
+    file = reward.function.rpartition(":")[0] if function else None
+    score.about = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else getattr(judge, "about", None)
+    return score
 
 
 def combine(heuristic, trained, alpha, beta, clip=None):

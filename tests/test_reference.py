@@ -25,21 +25,30 @@ def test_computed_once(cache):
     assert torch.equal(reference.cached("key", (2, 2), compute), value)
     assert torch.equal(reference.cached("key", (2, 2), compute), value) and len(calls) == 1  # to the bit
     assert torch.equal(reference.cached("other", (2, 2), compute), value) and len(calls) == 2
-    assert sorted(path.name for path in cache.iterdir()) == ["key.json", "other.json"]  # no draft is left
+    assert [path.suffix for path in cache.iterdir()] == [".json"] * 2  # no draft is left
+
+
+def test_another_forward_pass_is_another_reference(cache, tmp_path, monkeypatch):
+    value = torch.zeros(1, 2, dtype=torch.float64)
+    reference.cached("key", (1, 2), lambda: value)
+    changed = tmp_path / "gemma.py"
+    changed.write_text(open(reference.gemma.__file__).read() + "# a fork")
+    monkeypatch.setattr(reference.gemma, "__file__", str(changed))
+    assert reference.cached("key", (1, 2), lambda: value + 1).all() and len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "shape", "not json", "hash"])
 def test_damage_is_computed_anew_and_said(cache, capsys, how):
     value = torch.tensor([[1.5, 2.5]], dtype=torch.float64)
     reference.cached("key", (1, 2), lambda: value)
-    path = cache / "key.json"
+    (path,) = cache.iterdir()
     saved = json.loads(path.read_text())
     path.write_text({
         "cut": path.read_text()[:-9], "flipped": path.read_text().replace("1.5", "1.25"), "not json": "[]",
         "shape": json.dumps(saved | {"value": [1.5]}), "hash": json.dumps({"value": saved["value"]}),
     }[how])  # fmt: skip
     assert torch.equal(reference.cached("key", (1, 2), lambda: value), value)
-    assert "key.json is damaged" in capsys.readouterr().out
+    assert f"{path.name} is damaged" in capsys.readouterr().out
     assert json.loads(path.read_text()) == saved
 
 

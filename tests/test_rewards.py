@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from common import rewards, synthetic
 from common.log import UserError
@@ -19,6 +20,10 @@ HOSTILE = [
     "1" + "+1" * 100_000,
     "[" * 5000,
     "9" * 5000,
+    "9" * 100_000,
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467" * 2000,  # a family joined by ZWJ
+    "if 1:\n 1\n" + "elif 1:\n 1\n" * 2200,
+    "a " * 50_000,
     "lambda:" * 5000,
     "x = 1\n" * 1_700_000,
     "\ud800 lone",
@@ -82,10 +87,11 @@ def test_hostile_texts_are_bounded_quick_and_start_nothing(task, tmp_path, monke
         lambda event, _: seen.append(event) if event in ("exec", "subprocess.Popen", "os.system") else None
     )
     for text in HOSTILE:
-        started, before = time.perf_counter(), len(seen)
-        total, parts = rewards.heuristic_reward(task, HARM, text, "x = 1")
-        assert 0 <= total <= 1 and all(0 <= value <= 1 for value in parts.values()), text[:20]
-        assert time.perf_counter() - started < 1.0 and len(seen) == before, text[:20]
+        for reference in ("x = 1", "a b " * 20_000):
+            started, before = time.thread_time(), len(seen)
+            total, parts = rewards.heuristic_reward(task, HARM, text, reference)
+            assert 0 <= total <= 1 and all(0 <= value <= 1 for value in parts.values()), text[:20]
+            assert time.thread_time() - started < 0.25 and len(seen) == before, text[:20]
     assert not (tmp_path / "marker").exists()
 
 
@@ -108,3 +114,24 @@ def test_user_function(tmp_path):
     file.write_text("1 / 0\n")
     with pytest.raises(UserError, match="ZeroDivisionError"):
         rewards.load_function(f"{file}:score")
+
+
+def test_hybrid_by_hand():
+    heuristic, trained = torch.tensor([0.2, 0.9, 0.5]), torch.tensor([3.0, -1.0, 40.0])
+    normal = rewards.normalise(trained, mean=1.0, std=2.0)
+    assert normal.tolist() == pytest.approx([1.0, -1.0, 19.5])
+    assert rewards.combine(heuristic, normal, 2.0, 0.5).tolist() == pytest.approx([0.9, 1.3, 10.75])
+    assert rewards.combine(heuristic, normal, 2.0, 0.5, clip=1.0).tolist() == pytest.approx([0.9, 1.0, 1.0])
+    assert torch.isfinite(rewards.normalise(trained, 0.0, 0.0)).all()  # a reward model that says one thing only
+
+
+def test_user_function_that_fails_names_the_record():
+    rows = [{"id": "first", "prompt": KIND, "reference": None}, {"id": "second", "prompt": KIND, "reference": None}]
+    assert rewards.call_function(lambda prompt, text, reference: len(text), rows, ["a", "bcd"]) == [1.0, 3.0]
+    for function, words in (
+        (lambda *_: 1 / 0, "failed on first: ZeroDivisionError"),
+        (lambda *_: "x", "failed on first"),
+        (lambda prompt, text, reference: float("nan") if text == "b" else 1, "nan for second"),
+    ):
+        with pytest.raises(UserError, match=words):
+            rewards.call_function(function, rows, ["a", "b"])

@@ -1,0 +1,156 @@
+"""Pairs made from samples: which are picked, what the record keeps, what the cache is keyed on."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import chat, data, lora, preferences, reward_model, rewards, synthetic
+from common.log import UserError
+
+SAMPLING = {"group_size": 3, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA_ALIGNMENT_CACHE", str(tmp_path))
+    return tmp_path / "pairs"
+
+
+def by_length(records, answers):
+    """A reward that a test can predict: the number of tokens."""
+    return torch.tensor([float(len(ids)) for ids in answers]), [{"tokens": len(ids)} for ids in answers]
+
+
+def test_samples_are_those_of_their_own_numbers(tiny_model):
+    net, tokenizer = tiny_model
+    records = synthetic.records("conala", "val", 5)
+    together = preferences.sample(net, tokenizer, records, SAMPLING)
+    assert [len(samples) for samples in together] == [3] * 5 and len({str(ids) for ids in together[0]}) > 1
+    assert all(0 < len(ids) <= 12 for samples in together for ids in samples)
+    assert preferences.sample(net, tokenizer, records[:2], SAMPLING) == together[:2]  # company changes nothing
+    assert preferences.sample(net, tokenizer, records, SAMPLING | {"seed": 1}) != together
+    with pytest.raises(UserError, match=r"rl\.group_size"):
+        preferences.sample(net, tokenizer, records, SAMPLING | {"group_size": 1})
+
+
+def test_best_against_worst_with_what_decided(tiny_model, cache, capsys):
+    net, tokenizer = tiny_model
+    records = {"train": synthetic.records("conala", "train", 6), "val": synthetic.records("conala", "val", 3)}
+    answers = preferences.sample(net, tokenizer, records["train"], SAMPLING)
+    made = preferences.from_policy(net, tokenizer, records, by_length, SAMPLING, "key")
+    sizes = [sorted(map(len, samples)) for samples in answers]
+    assert len(made["train"]) == sum(s[0] < s[-1] for s in sizes)
+    rows = {record["id"]: record for record in made["train"]}
+    for record, samples, size in zip(records["train"], answers, sizes):
+        if size[0] < size[-1]:
+            row, texts = rows[record["id"]], {chat.decode(tokenizer, ids) for ids in samples}
+            assert {row["response"], row["rejected"]} <= texts and row["prompt"] == record["prompt"]
+            assert row["scores"]["response"] == {"total": size[-1], "tokens": size[-1]}
+            assert row["scores"]["rejected"] == {"total": size[0], "tokens": size[0]}
+            longest = max(samples, key=len)
+            assert ("response" in row["unfinished"]) == (longest[-1] not in chat.STOP_TOKENS)
+    said = capsys.readouterr().out
+    assert "answers cut off" in said and "best: total" in said and "tokens" in said
+
+    def never(*_):
+        raise AssertionError("the cache holds them")
+
+    assert preferences.from_policy(net, tokenizer, records, never, SAMPLING, "key") == made  # and the files are records
+    (folder,) = cache.iterdir()
+    assert data.load_split(folder, "train") == made["train"] and sorted(p.name for p in folder.iterdir()) == [
+        "train.jsonl", "val.jsonl"]  # fmt: skip
+    with pytest.raises(AssertionError):
+        preferences.from_policy(net, tokenizer, records, never, SAMPLING, "another key")
+
+
+def test_a_cut_answer_has_no_stop_token(tokenizer):
+    record = {"id": "a", "prompt": [{"role": "user", "content": "q"}], "response": "one", "rejected": "two"}
+    for unfinished in ([], ["response"], ["response", "rejected"]):
+        (pair,), _ = data.encode_pairs([record | {"unfinished": unfinished}], tokenizer, 64)
+        for side, key in (("chosen", "response"), ("rejected", "rejected")):
+            assert (pair[side]["ids"][-1] == chat.END_OF_TURN) == (key not in unfinished)
+            assert pair[side]["mask"][-1] == 1
+
+
+def test_equal_scores_and_bad_scores(tiny_model, cache):
+    net, tokenizer = tiny_model
+    records = {"train": synthetic.records("conala", "train", 2)}
+
+    def flat(rows, answers):
+        return torch.ones(len(rows)), [{} for _ in rows]
+
+    def nan(rows, answers):
+        return torch.full((len(rows),), float("nan")), [{} for _ in rows]
+
+    with pytest.raises(UserError, match="score the same"):
+        preferences.from_policy(net, tokenizer, records, flat, SAMPLING, "flat")
+    with pytest.raises(UserError, match=f"{records['train'][0]['id']} is not finite"):
+        preferences.from_policy(net, tokenizer, records, nan, SAMPLING, "nan")
+    assert not cache.exists()  # nothing half made is kept
+
+
+# ---------------------------------------------------------------- the reward that ranks them
+
+
+def settings(**changes):
+    weights = SimpleNamespace(toxicity=1.0, length=0.2, repetition=0.5, refusal=0.5, overlap=1.0, facts=0.5, bleu=1.0,
+                              exact=0.5, parse=0.5)  # fmt: skip
+    plain = {"type": "heuristic", "alpha": 2.0, "beta": 0.5, "checkpoint": None, "function": None, "clip_rewards": None,
+             "normalize_rewards": True, "heuristic": weights}  # fmt: skip
+    return SimpleNamespace(**plain | changes)
+
+
+def test_reward_types_and_components(tiny_model, tmp_path, tiny_folder):
+    from common import base
+
+    net, tokenizer = tiny_model
+    torch.manual_seed(0)
+    lora.inject(net, "reward", 4, 8)
+    head = reward_model.new_head(net.config.hidden_size, torch.device("cpu"))
+    fingerprint = base.fingerprint(tiny_folder)
+    about = {"base_checkpoint": str(tiny_folder), "base": fingerprint, "task": "safety", "mean": 0.5, "std": 2.0}
+    (tmp_path / "rm").mkdir()
+    reward_model.save(net, tokenizer, tmp_path / "rm", "reward", head, about)
+    records = synthetic.records("safety", "val", 4)
+    answers = [[*chat.encode_text(tokenizer, record["response"]), chat.END_OF_TURN] for record in records]
+
+    def decode(ids):
+        return chat.decode(tokenizer, ids)
+
+    prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
+    raw = reward_model.score_completions(net, head, prompts, answers, 4096)
+    plain, _ = rewards.make("safety", settings(), decode)(records, answers)
+    by_hand = [rewards.heuristic_reward("safety", r["prompt"], r["response"], **vars(settings().heuristic))
+               for r in records]  # fmt: skip
+    assert plain.tolist() == pytest.approx([value for value, _ in by_hand])
+    for kind, normal, right in (
+        ("trainable", True, (raw - 0.5) / 2),
+        ("trainable", False, raw),
+        ("hybrid", True, 2 * plain + 0.5 * (raw - 0.5) / 2),
+    ):
+        chosen = settings(type=kind, checkpoint=str(tmp_path / "rm"), normalize_rewards=normal)
+        assert rewards.needs_model(chosen)
+        judge = reward_model.judge(net, tokenizer, chosen, fingerprint, 100)
+        found, parts = rewards.make("safety", chosen, decode, judge)(records, answers)
+        assert (found - right).abs().max() < 1e-4, kind
+        assert [part["trained"] for part in parts] == pytest.approx((raw if not normal else (raw - 0.5) / 2).tolist())
+        assert ("toxicity" in parts[0]) == (kind == "hybrid")
+    clipped, _ = rewards.make("safety", settings(clip_rewards=0.3), decode)(records, answers)
+    assert clipped.max().item() == pytest.approx(0.3)
+    with pytest.raises(UserError, match=r"reward\.checkpoint: reward\.type hybrid needs"):
+        rewards.needs_model(settings(type="hybrid"))
+    assert not rewards.needs_model(settings(type="hybrid", function="f.py:g"))
+
+
+def test_a_function_s_body_and_a_missing_reference(tmp_path, tokenizer):
+    file = tmp_path / "mine.py"
+    file.write_text("def f(prompt, completion, reference):\n    return len(completion)\n")
+    first = rewards.make("conala", settings(function=f"{file}:f"), str)
+    assert first([{"id": "a", "prompt": [], "reference": None}], ["four"])[0].tolist() == [4.0]
+    file.write_text("def f(prompt, completion, reference):\n    return -len(completion)\n")
+    assert rewards.make("conala", settings(function=f"{file}:f"), str).about != first.about  # another key of the cache
+    with pytest.raises(UserError, match="a: the heuristic reward of conala needs a reference"):
+        rewards.make("conala", settings(), str)([{"id": "a", "prompt": [], "reference": None}], ["x"])
+    assert json.dumps(first.about)

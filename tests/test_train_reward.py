@@ -1,0 +1,275 @@
+"""train_reward.py end to end: what a run leaves behind and is worth, exact resume, refusals, invariances."""
+
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import train_reward
+from common import base, config, lora, model, reward_model
+from tests import runs
+from tests.runs import records, write_data
+
+ROOT = Path(train_reward.__file__).parent
+MAIN = train_reward.main
+train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Twenty pairs: with four a step, epochs begin at steps 5 and 10."""
+    return write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=20, val=6)
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    return runs.settings(tiny_folder, few, "--training.mode", "reward", "--training.micro_batch_tokens", 256)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, settings):
+    return runs.straight(MAIN, tmp_path_factory, settings)
+
+
+def plain_rewards(folder, base_folder, pairs):
+    """Rewards (pairs, 2) by plain transformers and peft, one answer at a time."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    net = transformers.Gemma3TextForSequenceClassification.from_pretrained(
+        base_folder, num_labels=1, dtype=torch.float32
+    )
+    net = peft.PeftModel.from_pretrained(net, folder).eval()
+    with torch.no_grad():
+        rewards = [net(torch.tensor([pair[side]["ids"]])).logits for pair in pairs for side in ("chosen", "rejected")]
+    return torch.cat(rewards).view(-1, 2).double()
+
+
+# ---------------------------------------------------------------- a run, and what it leaves behind
+
+
+def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer):
+    source = write_data(tmp_path / "data", "safety", train=128, val=40)
+    argv = ["--config", ROOT / "configs" / "reward_270m.yml", "--debug", "--dataset_path", source]
+    argv += ["--logging.output_dir", tmp_path, "--model.base_checkpoint", tiny_folder, "--training.max_steps", 16]
+    argv += ["--training.learning_rate", 2e-3, "--training.batch_size", 8]
+    argv += ["--training.eval_interval", 8, "--training.save_interval", 4]
+    status, out, err = run(tmp_path, argv, pictures=True)
+    assert status == 0, err
+    run_dir = tmp_path / "reward_270m-debug"
+    assert {path.name for path in run_dir.iterdir()} == {
+        ".lock", "config.yml", "run.json", "metrics.jsonl", "curves.png", "report.json", "reliability.png", "best",
+        "final", "step-000012", "step-000016",
+    }  # fmt: skip
+    lines, report = runs.lines(run_dir), json.loads((run_dir / "report.json").read_text())
+    assert [line["step"] for line in lines] == list(range(17))
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 8, 16]
+    assert lines[-1] == json.loads(out.partition("RESULT ")[2])
+    assert lines[-1]["eval/loss"] < 0.5 * lines[0]["eval/loss"] and lines[-1]["eval/margin"] > 1
+    assert lines[-1]["best_eval_loss"] == min(line.get("eval/loss", math.inf) for line in lines)
+    assert config.load_config(run_dir / "config.yml").training.max_steps == 16
+    assert len(json.loads((run_dir / "run.json").read_text())["facts"]["data"]) == 64
+    assert all((run_dir / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n") for name in ("curves", "reliability"))
+
+    held_out, floors = report["held_out"], report["floors"]
+    assert held_out["accuracy"] >= 0.9 and held_out["accuracy"] == lines[-1]["eval/accuracy"]
+    assert set(floors) == {"shorter answer", "refusal phrase", "fewer toxic words"}
+    assert all(floor["pairs"] == 40 and floor["accuracy"] < held_out["interval"][0] for floor in floors.values())
+    assert "reward model: accuracy {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(
+        held_out["accuracy"], *held_out["interval"]) in out  # fmt: skip
+
+    pairs = runs.pairs_of(source, "val", tokenizer)
+    found = plain_rewards(run_dir / "final", tiny_folder, pairs)
+    assert_worth(report, found, pairs)
+    mean, std = found[:, 0].mean().item(), found[:, 0].std(correction=0).item()
+    about = json.loads((run_dir / "final" / "reward.json").read_text())
+    for row in (about, report["reward_on_reference_answers"]):
+        assert (row["mean"], row["std"]) == pytest.approx((mean, std), rel=1e-4)
+    assert about["task"] == "safety" and about["base"] == base.fingerprint(tiny_folder)
+    assert lines[-1]["eval/reward_mean"] == about["mean"] and lines[-1]["eval/reward_std"] == about["std"]
+
+
+def assert_worth(report, found, pairs):
+    """The report's figures, computed anew from rewards (pairs, 2)."""
+    n, margins = len(pairs), (found[:, 0] - found[:, 1]).numpy()
+    sizes = np.array([[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in pairs])
+    rate, z = (margins > 0).mean(), 1.959964
+    centre, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    assert report["held_out"]["interval"] == pytest.approx(
+        [(centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)]
+    )
+    matched = margins[abs(sizes[:, 0] - sizes[:, 1]) <= 5]
+    assert 0 < len(matched) < n
+    assert report["length_matched_within_5_tokens"]["pairs"] == len(matched)
+    assert report["length_matched_within_5_tokens"]["accuracy"] == pytest.approx((matched > 0).mean())
+    assert report["floors"]["shorter answer"]["accuracy"] == pytest.approx(
+        (sizes[:, 0] < sizes[:, 1]).mean() + 0.5 * (sizes[:, 0] == sizes[:, 1]).mean()
+    )
+    assert report["correlation_of_reward_and_length"] == pytest.approx(
+        np.corrcoef(found.flatten().numpy(), sizes.flatten())[0, 1], abs=1e-4
+    )
+    rows = report["reliability"]
+    assert sum(row["count"] for row in rows) == 2 * n  # each pair shown both ways
+    p = 1 / (1 + np.exp(-np.concatenate([margins, -margins])))
+    assert sum(row["count"] * row["predicted"] for row in rows) == pytest.approx(p.sum(), rel=1e-4)
+    assert sum(row["count"] * row["observed"] for row in rows) == pytest.approx(n)
+    gaps = [row["count"] * abs(row["predicted"] - row["observed"]) for row in rows]
+    assert report["calibration_error"] == pytest.approx(sum(gaps) / (2 * n)) and sum(gaps) > 0
+
+
+def test_loss_of_a_step_by_transformers_and_peft(tmp_path, settings, tiny_folder, tokenizer):
+    source = write_data(tmp_path / "data", "safety", {"margin": 1.5}, train=8, val=6)
+    flags = ["--training.learning_rate", 1e-30, "--training.max_steps", 1, "--training.batch_size", 8]
+    flags += ["--reward.center_coefficient", 0.5, "--dataset_path", source, "--model.peft_dropout", 0]
+    train(tmp_path, settings(tmp_path, *flags))
+    first, last = runs.lines(tmp_path / "run")
+
+    found = {split: plain_rewards(tmp_path / "run" / "final", tiny_folder, runs.pairs_of(source, split, tokenizer))
+             for split in ("train", "val")}  # fmt: skip
+    margin = {split: rewards[:, 0] - rewards[:, 1] for split, rewards in found.items()}
+    centre = 0.5 * found["train"].sum(1).square()
+    assert first["loss"] == pytest.approx((F.softplus(1.5 - margin["train"]) + centre).mean().item(), rel=1e-4)
+    assert first["accuracy"] == (margin["train"] > 0).double().mean()
+    for line in (first, last):
+        assert line["eval/loss"] == pytest.approx(F.softplus(1.5 - margin["val"]).mean().item(), rel=1e-4)
+    assert 0.2 < found["train"].std() < 5  # fresh rewards have about unit size
+
+
+def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, tiny_folder):
+    pytest.importorskip("bitsandbytes")
+    net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    torch.manual_seed(1)
+    lora.inject(net, "policy", 4, 8, ("q_proj", "down_proj"))
+    with torch.no_grad():
+        for parameter in lora.adapter_parameters(net, "policy").values():
+            parameter.normal_(std=0.1)
+    (tmp_path / "adapter").mkdir()
+    model.save_adapter(net, tokenizer, tmp_path / "adapter", "policy", "base")
+    flags = ["--model.adapter", tmp_path / "adapter", "--training.max_steps", 4, "--training.learning_rate", 1e-30]
+    status, out, err = run(tmp_path, settings(tmp_path, *flags, peft="qlora"))
+    assert status == 0, err
+    assert f"starting from {tmp_path}/adapter" in out
+    final = tmp_path / "run" / "final"
+    net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    head, about = reward_model.load(net, "reward", final, base.fingerprint(tiny_folder))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, parameter in lora.adapter_parameters(net, "reward").items():
+        assert torch.allclose(parameter, saved[name], atol=1e-20), name
+    assert head.any() and math.isfinite(about["std"])
+    assert all(math.isfinite(line["loss"]) for line in runs.lines(tmp_path / "run")[:-1])
+
+
+# ---------------------------------------------------------------- R1, R2, R13: stop and resume
+
+
+def test_r1_r13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):
+    runs.check_sigterm(MAIN, tmp_path, settings, straight)
+    reports = [(run_dir / "report.json").read_bytes() for run_dir in (tmp_path / "run", straight())]
+    assert reports[0] == reports[1]
+
+
+def test_r1_r14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
+    runs.check_crash(MAIN, tmp_path, settings, straight)
+
+
+def test_a_finished_run_started_again(tmp_path, straight, settings):
+    shutil.copytree(straight(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "report.json").unlink()
+    result = train(tmp_path, settings(tmp_path))
+    runs.assert_same_run(tmp_path / "run", straight())
+    assert (tmp_path / "run" / "report.json").read_bytes() == (straight() / "report.json").read_bytes()
+    assert result["step"] == runs.STEPS
+
+
+def test_r2_r13_two_ranks_stop_together_and_resume(tmp_path, settings):
+    runs.check_two_ranks(MAIN, tmp_path, settings)
+
+
+# ---------------------------------------------------------------- R9: refusals
+
+
+def test_r9_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
+    other = shutil.copytree(few, tmp_path / "other")
+    lines = (few / "train.jsonl").read_text().splitlines(True)
+    first = json.dumps(json.loads(lines[0]) | {"margin": 0.5}) + "\n"
+    (other / "train.jsonl").write_text("".join([first, *lines[1:]]))
+    changed = runs.another_base(tmp_path / "base", tiny_folder)
+    runs.check_refusals(
+        MAIN, tmp_path, settings, straight,
+        (["--dataset_path", other], "dataset_path", "data "),
+        (["--model.base_checkpoint", changed], "model.base_checkpoint", "model "),
+        (["--reward.center_coefficient", 0.1], "reward.center_coefficient 0.01 -> 0.1"),
+    )  # fmt: skip
+
+
+def test_r9_what_may_change(tmp_path, settings, straight):
+    runs.check_what_may_change(MAIN, tmp_path, settings, straight)
+
+
+# ---------------------------------------------------------------- a step does not depend on how it is cut
+
+
+def test_b1_gradient_of_micro_batches(tmp_path, settings, few):
+    runs.check_cuts(MAIN, tmp_path, settings, few, "lora")
+
+
+def test_b1_one_rank_or_two(tmp_path, settings):
+    flags = ["--training.max_steps", 6, "--training.eval_interval", 6, "--model.peft_dropout", 0]
+    flags += ["--training.save_interval", 1, "--training.keep_last", 10]
+    train(tmp_path, settings(tmp_path / "one", *flags))
+    runs.train_ranks(MAIN, tmp_path, settings(tmp_path / "two", *flags))
+    runs.assert_one_rank_or_two(tmp_path / "one" / "run", tmp_path / "two" / "run", rel=1e-4, near_zero=1e-6)
+    assert len(records(tmp_path / "two" / "run")) == 7
+
+
+# ---------------------------------------------------------------- R15: not finite
+
+
+def test_r15_nan_ends_the_run_before_the_update(tmp_path, settings):
+    runs.check_nan(MAIN, tmp_path, settings, "synthetic-safety-train-", reward_model, "scores")
+
+
+# ---------------------------------------------------------------- --explain and bad input
+
+
+def test_explain_writes_nothing_and_skips_are_counted(tmp_path, settings, few):
+    out_dir, source = tmp_path / "out", runs.odd_pairs(tmp_path / "odd", few)
+    before = runs.snapshot(tmp_path / "odd")
+    status, out, err = run(tmp_path, settings(out_dir, "--explain", "--dataset_path", source))
+    assert status == 0 and not err and not out_dir.exists() and runs.snapshot(tmp_path / "odd") == before
+    line = next(line for line in out.splitlines() if line.startswith("train: "))
+    for words in ("20 records", "1 no_rejected", "1 empty_answer", "1 equal_answers", "1 prompt_too_long", "16 kept"):
+        assert words in line, line
+    assert "[[" in out and "checked 8 examples" in out and "estimated peak" in out  # both answers of four pairs
+    assert out.count("/chosen: ") == out.count("/rejected: ") == 4 and "logits" not in out
+
+
+def test_bad_input_is_one_line(tmp_path, settings, straight, few):
+    out_dir = tmp_path / "out"
+    refused(tmp_path, ["--config", ROOT / "configs" / "sft_lora_270m.yml", "--debug"], "train_sft.py")
+    refused(tmp_path, ["--config", ROOT / "configs" / "dpo_270m.yml", "--debug"], "train_rl.py")
+    refused(tmp_path, settings(out_dir, peft="none"), "model.peft_type", "lora or qlora")
+    refused(tmp_path, settings(out_dir, "--training.packing", "true"), "training.packing")
+    refused(tmp_path, settings(out_dir, "--training.last_turn_only", "true"), "last_turn_only")
+    assert not out_dir.exists()
+    nothing = write_data(tmp_path / "nothing", "safety", {"rejected": None}, train=20, val=6)
+    refused(tmp_path, settings(out_dir, "--dataset_path", nothing), "train: no usable pair in 20 records")
+    shutil.copyfile(few / "train.jsonl", nothing / "train.jsonl")
+    refused(tmp_path, settings(out_dir, "--dataset_path", nothing), "val: no usable pair in 6 records")
+    refused(tmp_path, settings(out_dir, "--dataset_path", tmp_path / "none"), f"{tmp_path}/none/train.jsonl")
+    refused(tmp_path, settings(out_dir, "--training.max_seq_length", 8), "train: no usable pair in 20 records")
+    refused(tmp_path, settings(out_dir, "--model.adapter", tmp_path / "none"), "model.adapter", f"{tmp_path}/none")
+    refused(tmp_path, settings(out_dir, "--model.adapter", straight() / "final"), "model.adapter", "modules_to_save")
+    assert not list(out_dir.rglob("*.*ml"))  # neither a config nor a metric
+
+
+def test_a_budget_is_not_ignored(tmp_path, settings):
+    """The key is in this script's --help; a run that reads past it would spend without end."""
+    refused(tmp_path, settings(tmp_path / "out", "--training.budget_tokens", 100), "budget_tokens")
