@@ -22,6 +22,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import base, chat, checkpoint, config, data, dist, explain, log, lora, losses, model
@@ -106,6 +107,8 @@ def report(found, examples, task):
         rate, low, high = stats.preference_accuracy(values)
         return {"accuracy": rate, "interval": [low, high], "pairs": len(values)}
 
+    right, floor = margins > 0, np.array(shorter) > 0
+    only, other, chance = stats.mcnemar(right, floor)
     error, rows = stats.calibration(torch.sigmoid(found[:, 0] - found[:, 1]).numpy())
     sampled = torch.tensor([pair["id"].endswith(SAMPLED) for pair in examples]).numpy()
     return {
@@ -113,6 +116,7 @@ def report(found, examples, task):
         **({"held_out_between_samples": accuracy(margins[sampled])} if sampled.any() else {}),
         f"length_matched_within_{MATCHED}_tokens": accuracy(stats.length_matched(margins, shorter, MATCHED)),
         "floors": {name: accuracy(values) for name, values in rules.items()},
+        "against_shorter_answer": {"only_model_right": only, "only_floor_right": other, "p": chance},
         "calibration_error": error,
         "reliability": [{"predicted": p, "observed": share, "count": n} for p, share, n in rows],
         "correlation_of_reward_and_length": stats.correlation(
@@ -322,6 +326,9 @@ def main(argv=None):
             interval = "no pairs" if row["interval"] is None else "{:.3f} [{:.3f}, {:.3f}]".format(
                 row["accuracy"], *row["interval"])  # fmt: skip
             say(f"{name.replace('_', ' ')}: accuracy {interval} of {row['pairs']} pairs")
+        paired = worth["against_shorter_answer"]
+        say(f"against the shorter answer: right where that is wrong {paired['only_model_right']} times, wrong where "
+                f"that is right {paired['only_floor_right']} times, p = {paired['p']:.2g}")  # fmt: skip
         say(f"calibration error {worth['calibration_error']:.3f}, correlation of reward and length "
             f"{worth['correlation_of_reward_and_length']:+.3f}")  # fmt: skip
         log.plot_reliability(worth["reliability"], run_dir / "reliability.png")

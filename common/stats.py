@@ -1,5 +1,7 @@
 """Intervals and calibration in numpy; each function is a few lines of a textbook and tested against another library."""
 
+import math
+
 import numpy as np
 
 
@@ -16,6 +18,17 @@ def preference_accuracy(margins):
     margins = np.asarray(margins, dtype=np.float64)
     wins = (margins > 0).sum() + 0.5 * (margins == 0).sum()
     return float(wins / len(margins)), *wilson(wins, len(margins))
+
+
+def mcnemar(first, second):
+    """(items only the first has right, only the second, exact two-sided p) of two bool arrays over the same items.
+
+    Under the null each item on which they differ is a fair coin. McNemar 1947, by the binomial rather than chi-square.
+    """
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    b, c = int((first & ~second).sum()), int((~first & second).sum())
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
+    return b, c, min(1.0, 2 * tail)
 
 
 def calibration(probabilities, bins=10):

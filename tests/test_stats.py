@@ -44,3 +44,15 @@ def test_length_matched_and_correlation():
     assert stats.length_matched([1, 2, 3], [0, -5, 2], 2).tolist() == [1, 3]
     assert stats.correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
     assert stats.correlation([1, 1, 1], [2, 4, 6]) == 0.0
+
+
+def test_mcnemar_is_the_exact_binomial():
+    scipy = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for shift in (0.0, 0.1, 0.4):
+        first, second = rng.random(200) < 0.5 + shift, rng.random(200) < 0.5
+        b, c, p = stats.mcnemar(first, second)
+        assert (b, c) == (int((first & ~second).sum()), int((second & ~first).sum()))
+        assert p == pytest.approx(scipy.binomtest(b, b + c).pvalue, rel=1e-9)
+    assert stats.mcnemar([True, False], [True, False]) == (0, 0, 1.0)
+    assert stats.mcnemar([True] * 6, [False] * 6)[2] == pytest.approx(2 / 64)
