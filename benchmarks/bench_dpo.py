@@ -2,11 +2,11 @@
 
     python benchmarks/bench_dpo.py --base gemma-3-270m.gguf --data data/safety --trl-python other-venv/bin/python
 
-Both sides start from one saved LoRA adapter (r 8, q/k/v/o, fp32 on a bf16 base) and take the same batches of 4 HH
-pairs (<= 512 tokens a side, similar lengths together), beta 0.1, AdamW, constant learning rate, and both pay for the
-reference's log-probs of these pairs once: TRL in its loop, ours in a pass before it, whose seconds are added. Ours is
-train_rl.py as anyone runs it; TRL runs with its best settings found here: bf16 weights, no gradient checkpointing. The
-sides take turns, `--rounds` times, and the report quotes medians. Written to benchmarks/dpo.md.
+Both sides start from one saved LoRA adapter (r 8, q/k/v/o, fp32 on a frozen base of --dtype) and take the same batches
+of 4 HH pairs (<= 512 tokens a side, similar lengths together), beta 0.1, AdamW, constant learning rate, and both pay for
+the reference's log-probs of these pairs once: TRL in its loop, ours in a pass before it, whose seconds are added. Ours
+is train_rl.py as anyone runs it; TRL runs with its best settings found here: weights of --dtype, no gradient
+checkpointing. The sides take turns, `--rounds` times, and the report quotes medians. Written to benchmarks/dpo.md.
 """
 
 import json
@@ -31,8 +31,9 @@ def ours(base, work, steps):
 
     train_rl.main([
         "--rl.algorithm", "dpo", "--training.mode", "rl", "--model.base_checkpoint", base,
-        "--model.adapter", f"{work}/adapter", "--model.dtype", "bfloat16", "--dataset_path", f"{work}/data",
-        "--seed", str(SEED), "--device", "cpu", "--rl.dpo_beta", str(BETA), "--training.batch_size", str(BATCH),
+        "--model.adapter", f"{work}/adapter", "--model.dtype", os.environ["BENCH_DTYPE"],
+        "--dataset_path", f"{work}/data", "--seed", str(SEED), "--device", "cpu",
+        "--rl.dpo_beta", str(BETA), "--training.batch_size", str(BATCH),
         "--training.max_seq_length", str(LENGTH), "--rl.max_steps", str(steps), "--rl.learning_rate", str(RATE),
         "--training.schedule", "constant", "--training.warmup_ratio", "0", "--training.eval_interval", "1000000",
         "--training.save_interval", "1000000", "--logging.output_dir", work, "--logging.run_name", run,
@@ -56,7 +57,7 @@ def trl(base, work, steps):
     dataset = Dataset.from_list(
         [{"prompt_ids": a[:n], "chosen_ids": a[n:], "rejected_ids": b[n:], "prompt": "-"} for n, a, b in cut]
     )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, os.environ["BENCH_DTYPE"]))
     model = PeftModel.from_pretrained(model, f"{work}/adapter", is_trainable=True)
     times = []
 
@@ -121,10 +122,10 @@ def report(rows, results, args):
         "# DPO against TRL 1.16",
         "",
         f"`python benchmarks/bench_dpo.py --base gemma-3-270m.gguf --data data/safety --trl-python PYTHON "
-        f"--steps {args.steps} --rounds {args.rounds}`",
+        f"--steps {args.steps} --rounds {args.rounds} --dtype {args.dtype}`",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, bf16 matrix products at {matrix_rate():.0f} GFLOP/s; Gemma 3 "
-        f"270M, LoRA r 8 on q/k/v/o; {args.steps} steps of {BATCH} HH pairs: {tokens} tokens with each prompt counted "
+        f"{platform.machine()}, {os.cpu_count()} cores, {args.dtype} matrix products at {matrix_rate():.0f} GFLOP/s; Gemma "
+        f"3 270M, LoRA r 8 on q/k/v/o; {args.steps} steps of {BATCH} HH pairs: {tokens} tokens with each prompt counted "
         f"twice, {prompts} in prompts, {answers} in answers. The reference's log-probs are part of both times.",
         "",
         "| | pairs/s (median round) | rounds | peak memory GB | mean loss | mean margin |",

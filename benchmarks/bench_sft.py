@@ -2,9 +2,9 @@
 
     python benchmarks/bench_sft.py --base gemma-3-270m.gguf --data data/safety --trl-python other-venv/bin/python
 
-Both sides start from one saved LoRA adapter (r 8, q/k/v/o, fp32 on a bf16 base) and take the same batches of 4 HH
+Both sides start from one saved LoRA adapter (r 8, q/k/v/o, fp32 on a base of --dtype) and take the same batches of 4 HH
 dialogues (<= 512 tokens, last answer and its stop token trained, rows of similar length together), AdamW, constant
-learning rate. Ours is train_sft.py as anyone runs it; TRL runs with its best settings found here: bf16 weights, no
+learning rate. Ours is train_sft.py as anyone runs it; TRL runs with its best settings found here: --dtype weights, no
 gradient checkpointing, batches grouped by length. Tokens are real tokens, padding never counts. The sides take turns,
 `--rounds` times, and the report quotes medians. Written to benchmarks/sft.md.
 """
@@ -31,8 +31,9 @@ def ours(base, work, steps):
     import train_sft
 
     train_sft.main([
-        "--model.base_checkpoint", base, "--model.adapter", f"{work}/adapter", "--model.dtype", "bfloat16",
-        "--dataset_path", f"{work}/data", "--seed", str(SEED), "--device", "cpu", "--training.last_turn_only", "true",
+        "--model.base_checkpoint", base, "--model.adapter", f"{work}/adapter",
+        "--model.dtype", os.environ["BENCH_DTYPE"], "--dataset_path", f"{work}/data", "--seed", str(SEED),
+        "--device", "cpu", "--training.last_turn_only", "true",
         "--training.batch_size", str(BATCH), "--training.max_seq_length", str(LENGTH),
         "--training.max_steps", str(steps),
         "--training.learning_rate", str(RATE), "--training.schedule", "constant", "--training.warmup_ratio", "0",
@@ -58,7 +59,7 @@ def trl(base, work, steps):
             for r in rows[: steps * BATCH]
         ]
     )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, os.environ["BENCH_DTYPE"]))
     model = PeftModel.from_pretrained(model, f"{work}/adapter", is_trainable=True)
     times = []
 
@@ -112,12 +113,12 @@ def prepare(base, data_folder, work, steps):
 
 
 def matrix_rate():
-    """GFLOP/s of this machine's bf16 matrix products, the best of the shapes of a training step."""
+    """GFLOP/s of this machine's matrix products in the benchmark's dtype, the best of the shapes of a training step."""
     import torch
 
-    best = 0.0
+    best, dtype = 0.0, getattr(torch, os.environ["BENCH_DTYPE"])
     for n, k, m in ((1024, 640, 2048), (1024, 2048, 640), (256, 640, 65536)):
-        a, b = torch.randn(n, k, dtype=torch.bfloat16), torch.randn(m, k, dtype=torch.bfloat16)
+        a, b = torch.randn(n, k, dtype=dtype), torch.randn(m, k, dtype=dtype)
         for _ in range(8):
             start = time.perf_counter()
             for _ in range(10):
@@ -144,9 +145,11 @@ def drive(script, doc, sides, prepare, report):
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has trl==1.16.0")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the frozen weights")
     parser.add_argument("--side", choices=tuple(sides), help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    os.environ["BENCH_DTYPE"] = args.dtype  # what the sides read
     if args.side:
         import resource
 
@@ -165,7 +168,8 @@ def drive(script, doc, sides, prepare, report):
         for _ in range(args.rounds):
             for side, python in (("ours", sys.executable), ("trl", args.trl_python)):
                 command = [python, script, "--side", side, "--work", folder, "--base", base, "--data", args.data]
-                subprocess.run([*command, "--steps", str(args.steps)], check=True, stdout=subprocess.DEVNULL)
+                command += ["--steps", str(args.steps), "--dtype", args.dtype]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 results[side].append(json.loads((work / f"{side}.json").read_text()))
                 print(side, f"{results[side][-1]['peak_gb']:.2f} GB", flush=True)
     text = report(rows, results, args)
@@ -181,10 +185,10 @@ def report(rows, results, args):
         "# SFT against TRL 1.16",
         "",
         f"`python benchmarks/bench_sft.py --base gemma-3-270m.gguf --data data/safety --trl-python PYTHON "
-        f"--steps {args.steps} --rounds {args.rounds}`",
+        f"--steps {args.steps} --rounds {args.rounds} --dtype {args.dtype}`",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, bf16 matrix products at {rate:.0f} GFLOP/s; Gemma 3 270M, LoRA "
-        f"r 8 on q/k/v/o; {args.steps} steps of {BATCH} HH dialogues, {tokens} tokens, {targets} of them trained.",
+        f"{platform.machine()}, {os.cpu_count()} cores, {args.dtype} matrix products at {rate:.0f} GFLOP/s; Gemma 3 270M, "
+        f"LoRA r 8 on q/k/v/o; {args.steps} steps of {BATCH} HH dialogues, {tokens} tokens, {targets} of them trained.",
         "",
         "| | tokens/s (median round) | rounds | peak memory GB | mean loss | share of the machine's matrix rate |",
         "|---|---|---|---|---|---|",
