@@ -3,9 +3,9 @@
     python benchmarks/bench_dpo.py --base gemma-3-270m.gguf --data data/safety --trl-python other-venv/bin/python
 
 Both sides start from one saved LoRA adapter (r 8, q/k/v/o, fp32 on a frozen base of --dtype) and take the same batches
-of 4 HH pairs (<= 512 tokens a side, similar lengths together), beta 0.1, AdamW, constant learning rate, and both pay for
-the reference's log-probs of these pairs once: TRL in its loop, ours in a pass before it, whose seconds are added. Ours
-is train_rl.py as anyone runs it; TRL runs with its best settings found here: weights of --dtype, no gradient
+of 4 HH pairs (<= 512 tokens a side, similar lengths together), beta 0.1, AdamW, constant learning rate, and both pay
+for the reference's log-probs of these pairs once: TRL in its loop, ours in a pass before it, whose seconds are added.
+Ours is train_rl.py as anyone runs it; TRL runs with its best settings found here: weights of --dtype, no gradient
 checkpointing. The sides take turns, `--rounds` times, and the report quotes medians. Written to benchmarks/dpo.md.
 """
 
@@ -124,9 +124,9 @@ def report(rows, results, args):
         f"`python benchmarks/bench_dpo.py --base gemma-3-270m.gguf --data data/safety --trl-python PYTHON "
         f"--steps {args.steps} --rounds {args.rounds} --dtype {args.dtype}`",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, {args.dtype} matrix products at {matrix_rate():.0f} GFLOP/s; Gemma "
-        f"3 270M, LoRA r 8 on q/k/v/o; {args.steps} steps of {BATCH} HH pairs: {tokens} tokens with each prompt counted "
-        f"twice, {prompts} in prompts, {answers} in answers. The reference's log-probs are part of both times.",
+        f"{platform.machine()}, {os.cpu_count()} cores, {args.dtype} matrix products at {matrix_rate():.0f} GFLOP/s; "
+        f"Gemma 3 270M, LoRA r 8 on q/k/v/o; {args.steps} steps of {BATCH} HH pairs: {tokens} tokens with each prompt "
+        f"counted twice, {prompts} in prompts, {answers} in answers. The reference's log-probs are part of both times.",
         "",
         "| | pairs/s (median round) | rounds | peak memory GB | mean loss | mean margin |",
         "|---|---|---|---|---|---|",

@@ -187,8 +187,9 @@ def report(rows, results, args):
         f"`python benchmarks/bench_sft.py --base gemma-3-270m.gguf --data data/safety --trl-python PYTHON "
         f"--steps {args.steps} --rounds {args.rounds} --dtype {args.dtype}`",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, {args.dtype} matrix products at {rate:.0f} GFLOP/s; Gemma 3 270M, "
-        f"LoRA r 8 on q/k/v/o; {args.steps} steps of {BATCH} HH dialogues, {tokens} tokens, {targets} of them trained.",
+        f"{platform.machine()}, {os.cpu_count()} cores, {args.dtype} matrix products at {rate:.0f} GFLOP/s; Gemma 3 "
+        f"270M, LoRA r 8 on q/k/v/o; {args.steps} steps of {BATCH} HH dialogues, {tokens} tokens, {targets} of them "
+        "trained.",
         "",
         "| | tokens/s (median round) | rounds | peak memory GB | mean loss | share of the machine's matrix rate |",
         "|---|---|---|---|---|---|",
