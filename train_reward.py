@@ -321,7 +321,8 @@ def main(argv=None):
         checkpoint.publish(run_dir / f"step-{step:06d}", run_dir, "final")
         worth = report(found, val, cfg.task)
         log.write_json(run_dir / "report.json", worth)
-        rows = {k: v for k, v in worth.items() if k.startswith(("held_out", "length_matched"))}
+        rows = {k.replace("held_out", "reward model"): v for k, v in worth.items()
+                if k.startswith(("held_out", "length_matched"))}  # fmt: skip
         for name, row in (rows | {f"floor: {k}": v for k, v in worth["floors"].items()}).items():
             interval = "no pairs" if row["interval"] is None else "{:.3f} [{:.3f}, {:.3f}]".format(
                 row["accuracy"], *row["interval"])  # fmt: skip

@@ -84,7 +84,9 @@ def go_on(run_dir, choice, state, steps, free=FREE_TO_CHANGE):
     tensors, saved = checkpoint.load_step(found)
     refuse_changes(found, saved["facts"], state["facts"], free)
     if saved["step"] > steps:
-        raise UserError(f"{found} lies behind the {steps} steps that max_steps or epochs ask for: raise them")
+        raise UserError(
+            f"{found} lies behind the {steps} steps of training.max_steps (or rl.max_steps, or epochs): raise it"
+        )
     state |= saved | {"facts": state["facts"]}
     say(f"resuming {run_dir} at step {state['step']} of {steps}")
     return found, tensors

@@ -21,8 +21,8 @@ import torch
 from common.log import UserError
 
 LONGEST = 20_000  # characters that are looked at
-WORDS = 512  # words that ROUGE-L compares (MTS-Dialog's longest reference has 403); its time grows with their square
-PARSED = 5_000  # characters of code that are parsed; CoNaLa's longest snippet has under 500
+WORDS = 410  # words that ROUGE-L compares (MTS-Dialog's longest reference has 403); its time grows with their square
+CODE = 5_000  # characters of code that are looked at; CoNaLa's longest snippet has under 500
 # Insults, slurs' milder kin and threats that the speaker makes; words that a refusal needs (harm, kill, drug) are no
 # insult and stand only in THREATS, as phrases aimed at the reader.
 TOXIC = frozenset(
@@ -82,7 +82,9 @@ def overlap(completion, reference):
     """ROUGE-L F1 without stemming, from rouge-score, on at most WORDS words of each."""
     from rouge_score import rouge_scorer
 
-    ours, right = (" ".join(text[:LONGEST].split()[:WORDS])[: 8 * WORDS] for text in (completion, reference))
+    ours, right = (
+        " ".join(re.findall(r"[a-z0-9]+", text[:LONGEST].lower())[:WORDS]) for text in (completion, reference)
+    )
     return rouge_scorer.RougeScorer(["rougeL"]).score(right, ours)["rougeL"].fmeasure
 
 
@@ -98,7 +100,7 @@ def facts(completion, reference):
 
 def code_tokens(text):
     """CoNaLa's `tokenize_for_bleu_eval`: every non-alphanumeric apart, camelCase split, quotes as one kind."""
-    text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text[:LONGEST])
+    text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text[:CODE])
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)
     return re.sub(r"\s+", " ", text).replace('"', "`").replace("'", "`").split()
 
@@ -113,12 +115,12 @@ def sentence_bleu(completion, reference):
 
 
 def parses(completion):
-    """1 if `ast.parse` accepts the text; code of over PARSED characters or 100 brackets deep is not tried."""
+    """1 if `ast.parse` accepts the text; code of over CODE characters or 100 brackets deep is not tried."""
     depth = deepest = 0
-    for character in completion[: PARSED + 1]:
+    for character in completion[: CODE + 1]:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
-    if len(completion) > PARSED or deepest > 100 or not completion.strip():
+    if len(completion) > CODE or deepest > 100 or not completion.strip():
         return 0.0
     try:
         ast.parse(completion)

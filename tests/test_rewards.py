@@ -50,6 +50,11 @@ def test_components_by_hand():
     assert rewards.facts("no fever for 3 days", "denies fever; 3 days, 20 mg") == pytest.approx(2 * 1 / (2 + 3))
     assert rewards.facts("well", "fine") == 1.0
     assert rewards.overlap("the cat sat", "the cat ran") == pytest.approx(2 / 3)
+    from rouge_score import rouge_scorer
+
+    texts = "Denies fever/chills; BP 120/80 (10 mg q.d.).", "The patient denies chills. 120/80, takes 10 mg."
+    plain = rouge_scorer.RougeScorer(["rougeL"]).score(texts[1], texts[0])["rougeL"].fmeasure
+    assert rewards.overlap(*texts) == pytest.approx(plain) and 0.2 < plain < 0.9
     assert rewards.parses("x = [i for i in y]") == 1.0 and rewards.parses("x = [") == 0.0
 
 
@@ -91,7 +96,7 @@ def test_hostile_texts_are_bounded_quick_and_start_nothing(task, tmp_path, monke
             started, before = time.thread_time(), len(seen)
             total, parts = rewards.heuristic_reward(task, HARM, text, reference)
             assert 0 <= total <= 1 and all(0 <= value <= 1 for value in parts.values()), text[:20]
-            assert time.thread_time() - started < 0.25 and len(seen) == before, text[:20]
+            assert time.thread_time() - started < 0.1 and len(seen) == before, text[:20]
     assert not (tmp_path / "marker").exists()
 
 
