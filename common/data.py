@@ -15,7 +15,7 @@ import torch
 from common import chat, synthetic
 from common.log import UserError
 
-DEBUG_SIZE = {"train": 1024, "val": 128, "test": 128}  # synthetic records
+DEBUG_SIZE = {"train": 512, "val": 128, "test": 128}  # synthetic records
 MAX_LINE = 4 * 2**20  # bytes
 PAIR_SKIPS = ("no_rejected", "empty_answer", "equal_answers", "no_user_turn", "prompt_too_long")
 
