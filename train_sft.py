@@ -218,7 +218,8 @@ def main(argv=None):
             )
         torch.nn.utils.clip_grads_with_norm_(parameters, training.max_grad_norm, norm)
         optimizer.step()
-        model.trim_memory(device)
+        if step % 16 == 0:
+            model.trim_memory(device)
         state["evaluation"] = None
 
         # --- log
