@@ -18,9 +18,8 @@ def hidden_states(model, tokens, lengths, parents=None):
     """Final hidden states (N, d) of sequences laid end to end.
 
     model: Gemma3ForCausalLM, with or without our adapters; tokens (N,) int64; lengths: list of ints, sum N.
-    parents: for each sequence the number of the earlier one that it continues, or None: a prompt is computed once, and
-    each of its answers sees it and itself. Positions restart at 0 in a sequence without a parent. Gradients reach
-    whatever parameters require them.
+    parents: for each sequence the number of the earlier one that it continues, or None, where positions start at 0: a
+    prompt is computed once, and each of its answers sees it and itself. Gradients reach what requires them.
     """
     assert tokens.ndim == 1 and sum(lengths) == len(tokens), (tokens.shape, lengths)
     parents = parents or [None] * len(lengths)
@@ -152,8 +151,7 @@ def share_prompts(tokens, starts, lengths):
     tokens (B, T); of row b the first lengths[b] count, of them the first starts[b] are its prompt (both lists of ints).
     -> (flat tokens (N,), lengths, parents, index (B, T): where a row's token lies in flat; 0 behind its end).
     """
-    words = tokens.tolist()
-    index = torch.zeros(tokens.shape, dtype=torch.long)
+    words, index = tokens.tolist(), torch.zeros(tokens.shape, dtype=torch.long)
     pieces, sizes, parents = [], [], []
 
     def add(rows, first, last, parent):
