@@ -151,6 +151,7 @@ def main(argv=None):
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
 
     # --- model, tokenizer, adapter with its head
+    fingerprint = base.fingerprint(base_folder)
     base_name = base.public_name(peft.base_checkpoint, base_folder)
     net, tokenizer = model.load(base_folder, device, dtype, quantize=peft.peft_type == "qlora")
     torch.manual_seed(cfg.seed)
@@ -170,7 +171,7 @@ def main(argv=None):
     if cfg.task != "safety" and all(record["rejected"] is None for part in records.values() for record in part):
         rl = cfg.rl
         sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
-        about = [base.fingerprint(base_folder), model.adapter_fingerprint(peft.adapter), str(dtype), peft.peft_type]
+        about = [fingerprint, model.adapter_fingerprint(peft.adapter), str(dtype), peft.peft_type]
         key = resume.fingerprint([*about, sampling, cfg.seed, cfg.task, records])
         if job.explain:  # a look needs no more, and leaves nothing behind
             records, key = {split: part[: training.batch_size] for split, part in records.items()}, None
@@ -198,7 +199,7 @@ def main(argv=None):
     facts = config.flatten(cfg) | {
         "world_size": dist.world_size(),
         "tokenizer": checkpoint.sha256(base_folder / "tokenizer.json"),
-        "model": base.fingerprint(base_folder),
+        "model": fingerprint,
         "data": resume.fingerprint([[p["id"], p["margin"], p["chosen"], p["rejected"]] for p in train + val]),
     }
     state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts}

@@ -128,6 +128,7 @@ def main(argv=None):
     # --- model, tokenizer, adapter; the reference is what the policy is now
     full = peft.peft_type == "none"
     adapter = None if full else "policy"
+    fingerprint = base.fingerprint(base_folder)
     base_name = base.public_name(peft.base_checkpoint, base_folder)
     weights_dtype = torch.float32 if full else dtype  # full fine-tuning keeps fp32 masters, or small steps vanish
     net, tokenizer = model.load(base_folder, device, weights_dtype, quantize=peft.peft_type == "qlora")
@@ -159,12 +160,11 @@ def main(argv=None):
     if rl.pairs == "sampled":
         judge = None
         if rewards.needs_model(cfg.reward):
-            fingerprint, budget = base.fingerprint(base_folder), training.micro_batch_tokens
-            judge = reward_model.judge(frozen, tokenizer, cfg.reward, fingerprint, budget)
+            judge = reward_model.judge(frozen, tokenizer, cfg.reward, fingerprint, training.micro_batch_tokens)
         score = rewards.make(cfg.task, cfg.reward, functools.partial(chat.decode, tokenizer), judge)
         sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
         about = [
-            base.fingerprint(base_folder),
+            fingerprint,
             start,
             str(dtype),
             peft.peft_type,
@@ -207,7 +207,7 @@ def main(argv=None):
     facts = config.flatten(cfg) | {
         "world_size": dist.world_size(),
         "tokenizer": checkpoint.sha256(base_folder / "tokenizer.json"),
-        "model": base.fingerprint(base_folder),
+        "model": fingerprint,
         "start": start,
         "data": resume.fingerprint([[p["id"], p["chosen"], p["rejected"]] for p in train + val]),
     }
