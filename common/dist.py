@@ -1,10 +1,12 @@
 """torchrun: form the group, sum over ranks, add up gradients. Everything is the identity in a single process."""
 
 import datetime
+import json
 import os
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 
 def rank():
@@ -75,6 +77,26 @@ def sum_tensor(values):
     total = values.to("cuda" if dist.get_backend() == "nccl" else "cpu", torch.float64, copy=True)
     dist.all_reduce(total)
     return total.cpu()
+
+
+def gather_rows(rows):
+    """Lists of what JSON can hold, one of each rank -> all of them on every rank, in the order of ranks."""
+    if world_size() == 1:
+        return rows
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)
+    sizes = [int(size) for size in sum_all(*(len(text) * (r == rank()) for r in range(world_size())))]
+    parts = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(parts, F.pad(text, (0, max(sizes) - len(text))))
+    return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].cpu().numpy()))]
+
+
+def sum_named(sums):
+    """{name: float} summed over ranks, whose names may differ."""
+    total = {}
+    for row in gather_rows([dict(sums)]):
+        total = {name: total.get(name, 0.0) + row.get(name, 0.0) for name in total | row}
+    return total
 
 
 def any_rank(flag):

@@ -125,6 +125,19 @@ def sequence_logprobs_and_hits(model, tokens, mask, temperature=1.0):
     return logprobs.masked_scatter(mask, found), hits.masked_scatter(mask, hit)
 
 
+def sequence_logprobs_and_entropy(model, tokens, mask, temperature=1.0):
+    """As sequence_logprobs, and the exact entropy of each distribution (B, T-1) in nats; both with gradient."""
+    kept = mask.bool()
+    logprobs, entropy = torch.zeros(2, *mask.shape, device=tokens.device)
+    if not kept.any():
+        return logprobs, entropy
+    hidden, index = sequence_hidden(model, tokens, mask)
+    at, head = hidden[index[:, :-1][kept]], model.lm_head.weight
+    found = losses.token_logprobs(at, head, tokens[:, 1:][kept], temperature)
+    return (logprobs.masked_scatter(kept, found),
+            entropy.masked_scatter(kept, losses.entropy(at, head, temperature)))  # fmt: skip
+
+
 def sequence_hidden(model, tokens, mask, last=False):
     """Final hidden states (N, d) of the rows, and index (B, T): where each token's state lies among them.
 

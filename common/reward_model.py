@@ -42,6 +42,16 @@ def scores(net, head, tokens, mask):
     return (state.float() * head).sum(-1)  # no product that autocast would round
 
 
+def values(net, head, tokens, mask):
+    """V before each token where mask is 1, else 0 -> (B, T-1) fp32: a critic reads the state before the token."""
+    kept = mask.bool()
+    if not kept.any():
+        return torch.zeros(mask.shape, device=tokens.device)
+    hidden, index = model.sequence_hidden(net, tokens, mask)
+    found = (hidden[index[:, :-1][kept]].float() * head).sum(-1)
+    return torch.zeros(mask.shape, device=tokens.device).masked_scatter(kept, found)
+
+
 @torch.no_grad()
 def score_completions(net, head, prompts, completions, budget):
     """Rewards (n,) fp32 on the CPU of completions behind prompts (lists of ids), `budget` tokens a pass."""
