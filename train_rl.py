@@ -1,51 +1,52 @@
-"""Reinforcement learning from preferences: DPO on pairs, Gemma 3 with LoRA, QLoRA or all weights.
+"""Reinforcement learning: PPO, GRPO and DPO for Gemma 3 with LoRA, QLoRA or all weights.
 
-    h = log pi(chosen) / ref(chosen) - log pi(rejected) / ref(rejected)        log-probs summed over an answer's tokens
-    loss = mean over the step's pairs of -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)       [rl.dpo_loss]
-           + s * mean over the chosen answers' tokens of -log pi(token)                              [rl.dpo_sft_coeff]
+    r = pi(token) / pi_old(token),  L(A) = max(-A r, -A clip(r, 1 - low, 1 + high))            [rl.ppo_clip, clip_high]
+    ppo   L(A) - c H a token,  A = whitened GAE of -k log(pi_old / ref), plus the score on the last    [rl.gamma, lam]
+          and for the critic max((V - R)^2, (clip(V) - R)^2) / 2                         [rl.value_clip, value_coeff]
+    grpo  L(A) + k KL(pi || ref) - c H a token,  A = (score - mean of its group) / deviation    [rl.scale_rewards]
+    dpo   -(1 - e) log sigmoid(b h) - e log sigmoid(-b h) a pair,  h = log pi / ref (chosen) - log pi / ref (rejected)
+          + s * mean over the chosen answers' tokens of -log pi                        [rl.dpo_loss, rl.dpo_sft_coeff]
 
-The reference is the policy at the start of this stage: the bare base, a frozen copy of `model.adapter`, or a second
-model under full fine-tuning. Its log-probs of the pairs are computed once, in the very micro-batches of the first
-epoch (so that every margin is exactly 0 at step 0), and kept by content hash for later runs. Both answers of a pair go
-through one forward that computes their prompt once; dropout is off. Left out, compared with TRL's DPOTrainer: its other
-losses (hinge, SimPO and ORPO are functions in common/losses.py to put at `edit here`), reference sync, weighting.
+One step of ppo and grpo samples rl.group_size completions of rl.rollout_size prompts, scores them (reward.*), and makes
+all its updates. Policy, reference, critic and reward model are adapters on one frozen base; only full fine-tuning holds
+a second copy. The reference is the policy at the start of this stage; dropout is off. Left out, compared with TRL: a
+sampler on other machines and the corrections for it, reference sync, tools; hinge, SimPO, ORPO, GSPO, CISPO, dual clip
+and the soft overlong penalty are functions to put at `edit here`. DAPO samples again for groups whose rewards are all
+equal; here rl.dynamic_sampling only leaves them out.
 
-    python train_rl.py --config configs/dpo_270m.yml --debug                    two cores, nothing to download
-    python train_rl.py --config configs/dpo_270m.yml --explain                  what would be trained
+    python train_rl.py --config configs/grpo_rl_270m.yml --debug                two cores, nothing to download
+    python train_rl.py --config configs/ppo_rl_270m.yml --explain               what would be sampled and trained
     python train_rl.py --config configs/dpo_270m.yml --model.adapter outputs/sft_lora_270m/final     after SFT
-    python train_rl.py --config configs/dpo_270m.yml --training.micro_batch_tokens 16384            one GPU
-    torchrun --nproc-per-node 8 train_rl.py --config configs/dpo_270m.yml --training.batch_size 128
+    python train_rl.py --config configs/grpo_rl_270m.yml --training.micro_batch_tokens 16384         one GPU
+    torchrun --nproc-per-node 8 train_rl.py --config configs/ppo_rl_270m.yml --rl.rollout_size 256
 Run the same command again to resume: a run that was stopped or killed goes on bit for bit.
 """
 
-import copy
 import functools
+import itertools
 import json
 import math
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from common import base, chat, checkpoint, config, data, dist, explain, log, lora, losses, model
+from common import advantages, base, chat, checkpoint, config, data, dist, experience, explain, log, losses, model
 
 # isort: split
-from common import preferences, reference, resume, reward_model, rewards
+from common import pairs, preferences, resume, reward_model, rewards, roles, rollouts, watch
 from common.log import UserError, command, say
 
-SECTIONS = ("model", "training", "rl", "reward", "logging")
+SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
-DRIFT = 128  # held-out pairs whose exact entropy and KL are measured: two whole distributions a token cost their time
-COLLAPSE = 0.5  # nats a token: chosen answers that became this much less likely are worth a warning
-COLLAPSED = ("the chosen answers themselves became {:.2f} nats a token less likely than at the start: DPO pushes both "
-             "answers down, the rejected one faster, and what it pushes up instead is unknown; lower rl.learning_rate, "
-             "raise rl.dpo_beta, or hold on with rl.dpo_sft_coeff 1")  # fmt: skip
+NORMS = {"policy": "grad_norm", "critic": "critic_grad_norm"}
 DPO_METRICS = ("margin", "accuracy", "chosen_logprob", "rejected_logprob", "chosen_change", "rejected_change")
 
 
 def learning_rate(step, steps, peak, training):
-    """Linear warm-up, then cosine or linear decay to zero (or constant); counts optimizer steps."""
+    """Linear warm-up, then cosine or linear decay to zero (or constant); all updates of a rollout count as one step."""
     warmup = round(training.warmup_ratio * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -54,13 +55,75 @@ def learning_rate(step, steps, peak, training):
     return peak * shape[training.schedule]
 
 
-def dpo_weights(pairs):
-    """The step's divisors, one for each term of the objective: pairs, and tokens of chosen answers."""
-    return len(pairs), sum(sum(pair["chosen"]["mask"]) for pair in pairs)
+def check(cfg, online):
+    """UserError for settings that do not go together."""
+    rl, training = cfg.rl, cfg.training
+    wrong = {
+        "training.packing and last_turn_only belong to train_sft.py: leave them out":
+            training.packing or training.last_turn_only,
+        "rl.group_size: grpo compares a completion with others of its prompt, take 2 or more":
+            rl.algorithm == "grpo" and rl.group_size < 2,
+        "rl.kl_estimator: the gradient of k1 as a loss is 0 on average; grpo takes k2 or k3 (k3 times the ratio)":
+            rl.algorithm == "grpo" and rl.kl_coef > 0 and rl.kl_estimator == "k1",
+        "rl.kl_estimator: ppo has the KL in its reward, where only k1 gives its gradient":
+            rl.algorithm == "ppo" and rl.kl_coef > 0 and rl.kl_estimator in ("k2", "k3"),
+        f"rl.minibatches: {rl.minibatches} are more than the {rl.rollout_size} prompts of rl.rollout_size":
+            online and rl.minibatches > rl.rollout_size,
+    }  # fmt: skip
+    for words, found in wrong.items():
+        if found:
+            raise UserError(words)
+
+
+def grpo_advantages(batch, rl):
+    """GRPO, RLOO: a completion against the others of its prompt, the same for each of its tokens -> (B, T-1)."""
+    if rl.baseline == "leave_one_out":
+        found = advantages.leave_one_out(batch["rewards"], rl.group_size)
+    else:
+        found = advantages.group_advantages(batch["rewards"], rl.group_size, rl.scale_rewards)
+    return {"advantages": found[:, None] * batch["mask"]}
+
+
+def ppo_advantages(batch, rl):
+    """PPO: whitened GAE of the score and the KL (k1) to the reference; the critic's targets -> (B, T-1) each."""
+    mask, old = batch["mask"], batch["old_logprobs"]
+    kl = losses.kl_estimate(old, batch["ref_logprobs"], "k1") if rl.kl_coef else torch.zeros_like(mask)
+    found = advantages.token_rewards(batch["rewards"], kl, mask, rl.kl_coef)
+    found, returns = advantages.gae(found, batch["values"], mask, rl.gamma, rl.lam)
+    return {"advantages": advantages.whiten(found, mask), "returns": returns}
+
+
+def ppo_objective(outputs, batch, rl):
+    """PPO's -> ([(loss (B, T-1), its weight)], {metric: (tokens,)})."""
+    logprobs, old, mask = outputs["logprobs"], batch["old_logprobs"], batch["mask"].bool()
+    clip = rl.ppo_clip, rl.ppo_clip if rl.clip_high is None else rl.clip_high
+    # >>> edit here: the objective, a loss for each token
+    loss = losses.policy_loss(logprobs, old, batch["advantages"], *clip)
+    if rl.entropy_coeff:
+        loss = loss - rl.entropy_coeff * outputs["entropy"]
+    clipped = losses.clipped(logprobs, old, batch["advantages"], *clip)
+    moved = losses.kl_estimate(old, logprobs.detach())  # KL(old || pi) on samples of old
+    return [(loss, batch["weight"])], {"clip_share": clipped[mask], "policy_kl": moved[mask]}
+
+
+def grpo_objective(outputs, batch, rl):
+    """GRPO's: PPO's and the KL as a loss, by an estimator whose gradient is that of KL(pi || ref)."""
+    [(loss, weight)], metrics = ppo_objective(outputs, batch, rl)
+    if rl.kl_coef:
+        now, old, ref = outputs["logprobs"], batch["old_logprobs"], batch["ref_logprobs"]
+        kl = losses.kl_estimate(now, ref, "k2") if rl.kl_estimator == "k2" else losses.kl_loss_unbiased(now, old, ref)
+        loss = loss + rl.kl_coef * kl
+    return [(loss, weight)], metrics
+
+
+def critic_objective(outputs, batch, rl):
+    """The critic's -> ([(loss (B, T-1), its weight)], {metric: (tokens,)})."""
+    loss = losses.value_loss(outputs["values"], batch["values"], batch["returns"], rl.value_clip)
+    return [(rl.value_coeff * loss, batch["weight"])], {"value_loss": loss.detach()[batch["mask"].bool()]}
 
 
 def dpo_objective(outputs, batch, rl):
-    """-> ([(unreduced loss, weight)], {metric: (pairs,)}); rows are chosen, rejected, chosen, ..."""
+    """DPO's -> ([(unreduced loss, weight)], {metric: (pairs,)}); rows are chosen, rejected, chosen, ..."""
     mask, sizes = batch["mask"], batch["mask"].sum(1)
     totals, reference_totals = (outputs["logprobs"] * mask).sum(1), batch["ref_logprobs"]
     scale = 1 if rl.dpo_loss == "sigmoid" else 1 / sizes  # the other kinds want averages a token
@@ -80,39 +143,101 @@ def dpo_objective(outputs, batch, rl):
     return terms, dict(zip(DPO_METRICS, (margin, accuracy, *per_token.T, *a_token.T)))
 
 
-@torch.no_grad()
-def evaluate(net, frozen, pairs, ref_logprobs, cuts, objective, names):
-    """({metric: (pairs,)}, {eval/metric: mean}) over all held-out pairs and ranks; `cuts` are this rank's."""
-    device, loss, divisors = net.device, 0.0, dpo_weights(pairs)
-    found = {name: torch.zeros(len(pairs), dtype=torch.float64) for name in names}
-    for rows in cuts:
-        tokens, mask = data.collate_pairs([pairs[i] for i in rows], device)
-        batch = {"mask": mask, "ref_logprobs": ref_logprobs[rows].flatten().float().to(device)}
-        terms, metrics = objective({"logprobs": model.sequence_logprobs(net, tokens, mask)}, batch)
-        loss += sum((term * weight).sum() / divisor for (term, weight), divisor in zip(terms, divisors)).item()
-        for name, values in metrics.items():
-            found[name][rows] = values.cpu().double()
-    found = {name: dist.sum_tensor(values) for name, values in found.items()}
-    means = {f"eval/{name}": values.mean().item() for name, values in found.items()}
-    few = [[i for i in rows if i < DRIFT] for rows in cuts]
-    moved = reference.drift(net, frozen, [pair["chosen"] for pair in pairs], [rows for rows in few if rows])
-    return found, {"eval/loss": dist.sum_all(loss)[0]} | means | moved
+def pair_source(run, records):
+    """DPO learns from pairs: of the data, or the best and worst of the policy's own samples."""
+    cfg, rl = run.cfg, run.cfg.rl
+    if rl.pairs == "sampled":
+        sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature,
+                    "seed": cfg.seed}  # fmt: skip
+        reward = json.loads(json.dumps(cfg.reward, default=vars))
+        key = resume.fingerprint([run.about, sampling, cfg.task, records, reward, run.score.about])
+        if run.explain:  # a look needs no more, and leaves nothing behind
+            records, key = {split: part[: cfg.training.batch_size] for split, part in records.items()}, None
+        records = preferences.from_policy(run.frozen, run.tokenizer, records, run.score, sampling, key)
+    return pairs.source(records, run.tokenizer, cfg.training.max_seq_length, cfg.training.batch_size, cfg.seed)
 
 
-# what each algorithm does, resolved before the loop: the step's divisors and the loss of a micro-batch
-ALGORITHMS = {"dpo": {"weights": dpo_weights, "objective": dpo_objective, "metrics": DPO_METRICS}}
+def prompt_source(run, records):
+    """PPO and GRPO sample answers to prompts that leave room for them."""
+    cfg, longest = run.cfg, run.cfg.training.max_seq_length - run.cfg.rl.max_new_tokens
+    size, most = cfg.rl.rollout_size, cfg.evaluation.max_items
+    return experience.source(records, run.tokenizer, longest, size, most, cfg.seed)
+
+
+def pair_batch(run, step):
+    """DPO's step: every rank draws the same pairs, takes its share, and counts those of all."""
+    chosen, lengths = run.source.batch(step), run.source.lengths
+    cuts = pairs.cut(chosen, lengths, run.cfg.training.micro_batch_tokens)
+    batch = pairs.batch(run.source.train, run.ref_logprobs, cuts, run.net.device)
+    return batch | {"seen": sum(lengths[i] for i in chosen)}
+
+
+def rollout(run, step):
+    """PPO's and GRPO's step: sample, score, and hear the frozen roles in the very micro-batches of the updates."""
+    cfg, rl, grouped = run.cfg, run.cfg.rl, "critic" not in run.trained
+    mine, prompts = experience.share(run.source.batch(step)), run.source.train
+    sampling = {"seed": cfg.seed, "step": step, "group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens,
+                "temperature": rl.temperature}  # fmt: skip
+    batch = experience.collect(run.net, [prompts[i] for i in mine.values()], mine, run.score, sampling)
+    # >>> edit here: the reward of a completion
+    batch["rewards"] = advantages.missing_stop(batch["rewards"], batch["stopped"], rl.missing_stop_penalty)
+    equal = grouped & experience.equal_groups(batch["rewards"], rl.group_size)
+    out = (equal & rl.dynamic_sampling) | (~batch["stopped"] & rl.mask_truncated)  # of the loss and of its divisor
+    idle = equal & (not rl.kl_coef and not rl.entropy_coeff)  # no gradient: counted, but never computed
+    if rl.mask_truncated and not dist.any_rank(batch["stopped"].any()):
+        raise UserError(f"step {step}: no completion stopped by itself and rl.mask_truncated leaves all of them out; "
+                        "raise rl.max_new_tokens, or start from a model that has learned to stop")  # fmt: skip
+    batch |= {"equal": equal, "mask": batch["mask"] * ~out[:, None]}
+    batch |= experience.aggregation(batch["mask"], rl.loss_aggregation, rl.max_new_tokens)
+    batch["plan"] = experience.plan(batch, ~(out | idle), rl.rollout_size, rl.minibatches, rl.num_ppo_epochs,
+                                    cfg.training.micro_batch_tokens, f"{cfg.seed}/{step}")  # fmt: skip
+    batch["first"] = [rows for part in batch["plan"][: rl.minibatches] for rows in part]
+    hear = functools.partial(experience.over, run.forward, batch)
+    batch["single"] = grouped and len(batch["plan"]) == 1  # its own log-probs will be the old ones
+    batch["old_logprobs"] = torch.zeros_like(batch["mask"]) if batch["single"] else hear("policy", "logprobs")
+    if rl.kl_coef:
+        batch["ref_logprobs"] = hear("reference", "logprobs")
+    if not grouped:
+        batch["values"] = hear("critic", "values")
+    return batch | ALGORITHMS[rl.algorithm]["advantages"](batch, rl)
+
+
+def evaluate_pairs(run, objective, step):
+    """-> ({metric: (pairs,)}, {eval/metric: mean})"""
+    return pairs.evaluate(run.net, run.frozen, run.source.val, run.held_out, objective, DPO_METRICS)
+
+
+def evaluate_prompts(run, objective, step):
+    """-> (lines for held_out.jsonl, {eval/metric: mean})"""
+    cfg, rl = run.cfg, run.cfg.rl
+    heat = cfg.evaluation.temperature
+    sampling = {"seed": cfg.seed, "max_new_tokens": cfg.evaluation.max_new_tokens, "top_p": cfg.evaluation.top_p,
+                "temperature": heat or 1.0, "greedy": heat == 0}  # fmt: skip
+    batch, means = experience.evaluate(run.net, run.frozen if rl.kl_coef else None, run.source.val, run.score, sampling)
+    batch["rewards"] = advantages.missing_stop(batch["rewards"], batch["stopped"], rl.missing_stop_penalty)
+    if run.adapter:
+        means["eval/merge_survival"] = rollouts.merge_survival(run.net, run.adapter)
+    return experience.lines(batch, run.tokenizer, step), means | experience.summary(batch, "eval/")
+
+
+# what each algorithm does, resolved before the loop
+PAIRS = {"source": pair_source, "batch": pair_batch, "evaluate": evaluate_pairs, "best": ("eval/loss", 1)}
+PROMPTS = {"source": prompt_source, "batch": rollout, "evaluate": evaluate_prompts, "best": ("eval/reward", -1)}
+PPO_OBJECTIVES = {"critic": critic_objective, "policy": ppo_objective}
+ALGORITHMS = {
+    "dpo": PAIRS | {"objectives": {"policy": dpo_objective}},
+    "grpo": PROMPTS | {"advantages": grpo_advantages, "objectives": {"policy": grpo_objective}},
+    "ppo": PROMPTS | {"advantages": ppo_advantages, "objectives": PPO_OBJECTIVES},
+}
 
 
 @command
 def main(argv=None):
     # --- config
     cfg, job = config.parse_args("train_rl.py", __doc__, SECTIONS, ("rl",), argv, JOBS)
-    training, rl, peft = cfg.training, cfg.rl, cfg.model
-    if rl.algorithm not in ALGORITHMS:
-        raise UserError(f"rl.algorithm: {rl.algorithm} is not here yet, only {', '.join(ALGORITHMS)}")
-    if training.packing or training.last_turn_only or training.budget_tokens is not None:
-        raise UserError("training.packing, last_turn_only and budget_tokens do not belong to pairs: leave them out")
-    algorithm = ALGORITHMS[rl.algorithm]
+    training, rl, peft, algorithm = cfg.training, cfg.rl, cfg.model, ALGORITHMS[cfg.rl.algorithm]
+    online, (best, sign) = "advantages" in algorithm, algorithm["best"]
+    check(cfg, online)
 
     # --- distributed, run folder
     device = model.pick_device(cfg.device)
@@ -125,165 +250,116 @@ def main(argv=None):
     if locked:
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
 
-    # --- model, tokenizer, adapter; the reference is what the policy is now
-    full = peft.peft_type == "none"
-    adapter = None if full else "policy"
-    fingerprint = base.fingerprint(base_folder)
-    base_name = base.public_name(peft.base_checkpoint, base_folder)
-    weights_dtype = torch.float32 if full else dtype  # full fine-tuning keeps fp32 masters, or small steps vanish
-    net, tokenizer = model.load(base_folder, device, weights_dtype, quantize=peft.peft_type == "qlora")
-    frozen = net
+    # --- model, tokenizer, roles: adapters on one base
+    full, critic = peft.peft_type == "none", "critic" in algorithm["objectives"]
+    judged = (online or rl.pairs == "sampled") and rewards.needs_model(cfg.reward)
+    wanted = {"reference": not online or rl.kl_coef > 0, "critic": critic, "reward": judged}
     torch.manual_seed(cfg.seed)
-    if full and peft.adapter:
-        raise UserError(
-            "model.adapter: full fine-tuning starts from a whole model; merge the adapter first (see README)"
-        )
-    if full:
-        frozen = copy.deepcopy(net).requires_grad_(False)
-        net.requires_grad_(True)
-    elif peft.adapter:
-        rank, alpha, targets = model.load_adapter(net, adapter, peft.adapter)
-        lora.copy_adapter(net, adapter, "reference")
-        say(f"adapter sizes are those of {peft.adapter}: r {rank}, alpha {alpha:g}, {', '.join(targets)}")
-    else:
-        lora.inject(net, adapter, peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
-    net.eval()  # no dropout: policy and reference must agree before the first update
-    named = dict(net.named_parameters()) if full else lora.adapter_parameters(net, adapter)
-    parameters = list(named.values())
+    run = roles.build(base_folder, device, dtype, peft, [role for role, needed in wanted.items() if needed])
+    net, frozen, tokenizer, trained, named = run.net, run.frozen, run.tokenizer, run.trained, roles.named(run.trained)
+    parameters = {role: [*part.values()] for role, part in trained.items()}
     context = model.compute_context(device, dtype, full)
-    numbers = sum(p.numel() for p in parameters)
-    say(f"{peft.base_checkpoint} on {device} in {dtype}, {peft.peft_type}: {numbers:,} parameters to train")
+    fingerprint, start = base.fingerprint(base_folder), model.adapter_fingerprint(peft.adapter)
+    judge = judged and reward_model.judge(frozen, tokenizer, cfg.reward, fingerprint, training.micro_batch_tokens)
+    run.score = rewards.make(cfg.task, cfg.reward, functools.partial(chat.decode, tokenizer), judge)
+    run.forward = functools.partial(roles.forward, run, temperature=rl.temperature if online else 1.0,
+                                    entropy=online and rl.entropy_coeff > 0)  # fmt: skip
+    run.cfg, run.explain, run.about = cfg, job.explain, [fingerprint, start, str(dtype), peft.peft_type, device.type]
+    say(f"{peft.base_checkpoint} on {device} in {dtype}, {peft.peft_type}; parameters to train: "
+        + ", ".join(f"{role} {sum(p.numel() for p in part):,}" for role, part in parameters.items()))  # fmt: skip
 
-    # --- pairs, of the data or the best and worst of the policy's own samples: ids of both answers behind one prompt
-    start = model.adapter_fingerprint(peft.adapter)
+    # --- data: pairs, or prompts to sample answers to
     records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
-    if rl.pairs == "sampled":
-        judge = None
-        if rewards.needs_model(cfg.reward):
-            judge = reward_model.judge(frozen, tokenizer, cfg.reward, fingerprint, training.micro_batch_tokens)
-        score = rewards.make(cfg.task, cfg.reward, functools.partial(chat.decode, tokenizer), judge)
-        sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
-        about = [
-            fingerprint,
-            start,
-            str(dtype),
-            peft.peft_type,
-            sampling,
-            cfg.seed,
-            cfg.task,
-            records,
-        ]
-        key = resume.fingerprint([*about, json.loads(json.dumps(cfg.reward, default=vars)), score.about])
-        if job.explain:  # a look needs no more, and leaves nothing behind
-            records, key = {split: part[: training.batch_size] for split, part in records.items()}, None
-        with context:
-            records = preferences.from_policy(frozen, tokenizer, records, score, sampling | {"seed": cfg.seed}, key)
-    encoded = {}
-    for split in ("train", "val"):
-        encoded[split], counts = data.encode_pairs(records[split], tokenizer, training.max_seq_length)
-        say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
-        if not encoded[split]:
-            raise UserError(f"{split}: no usable pair in {counts['records']} records")
-    train, val = encoded["train"], encoded["val"]
-    lengths, val_lengths = ([data.pair_tokens(pair) for pair in part] for part in (train, val))
-    per_epoch = math.ceil(len(train) / training.batch_size)
+    with context:
+        run.source = source = algorithm["source"](run, records)
     wanted = training.max_steps if rl.max_steps is None else rl.max_steps
-    steps = training.epochs * per_epoch if wanted is None else wanted
-    peak = training.learning_rate if rl.learning_rate is None else rl.learning_rate
-
-    def cut(rows):
-        """This rank's share of a step's pairs, as micro-batches."""
-        mine = sorted(rows, key=lambda i: (-lengths[i], i))[dist.rank() :: dist.world_size()]
-        return data.micro_batches(mine, lengths, training.micro_batch_tokens)
-
-    batches = data.epoch_batches(lengths, training.batch_size, cfg.seed, 0)
+    steps = training.epochs * source.per_epoch if wanted is None else wanted
+    peaks = {"policy": training.learning_rate if rl.learning_rate is None else rl.learning_rate,
+             "critic": rl.critic_learning_rate}  # fmt: skip
     if job.explain:
-        shown = [train[i][side] for i in batches[0] for side in ("chosen", "rejected")]
-        if full:
-            say(f"beside the memory below, {model.memory_bytes(frozen) / 1e9:.2f} GB of the frozen reference")
+        with context:
+            shown = experience.look(rollout(run, 0), tokenizer) if online else pairs.look(source)
+        if full and frozen is not None:
+            say(f"beside the memory below, {model.memory_bytes(frozen) / 1e9:.2f} GB of the frozen second copy")
         return explain.show(shown, tokenizer, net, named, training.micro_batch_tokens)
-
-    # --- the reference's log-probs, in the layout that they will be compared in
+    if not online:  # the reference's log-probs, in the layouts that they will be compared in
+        with context:
+            pairs.hear_reference(run, steps, training.micro_batch_tokens)
     facts = config.flatten(cfg) | {
         "world_size": dist.world_size(),
         "tokenizer": checkpoint.sha256(base_folder / "tokenizer.json"),
         "model": fingerprint,
         "start": start,
-        "data": resume.fingerprint([[p["id"], p["chosen"], p["rejected"]] for p in train + val]),
+        "data": source.fingerprint,
+        "score": run.score.about if online else None,
     }
-    layouts = {"train": [rows for batch in batches[:steps] for rows in cut(batch)],
-               "val": data.micro_batches(range(dist.rank(), len(val), dist.world_size()), val_lengths,
-                                         training.micro_batch_tokens)}  # fmt: skip
-    reference_logprobs, reference_seconds = {}, {}
-    for split, part in (("train", train), ("val", val)):
-        about = [facts["model"], start, facts["data"], split, str(dtype), peft.peft_type, device.type,
-                 batches[:steps] if split == "train" else None, dist.world_size(), training.micro_batch_tokens,
-                 torch.__version__]  # fmt: skip
-        compute = functools.partial(reference.pair_logprobs, frozen, part, layouts[split])
-        started = time.perf_counter()
-        with context, lora.using(frozen, "reference"):
-            reference_logprobs[split] = reference.cached(resume.fingerprint(about), (len(part), 2), compute)
-        reference_seconds[split] = time.perf_counter() - started
-        say(f"reference log-probs of {split}: {reference_seconds[split]:.1f} s")
 
-    # --- optimizer: no weight decay on norms
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    # --- optimizer: no weight decay on norms; the critic has its own learning rate
+    optimizer = torch.optim.AdamW([
+        {"params": chosen, "weight_decay": decay, "role": role}
+        for role, part in trained.items()
+        for decay, matrices in ((training.weight_decay, True), (0.0, False))
+        if (chosen := [p for p in part.values() if (p.ndim > 1) == matrices])
+    ])  # fmt: skip
 
     # --- resume: the newest folder that verifies, with the same config, data, tokenizer and number of ranks
-    state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts}
+    state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts,
+             "memory": {"first": [], "last": []}}  # fmt: skip
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
     dist.barrier()
-    folder, tensors = resume.go_on(
-        run_dir, training.resume, state, steps, (*resume.FREE_TO_CHANGE, "rl.max_steps", "rl.learning_rate", "reward.")
-    )
+    free = (*resume.FREE_TO_CHANGE, "rl.max_steps", "rl.learning_rate", "rl.critic_learning_rate")
+    folder, tensors = resume.go_on(run_dir, training.resume, state, steps, free if online else (*free, "reward."))
     if folder:
-        model.restore(net, adapter, folder)
+        model.restore(net, run.adapter, folder)
+        resume.restore(trained.get("critic", {}), tensors.get("critic", {}))
         resume.load_optimizer(optimizer, named, tensors["optimizer"])
-    metrics_file = run_dir / "metrics.jsonl"
+    metrics_file, samples_file, held_out_file = (run_dir / f"{n}.jsonl" for n in ("metrics", "samples", "held_out"))
     resume.begin(run_dir, state["step"], config.dump(cfg), facts)
+    if dist.is_main():
+        checkpoint.truncate_log(samples_file, state["step"] - 1)
+        checkpoint.truncate_log(held_out_file, state["step"] - (state["evaluation"] is None))
     send = log.open_wandb(cfg.logging.wandb, run_dir.name, config.flatten(cfg))
 
     def save(step):
         if dist.is_main():
             tensors = {"optimizer": resume.optimizer_tensors(optimizer, named)}
-            write = functools.partial(model.save, net, tokenizer, adapter=adapter, base_name=base_name)
+            tensors |= {role: part for role, part in trained.items() if role != "policy"}
+            base_name = base.public_name(peft.base_checkpoint, base_folder)
+            write = functools.partial(model.save, net, tokenizer, adapter=run.adapter, base_name=base_name)
             checkpoint.save_step(run_dir, step, tensors, state, write)
             checkpoint.prune(run_dir, training.keep_last)
         dist.barrier()
 
     # --- loop: set lr -> evaluate / save -> make batch -> update -> log. Step 0 evaluates the reference itself.
-    objective = functools.partial(algorithm["objective"], rl=rl)
-    evaluate_val = functools.partial(evaluate, net, frozen, val, reference_logprobs["val"], layouts["val"], objective,
-                                     algorithm["metrics"])  # fmt: skip
+    objectives = {role: functools.partial(each, rl=rl) for role, each in algorithm["objectives"].items()}
+    evaluate = functools.partial(algorithm["evaluate"], run, objectives["policy"])
     stop = resume.stop_signals(grace=1.0)
-    epoch, found = 0, None
+    found = None
     bar = log.progress(steps, state["step"])
     for step in range(state["step"], steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak, training)
-        record = {"step": step}
-        if step == state["step"]:  # the first of this process
-            record["reference_seconds"] = reference_seconds["train"]
+            group["lr"] = learning_rate(step, steps, peaks[group["role"]], training)
+        record, warnings = {"step": step}, []
+        if step == state["step"] and not online:  # the first of this process
+            record["reference_seconds"] = run.reference_seconds
 
         # --- evaluate, save
         stopped = dist.any_rank(stop())
-        due = step % training.eval_interval == 0 or step == steps
+        spent = training.budget_tokens is not None and state["tokens_seen"] >= training.budget_tokens
+        due = step % training.eval_interval == 0 or step == steps or spent
         if due and not stopped and state["evaluation"] is None:
             with context:
-                found, state["evaluation"] = evaluate_val()
-            better = state["evaluation"]["eval/loss"] < state["best"]
-            state["best"] = min(state["best"], state["evaluation"]["eval/loss"])
-            state["since_best"] = 0 if better else state["since_best"] + 1
+                found, state["evaluation"] = evaluate(step)
+            log.write_records(held_out_file, found if online else [])
+            worth = sign * state["evaluation"][best]
+            state["since_best"] = 0 if worth < state["best"] else state["since_best"] + 1
+            state["best"] = min(state["best"], worth)
         improved = state["evaluation"] is not None and state["since_best"] == 0
         record |= state["evaluation"] or {}
-        if record.get("eval/chosen_change", 0) < -COLLAPSE:
-            record["warning"] = COLLAPSED.format(-record["eval/chosen_change"])
-            say(f"step {step}: {record['warning']}")
+        warnings += watch.collapse(record)
         patience_over = training.patience is not None and state["since_best"] >= training.patience
-        done = step == steps or patience_over
+        done = step == steps or patience_over or spent
         state["step"] = step
         if stopped or done or (step > 0 and (improved or step % training.save_interval == 0)):
             save(step)
@@ -294,82 +370,97 @@ def main(argv=None):
         if done:
             break
 
-        # --- make batch: every rank draws the same pairs, takes its share, and counts those of all
+        # --- make batch
         started = time.perf_counter()
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
-            batches = data.epoch_batches(lengths, training.batch_size, cfg.seed, epoch)
-        chosen = batches[step % per_epoch]
-        divisors = algorithm["weights"]([train[i] for i in chosen])
         resume.seed_step(cfg.seed, step, dist.rank())
+        with context:
+            batch = algorithm["batch"](run, step)
+        learning = ["critic"] if critic and step < rl.critic_warmup else list(objectives)
+        made = time.perf_counter()
 
-        # --- update: each term over the whole step's divisor, so cutting a step differently cannot change its gradient
-        optimizer.zero_grad()
-        totals = dict.fromkeys(("loss", *algorithm["metrics"]), 0.0)
-        for micro in cut(chosen):
-            tokens, mask = data.collate_pairs([train[i] for i in micro], device)
-            batch = {"mask": mask, "ref_logprobs": reference_logprobs["train"][micro].flatten().float().to(device)}
-            with context:
-                outputs = {"logprobs": model.sequence_logprobs(net, tokens, mask)}  # (B, T-1)
-            terms, metrics = objective(outputs, batch)
-            loss = sum((term * weight).sum() / divisor for (term, weight), divisor in zip(terms, divisors))
-            loss.backward()
-            totals["loss"] += loss.item()
-            for name, values in metrics.items():
-                totals[name] += values.sum().item() / len(chosen)
-        dist.sum_gradients(parameters)
-        record |= dict(zip(totals, dist.sum_all(*totals.values())))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        record["grad_norm"] = norm.item()
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-            ids = ", ".join(train[i]["id"] for i in chosen)
-            raise UserError(
-                f"step {step}: loss {record['loss']} or gradient norm {norm} is not finite; not updated; pairs {ids}"
-            )
-        torch.nn.utils.clip_grads_with_norm_(parameters, training.max_grad_norm, norm)
-        optimizer.step()
+        # --- update: each term over the whole minibatch's divisor, so no cut into micro-batches changes its gradient
+        totals, seen = Counter(), batch.get("generated", 0)
+        for minibatch in batch["plan"]:
+            everyone = [row for rows in minibatch for row in rows]
+            divisors = dist.sum_all(*batch["sizes"][everyone].sum(0))
+            if not any(divisors):
+                continue  # none of its rows has a gradient
+            optimizer.zero_grad()
+            sums, wrong = Counter(tokens=batch["costs"][everyone].sum().item()), []
+            for role, rows in itertools.product(learning, minibatch):
+                piece = data.piece(batch, rows)
+                with context:
+                    outputs = run.forward(role, piece["tokens"], piece["mask"])  # (B, T-1) each
+                if batch.get("single"):  # this only update's log-probs are the old ones
+                    piece["old_logprobs"] = outputs["logprobs"].detach()
+                    batch["old_logprobs"][rows, : piece["mask"].shape[1]] = piece["old_logprobs"]
+                terms, metrics = objectives[role](outputs, piece)
+                loss = sum((term * weight).sum() / by for (term, weight), by in zip(terms, divisors))
+                loss.backward()
+                wrong += [] if loss.isfinite() else [batch["ids"][row] for row in rows]
+                sums.update({"loss": loss.item()} | {name: x.double().sum().item() for name, x in metrics.items()})
+                sums.update({f"{name}#": len(x) for name, x in metrics.items()})
+            sums, norms = dist.sum_named(sums), {}
+            for role in learning:
+                dist.sum_gradients(parameters[role])
+                norms[role] = torch.nn.utils.get_total_norm([p.grad for p in parameters[role]])
+            sums |= {NORMS[role]: norm.item() for role, norm in norms.items()} | {f"{NORMS[r]}#": 1 for r in norms}
+            if not all(math.isfinite(sums[name]) for name in ("loss", *(NORMS[role] for role in norms))):
+                wrong = dist.gather_rows(wrong) or dist.gather_rows([batch["ids"][row] for row in everyone])
+                raise UserError(f"step {step}: loss {sums['loss']} or gradient norm {max(norms.values())} is not "
+                                f"finite; not updated; of {', '.join(sorted(set(wrong)))}")  # fmt: skip
+            seen += sums.pop("tokens")
+            if rl.target_kl is not None and sums.get("policy_kl", 0) > rl.target_kl * sums.get("policy_kl#", 1):
+                break  # far enough from the policy that sampled
+            for role in learning:
+                torch.nn.utils.clip_grads_with_norm_(parameters[role], training.max_grad_norm, norms[role])
+            optimizer.step()
+            totals.update(sums | {"loss#": 1})
         if step % 16 == 0:
             model.trim_memory(device)
         state["evaluation"] = None
+        state["tokens_seen"] += seen
 
         # --- log
-        seconds, seen = time.perf_counter() - started, sum(lengths[i] for i in chosen)
-        state["tokens_seen"] += seen
-        record |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / per_epoch,
-                   "tokens_seen": state["tokens_seen"], "tokens_per_second": seen / seconds,
-                   "pairs_per_second": len(chosen) / seconds, "seconds": seconds,
+        record |= {n: v / totals[f"{n}#"] for n, v in totals.items() if "#" not in n and totals[f"{n}#"]}
+        if online:
+            record |= experience.record(batch) | {"seconds_update": time.perf_counter() - made}
+            warnings += watch.hacking(state["memory"], record) + watch.sampler(record, dtype)
+            log.write_records(samples_file, experience.lines(batch, tokenizer, step))
+        seconds = time.perf_counter() - started
+        record |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / source.per_epoch,
+                   "tokens_seen": state["tokens_seen"], "tokens_per_second": seen / seconds, "seconds": seconds,
                    "peak_memory_gb": log.peak_memory_gb(device)}  # fmt: skip
+        if not online:
+            record["pairs_per_second"] = len(source.batch(step)) / seconds
+        if warnings:
+            record["warning"] = "; ".join(warnings)
+            say(f"step {step}: {record['warning']}")
         if dist.is_main():
             log.write_record(metrics_file, record)
             send(record)
         if step % training.eval_interval == 0 or step % cfg.logging.log_interval == 0:
             say(log.line(record))
-        bar.set_postfix_str(f"loss {record['loss']:.3f}, margin {record['margin']:.3f}", refresh=False)
         bar.update()
 
     # --- final save and report
     bar.close()
-    record |= {"tokens_seen": state["tokens_seen"], "best_eval_loss": state["best"]}
-    if found is None:  # resumed where all was done but this
+    record |= {"tokens_seen": state["tokens_seen"], f"best_{best.replace('/', '_')}": sign * state["best"]}
+    if warnings:
+        record["warning"] = "; ".join(warnings)
+        say(f"step {step}: {record['warning']}")
+    if found is None and not online:  # resumed where all was done but this
         with context:
-            found, _ = evaluate_val()
+            found, _ = evaluate(step)
     if dist.is_main():
         log.write_record(metrics_file, record)
         send(record)
         say(log.line(record))
         checkpoint.publish(run_dir / f"step-{step:06d}", run_dir, "final")
-        worth = preferences.implicit_report(found, val)
-        log.write_json(run_dir / "report.json", worth)
-        for name, row in worth.items():
-            if isinstance(row, dict):
-                low, high = row["interval"]
-                say(f"{name.replace('_', ' ')}: {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {row['pairs']} pairs")
-        panels = [
-            ("loss (nats a pair)", ("loss", "eval/loss")),
-            ("pair accuracy", ("accuracy", "eval/accuracy")),
-            ("change against the reference (nats a token)", ("eval/chosen_change", "eval/rejected_change")),
-            ("KL to the reference (nats a token)", ("eval/kl",)),
-        ]
+        if online:
+            panels = experience.report(run_dir, cfg.evaluation.draws)
+        else:
+            panels = pairs.report(run_dir, found, source.val)
         log.plot_curves(log.read_records(metrics_file), panels, run_dir / "curves.png")
         say(f"wrote {run_dir}/final, report.json, curves.png and metrics.jsonl; peak memory "
             f"{log.peak_memory_gb(device):.2f} GB")  # fmt: skip

@@ -20,7 +20,7 @@ from common.log import UserError
 
 MANIFEST, VERSION = "MANIFEST.json", 1
 MARGIN = 64 * 2**20  # room for what save_step cannot size before it is written: model files, tokenizer, state
-TRAINING_ONLY = {"optimizer.safetensors"}  # what a published copy leaves out
+TRAINING_ONLY = {"optimizer.safetensors", "critic.safetensors"}  # what a published copy leaves out
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
 
 

@@ -201,19 +201,29 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return batches
 
 
-def micro_batches(rows, lengths, budget, sort=True):
+def micro_batches(rows, lengths, budget, sort=True, shared=None):
     """Cut rows into lists whose lengths sum to at most `budget` tokens (one longer row stands alone), longest first.
 
-    Without `sort` they stay in order, so that rows of one prompt stay neighbours.
+    Without `sort` they stay in order, so that rows of one prompt stay neighbours; shared[row], (which prompt, its
+    tokens), then says what a row behind a row of the same prompt does not cost.
     """
     cuts, used = [], 0
     for row in sorted(rows, key=lambda i: (-lengths[i], i)) if sort else rows:
-        if not cuts or used + lengths[row] > budget:
+        again = shared and cuts and shared[cuts[-1][-1]] == shared[row]
+        if not cuts or used + lengths[row] - (shared[row][1] if again else 0) > budget:
             cuts.append([])
-            used = 0
+            used = again = 0
         cuts[-1].append(row)
-        used += lengths[row]
+        used += lengths[row] - (shared[row][1] if again else 0)
     return cuts
+
+
+def piece(batch, rows):
+    """The tensors of a batch at these rows, columns cut behind their last masked token: as if collated alone."""
+    width = 1 + batch["mask"][rows].any(0).nonzero().max().item()
+    wide = (batch["tokens"].shape, batch["mask"].shape)
+    return {name: value[rows][:, : width + (value.shape == wide[0])] if value.shape in wide else value[rows]
+            for name, value in batch.items() if torch.is_tensor(value)}  # fmt: skip
 
 
 def collate(examples, device="cpu"):

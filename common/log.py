@@ -82,14 +82,22 @@ def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def write_records(path, records):
+    """Append JSON lines, on the main rank; none leave no file."""
+    if dist.is_main() and records:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def read_records(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def line(record):
     """A record as one readable console line: `step 20  loss 1.234  ...`."""
-    shown = ("step", "loss", "accuracy", "margin", "eval/loss", "eval/perplexity", "eval/accuracy", "eval/margin",
-             "eval/chosen_logprob", "eval/kl", "lr", "grad_norm", "tokens_per_second")  # fmt: skip
+    shown = ("step", "reward", "kl", "length", "eval/reward", "loss", "accuracy", "margin", "eval/loss",
+             "eval/perplexity", "eval/accuracy", "eval/margin", "eval/chosen_logprob", "eval/kl", "lr", "grad_norm",
+             "tokens_per_second")  # fmt: skip
     return "  ".join(f"{key} {record[key]:.4g}" for key in shown if record.get(key) is not None)
 
 

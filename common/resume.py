@@ -130,6 +130,15 @@ def optimizer_tensors(optimizer, named):
             for key, value in optimizer.state.get(parameter, {}).items()}  # fmt: skip
 
 
+@torch.no_grad()
+def restore(named, tensors):
+    """Put saved tensors back into the parameters of the same names; ValueError if the names differ."""
+    if named.keys() != tensors.keys():
+        raise ValueError(f"other tensors than were saved: {sorted(named.keys() ^ tensors.keys())[:3]}")
+    for name, parameter in named.items():
+        parameter.copy_(tensors[name])
+
+
 def load_optimizer(optimizer, named, tensors):
     """Put back what optimizer_tensors returned; ValueError if a tensor belongs to no parameter."""
     for key, value in tensors.items():

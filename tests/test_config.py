@@ -16,10 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # keys that no script reads yet, each with the reason
-ONLINE = """baseline clip_high critic_learning_rate critic_warmup dynamic_sampling entropy_coeff gamma kl_coef
-kl_estimator lam loss_aggregation mask_truncated minibatches missing_stop_penalty num_ppo_epochs ppo_clip rollout_size
-scale_rewards target_kl value_clip value_coeff"""
-NOT_YET = {f"rl.{key}": "comes with ppo and grpo" for key in ONLINE.split()}
+NOT_YET = {"evaluation.reward_checkpoint": "comes with evaluate.py"}
 README = """task: safety              # safety | clinical | conala
 model:
   base_checkpoint: google/gemma-3-270m-it

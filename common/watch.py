@@ -1,0 +1,77 @@
+"""What a run warns about, in plain words: a hacked reward, a sampler off its trainer, a collapse under DPO.
+
+A reward that rises is good news unless something that it stands for pays the price: a component of it falls, answers
+become much longer or shorter, or they all become alike. The first steps are set against the last ones. Such signs audit
+a run and prove nothing: read the samples.
+"""
+
+import itertools
+import math
+
+import torch
+
+WATCHED = ("reward", "length", "distinct_bigrams")  # and each component of the reward
+WINDOW = 8  # steps of the first window and of the last; no word before the two are apart
+FALL = 0.1  # of a component: heuristics lie in [0, 1], a trained score has deviation 1
+LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct bigrams that are worth a word
+
+
+ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats a token between sampler and trainer, on average
+COLLAPSE = 0.5  # nats a token: chosen answers that became this much less likely
+COLLAPSED = ("the chosen answers themselves became {:.2f} nats a token less likely than at the start: DPO pushes both "
+             "answers down, the rejected one faster, and what it pushes up instead is unknown; lower rl.learning_rate, "
+             "raise rl.dpo_beta, or hold on with rl.dpo_sft_coeff 1")  # fmt: skip
+
+
+def collapse(record):
+    """DPO's: held-out chosen answers that lost more than COLLAPSE."""
+    change = record.get("eval/chosen_change", 0.0)
+    return [COLLAPSED.format(-change)] if change < -COLLAPSE else []
+
+
+def sampler(record, dtype):
+    """Log-probs of the sampler that are not the trainer's: a wrong merge, a stale copy, or too coarse a dtype."""
+    apart = record.get("sampler_mean", 0.0)
+    return [f"sampler and trainer differ by {apart:.4f} nats a token on average"] if apart > ALARM[dtype] else []
+
+
+def distinct_bigrams(completions):
+    """Share of different pairs of neighbouring tokens among all of a batch of completions (lists of ids); 1 if none."""
+    pairs = [pair for ids in completions for pair in itertools.pairwise(ids)]
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+def hacking(memory, values):
+    """Signs that the reward is being hacked, as sentences, after a step with these values ({name: float}).
+
+    memory {"first": [], "last": []}, which JSON can hold, keeps the steps' WATCHED values and components.
+    """
+    values = {name: value for name, value in values.items() if name.startswith("reward/") or name in WATCHED}
+    place = "first" if len(memory["first"]) < WINDOW else "last"
+    memory[place] = [*memory[place], values][-WINDOW:]
+    if len(memory["last"]) < WINDOW:
+        return []
+    then, now = ({name: [step[name] for step in memory[part]] for name in memory[part][0]} for part in memory)
+    if _change(then["reward"], now["reward"]) <= 0:
+        return []
+    said, rise = [], f"the reward rose from {_mean(then['reward']):.2f} to {_mean(now['reward']):.2f} while "
+    for name in then.keys() & now.keys():
+        a, b = _mean(then[name]), _mean(now[name])
+        if name.startswith("reward/") and b < a - FALL and _change(then[name], now[name]) < 0:
+            said.append(f"{rise}its component {name.removeprefix('reward/')} fell from {a:.2f} to {b:.2f}")
+        elif name == "length" and a and not SHORTER < b / a < LONGER:
+            said.append(f"{rise}answers went from {a:.0f} to {b:.0f} tokens")
+        elif name == "distinct_bigrams" and b < ALIKE * a:
+            said.append(f"{rise}answers became alike: {a:.0%} of their token pairs were different, now {b:.0%}")
+    return sorted(said)
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _change(then, now):
+    """-1, 0 or 1: do the means differ by more than two standard errors (Welch)?"""
+    errors = [sum((v - _mean(part)) ** 2 for v in part) / (len(part) - 1) / len(part) for part in (then, now)]
+    difference = _mean(now) - _mean(then)
+    return 0 if abs(difference) <= 2 * math.sqrt(sum(errors)) else int(math.copysign(1, difference))
