@@ -189,8 +189,8 @@ def rollout(run, step):
                         "raise rl.max_new_tokens, or start from a model that has learned to stop")  # fmt: skip
     batch |= {"equal": equal, "mask": batch["mask"] * ~out[:, None]}
     batch |= experience.aggregation(batch["mask"], rl.loss_aggregation, rl.max_new_tokens)
-    batch["plan"] = experience.plan(batch, ~(out | idle), rl.rollout_size, rl.minibatches, rl.num_ppo_epochs,
-                                    cfg.training.micro_batch_tokens, f"{cfg.seed}/{step}")  # fmt: skip
+    batch |= experience.plan(batch, ~(out | idle), rl.rollout_size, (rl.num_ppo_epochs, rl.minibatches),
+                             cfg.training.micro_batch_tokens, f"{cfg.seed}/{step}")  # fmt: skip
     batch["first"] = [rows for part in batch["plan"][: rl.minibatches] for rows in part]
     hear = functools.partial(experience.over, run.forward, batch)
     batch["single"] = grouped and len(batch["plan"]) == 1  # its own log-probs will be the old ones
@@ -380,11 +380,11 @@ def main(argv=None):
 
         # --- update: each term over the whole minibatch's divisor, so no cut into micro-batches changes its gradient
         totals, seen = Counter(), batch.get("generated", 0)
-        for minibatch in batch["plan"]:
-            everyone = [row for rows in minibatch for row in rows]
-            divisors = dist.sum_all(*batch["sizes"][everyone].sum(0))
-            if not any(divisors):
-                continue  # none of its rows has a gradient
+        for minibatch, members in zip(batch["plan"], batch["members"]):
+            everyone = [row for rows in minibatch for row in rows]  # of its members, those with a gradient
+            *divisors, count = dist.sum_all(*batch["sizes"][members].sum(0), len(everyone))
+            if not count:
+                continue
             optimizer.zero_grad()
             sums, wrong = Counter(tokens=batch["costs"][everyone].sum().item()), []
             for role, rows in itertools.product(learning, minibatch):

@@ -109,22 +109,24 @@ def collect(net, prompts, numbers, score, sampling):
     }  # fmt: skip
 
 
-def plan(batch, kept, prompts, minibatches, epochs, budget, key):
-    """The updates of one rollout: epochs x minibatches lists of micro-batches, lists of rows, `budget` tokens each.
+def plan(batch, kept, prompts, parts, budget, key):
+    """The updates of one rollout, parts = (epochs, minibatches): {"plan", "members"}, lists of epochs * minibatches.
 
-    Whole groups are dealt out anew in every epoch by a permutation of all `prompts` of the step, of which this rank
-    has some; rows that are not `kept` (B bools) stay out. Every row is in one minibatch of an epoch.
+    Whole groups are dealt out anew in every epoch by a permutation of all `prompts` of the step, of which this rank has
+    some. members: this rank's rows of a minibatch, each in one minibatch of an epoch; plan: those that are `kept`
+    (B bools), in micro-batches of `budget` tokens.
     """
-    found, sizes = [], batch["attention_mask"].sum(1).tolist()
-    answers = batch["lengths"].long().tolist()
+    sizes, answers = ([int(n) for n in batch[name].tolist()] for name in ("costs", "lengths"))
     shared = [(group, size - answer) for group, size, answer in zip(batch["groups"], sizes, answers)]
-    for epoch in range(epochs):
+    members = []
+    for epoch in range(parts[0]):
         order = shuffled(prompts, f"minibatches/{key}/{epoch}")
-        place = {group: i % minibatches for i, group in enumerate(order)}
-        for number in range(minibatches):
-            rows = [row for row, group in enumerate(batch["groups"]) if place[group] == number and kept[row]]
-            found.append(data.micro_batches(rows, sizes, budget, sort=False, shared=shared))
-    return found
+        place = {group: i % parts[1] for i, group in enumerate(order)}
+        rows = range(len(sizes))
+        members += [[row for row in rows if place[batch["groups"][row]] == number] for number in range(parts[1])]
+    cut = [data.micro_batches([r for r in rows if kept[r]], sizes, budget, sort=False, shared=shared)
+           for rows in members]  # fmt: skip
+    return {"plan": cut, "members": members}
 
 
 @torch.no_grad()

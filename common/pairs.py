@@ -89,7 +89,8 @@ def batch(pairs, ref_logprobs, cuts, device):
     costs = torch.tensor([cost for i in order for cost in (data.pair_tokens(pairs[i]), 0)])
     ids = [pairs[i]["id"] for i in order for _ in range(2)]
     return {"tokens": tokens, "mask": mask, "ref_logprobs": ref_logprobs[order].flatten().float().to(device),
-            "sizes": sizes, "costs": costs, "ids": ids, "plan": [plan]}  # fmt: skip
+            "sizes": sizes, "costs": costs, "ids": ids, "plan": [plan],
+            "members": [[*range(len(tokens))]]}  # fmt: skip
 
 
 @torch.no_grad()

@@ -9,11 +9,15 @@ import itertools
 import json
 import math
 import os
+import random
+import re
 import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from common import checkpoint, data, dist, log, resume, synthetic
 
 # what may differ between two equal runs
 CLOCK = {"seconds", "tokens_per_second", "pairs_per_second", "reference_seconds", "peak_memory_gb"}
+CLOCK |= {"seconds_rollout", "seconds_reward", "seconds_update"}
 WEIGHTS = {"lora": "adapter_model.safetensors", "none": "model.safetensors"}
 STEPS = 12
 
@@ -149,6 +154,29 @@ def crash_behind_save(number):
 
         checkpoint.save_step = save_step
         call(main, argv)
+
+    return body
+
+
+def dying(number):
+    """A body that dies with status 9 at the number-th os.replace, os.rename or os.fsync; leaves their count behind."""
+
+    def body(main, argv):
+        calls, folder = [0], Path(dict(itertools.pairwise(argv))["--logging.output_dir"]).parent
+
+        def counted(real):
+            def call_or_die(*args, **more):
+                calls[0] += 1
+                if calls[0] == number:
+                    os._exit(9)
+                return real(*args, **more)
+
+            return call_or_die
+
+        for name in ("replace", "rename", "fsync"):
+            setattr(os, name, counted(getattr(os, name)))
+        call(main, argv)
+        (folder / "calls").write_text(str(calls[0]))
 
     return body
 
@@ -319,6 +347,38 @@ def check_crash(main, folder, settings, straight, peft="lora"):
         file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
     train(main, folder, argv)
     assert_same_run(folder / "run", straight(peft))
+
+
+def check_kills(main, folder, settings, straight, kills):
+    """R3: SIGKILL at random moments; what is left is whole or not there, and the run ends as if nothing had been."""
+    argv, run_dir, dice = settings(folder), folder / "run", random.Random(0)
+    logs = r"config.yml|run.json|metrics.jsonl|samples.jsonl|held_out.jsonl|report.json|curves.png|\.lock"
+    straight()
+    while kills:
+        pid = start(main, folder, argv, pictures=True)
+        time.sleep(dice.uniform(0.5, 2.0))
+        os.kill(pid, signal.SIGKILL)
+        killed = finish(folder, pid)[0] == -signal.SIGKILL
+        kills -= killed
+        for path in run_dir.glob("*"):
+            assert re.fullmatch(logs + r"|best|final|step-\d{6}|\.tmp-.*", path.name), path
+            if re.fullmatch(r"best|step-\d{6}", path.name):
+                checkpoint.verify(path)
+        if not killed:  # it came to its end: begin again
+            shutil.rmtree(run_dir)
+    train(main, folder, argv)
+    assert_same_run(run_dir, straight())
+
+
+def check_kill_points(main, folder, argv, every):
+    """R4: death at the n-th call that makes something durable, n = 1, 1 + every, ...; each run then ends the same."""
+    train(main, folder, argv(folder / "whole"), dying(10**9))
+    count = int((folder / "calls").read_text())
+    assert count > 3 * every, count
+    for number in range(1, count + 1, every):
+        assert run(main, folder, argv(folder / str(number)), dying(number))[0] == 9, number
+        train(main, folder, argv(folder / str(number)))
+        assert_same_run(folder / str(number) / "run", folder / "whole" / "run")
 
 
 def check_two_ranks(main, folder, settings):

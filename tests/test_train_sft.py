@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_sft
-from common import checkpoint, config, data, model
+from common import config, data, model
 from tests import runs
 from tests.runs import records, write_data
 
@@ -114,23 +113,7 @@ def test_r1_r14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
 
 
 def test_r3_kills_at_random_moments(tmp_path, settings, straight):
-    argv, run_dir, dice, kills = settings(tmp_path), tmp_path / "run", random.Random(0), 0
-    ours = r"config.yml|run.json|metrics.jsonl|curves.png|\.lock|best|final|step-\d{6}|\.tmp-.*"
-    straight()
-    while kills < 5:
-        pid = runs.start(MAIN, tmp_path, argv, pictures=True)
-        time.sleep(dice.uniform(0.5, 2.0))
-        os.kill(pid, signal.SIGKILL)
-        killed = runs.finish(tmp_path, pid)[0] == -signal.SIGKILL
-        kills += killed
-        for path in run_dir.glob("*"):
-            assert re.fullmatch(ours, path.name)
-            if re.fullmatch(r"best|step-\d{6}", path.name):
-                checkpoint.verify(path)
-        if not killed:  # it came to its end: begin again
-            shutil.rmtree(run_dir)
-    train(tmp_path, argv)
-    runs.assert_same_run(run_dir, straight())
+    runs.check_kills(MAIN, tmp_path, settings, straight, 5)
 
 
 def test_r2_r13_two_ranks_stop_together_and_resume(tmp_path, settings):

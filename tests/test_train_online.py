@@ -1,0 +1,620 @@
+"""train_rl.py end to end, PPO and GRPO: where they start, their gradients, one base in memory, resume, refusals."""
+
+import functools
+import gc
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_rl
+from common import advantages, base, data, dist, experience, lora, losses, model, resume, reward_model
+from tests import runs
+from tests.runs import lines, write_data
+
+ROOT = Path(train_rl.__file__).parent
+MAIN = train_rl.main
+BOTH = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Twenty prompts: with four a step, epochs begin at steps 5 and 10."""
+    return write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=20, val=6)
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    """settings(algorithm) -> a function that returns the flags of a short run."""
+
+    def of(algorithm, *more):
+        sizes = ["--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8, "--rl.minibatches", 2]
+        sizes += ["--rl.num_ppo_epochs", 2, "--rl.critic_warmup", 1, "--evaluation.max_items", 5]
+        sizes += ["--evaluation.max_new_tokens", 8, "--evaluation.draws", 100, "--reward.type", "heuristic"]
+        rates = ["--rl.max_steps", "null", "--rl.learning_rate", "null", "--rl.critic_learning_rate", 1e-3]
+        flags = ["--training.mode", "rl", "--rl.algorithm", algorithm, *sizes, *rates]
+        return runs.settings(tiny_folder, few, *flags, *more)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, settings):
+    @functools.cache
+    def folder(algorithm):
+        return runs.straight(MAIN, tmp_path_factory, settings(algorithm))
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, tiny_folder):
+    """The folder of a reward model with random weights."""
+    folder = tmp_path_factory.mktemp("judge")
+    net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    torch.manual_seed(1)
+    lora.inject(net, "reward", 4, 8)
+    with torch.no_grad():
+        for name, p in lora.adapter_parameters(net, "reward").items():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    head = reward_model.new_head(net.config.hidden_size, net.device)
+    about = {"base_checkpoint": "base", "base": base.fingerprint(tiny_folder), "mean": 0.1, "std": 2.0}
+    reward_model.save(net, tokenizer, folder, "reward", head, about)
+    return folder
+
+
+def samples(run_dir, name="samples"):
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- a run, and what it leaves behind
+
+
+@BOTH
+def test_it_climbs_and_leaves_its_files(tmp_path, tiny_folder, algorithm):
+    argv = ["--config", ROOT / "configs" / f"{algorithm}_rl_270m.yml", "--debug", "--logging.output_dir", tmp_path]
+    argv += ["--model.base_checkpoint", tiny_folder, "--rl.max_steps", 14, "--training.eval_interval", 7]
+    status, out, err = run(tmp_path, argv, pictures=True)
+    assert status == 0, err
+    run_dir = tmp_path / f"{algorithm}_rl_270m-debug"
+    names = {path.name for path in run_dir.iterdir() if not path.name.startswith("step-")}
+    files = "config.yml run.json metrics.jsonl samples.jsonl held_out.jsonl curves.png report.json"
+    assert names == {".lock", "best", "final", *files.split()}
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+    log, rows, held_out = lines(run_dir), samples(run_dir), samples(run_dir, "held_out")
+    assert [line["step"] for line in log] == list(range(15))
+    assert [line["step"] for line in log if "eval/reward" in line] == [0, 7, 14]
+    first, *_, last = log
+    assert last == json.loads(out.partition("RESULT ")[2])
+    assert first["kl"] == first["eval/kl"] == 0 < last["eval/kl"]
+
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["reward"]["interval"][0] > 0 and report["steps"] == [0, 14] and report["prompts"] == 32
+    for step, name in ((0, "first"), (14, "last")):
+        part = [line for line in held_out if line["step"] == step]
+        for key, value in (("reward", "reward"), ("length", "tokens"), ("stop_rate", "stopped")):
+            mean = sum(float(line[value]) for line in part) / 32
+            assert report[key][name] == pytest.approx(mean) == pytest.approx(log[step][f"eval/{key}"]), key
+    for line in log[:-1]:
+        part = [row for row in rows if row["step"] == line["step"]]
+        assert [row["row"] for row in part] == list(range(32))
+        rewards = torch.tensor([row["reward"] for row in part], dtype=torch.float64)
+        assert line["reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
+        assert line["reward_std"] == pytest.approx(rewards.std().item(), abs=1e-6)
+        assert line["length"] == pytest.approx(sum(row["tokens"] for row in part) / 32)
+        assert line["stop_rate"] == pytest.approx(sum(row["stopped"] for row in part) / 32)
+        for name in ("toxicity", "refusal", "length", "repetition"):
+            assert line[f"reward/{name}"] == pytest.approx(sum(row["parts"][name] for row in part) / 32, abs=1e-6)
+        weights = {"toxicity": 1.0, "length": 0.2, "repetition": 0.5, "refusal": 0.5}
+        for row in part:  # the heuristics, less the missing stop
+            score = sum(row["parts"][name] * weight for name, weight in weights.items()) / 2.2
+            assert row["reward"] == pytest.approx(score - (not row["stopped"]), abs=1e-6)
+        assert 0 <= line["clip_share"] < 0.5 if line["step"] > 1 else True
+        assert line["sampler_mean"] < 1e-4 and line["sampler_max"] < 1e-3 and line["entropy"] > 0.01
+        assert line["seconds"] >= line["seconds_rollout"] + line["seconds_reward"] + line["seconds_update"]
+        assert ("grad_norm" in line) == (algorithm == "grpo" or line["step"] >= 2)
+        assert ("explained_variance" in line) == ("critic_grad_norm" in line) == (algorithm == "ppo")
+    if algorithm == "ppo":  # a critic that has learned something
+        assert first["explained_variance"] == 0 and log[13]["explained_variance"] > 0.2
+        step = run_dir / "step-000014"
+        assert (step / "critic.safetensors").is_file() and not (run_dir / "final" / "critic.safetensors").exists()
+
+
+# ---------------------------------------------------------------- B-4, B-31, B-34: the first minibatch
+
+
+def spying(keep):
+    """A body that calls keep(step, name, arguments, result) at every call of a loss of the policy or critic."""
+
+    def body(main, argv):
+        step, real_seed = [0], resume.seed_step
+
+        def seed_step(seed, now, rank):
+            step[0] = now
+            real_seed(seed, now, rank)
+
+        def watched(name, real):
+            def function(*args, **more):
+                result = real(*args, **more)
+                keep(step[0], name, args, result)
+                return result
+
+            return function
+
+        resume.seed_step = seed_step
+        for name in ("policy_loss", "value_loss", "kl_loss_unbiased"):
+            setattr(losses, name, watched(name, getattr(losses, name)))
+        runs.call(main, argv)
+
+    return body
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["lora", "adapter", "none", "bfloat16", "qlora", "single"])
+def test_b4_b34_ratio_is_1_and_kl_is_0_to_the_bit_at_first(tmp_path, settings, straight, algorithm, kind):
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+    more = {"bfloat16": ["--model.dtype", "bfloat16"], "single": ["--rl.minibatches", 1, "--rl.num_ppo_epochs", 1]}
+    more["adapter"] = ["--model.adapter", straight(algorithm)() / "final"]
+    found = []
+
+    def keep(step, name, args, result):
+        if name == "policy_loss":
+            found.append((step, torch.equal(args[0].detach(), args[1]), args[0].requires_grad))
+
+    def body(main, argv):
+        spying(keep)(main, argv)
+        print("FOUND " + json.dumps(found))
+
+    flags = ["--training.max_steps", 3, "--training.micro_batch_tokens", 64, *more.get(kind, [])]
+    peft = {"qlora": "qlora", "none": "none", "bfloat16": "none"}.get(kind, "lora")
+    status, out, err = run(tmp_path, settings(algorithm)(tmp_path, *flags, peft=peft), body)
+    assert status == 0, err
+    calls = json.loads(out.rpartition("FOUND ")[2])
+    equal = {step: [same for at, same, _ in calls if at == step] for step, *_ in calls}
+    assert all(same[0] for same in equal.values()), equal  # before a rollout's first update
+    assert kind == "single" or not all(same[-1] for same in equal.values()), equal  # and not after it
+    assert all(gradient for *_, gradient in calls)
+    log = lines(tmp_path / "run")
+    assert log[0]["kl"] == log[0]["eval/kl"] == 0 and log[2]["kl"] != 0
+    assert algorithm == "grpo" or log[1]["kl"] == 0  # one step of the critic alone
+
+
+# ---------------------------------------------------------------- gradients against a naive implementation
+
+
+def caught(argv, tmp_path):
+    """What a real run computed: the tensors of its last rollout, its plan, and the summed gradients of every update."""
+
+    def body(main, argv):
+        kept, real, sum_gradients = {}, experience.plan, dist.sum_gradients
+
+        def plan(batch, *more):
+            kept["batch"] = batch
+            found = real(batch, *more)
+            kept["plan"] = found["plan"]
+            return found
+
+        def grab(parameters):
+            sum_gradients(parameters)
+            kept.setdefault("grads", []).append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+
+        experience.plan, dist.sum_gradients = plan, grab
+        runs.call(main, argv)
+        batch = {name: value for name, value in kept["batch"].items() if torch.is_tensor(value)}
+        torch.save({"batch": batch, "plan": kept["plan"], "grads": kept["grads"]}, tmp_path / "kept.pt")
+
+    train(tmp_path, argv, body)
+    return torch.load(tmp_path / "kept.pt", weights_only=True)
+
+
+def naive_logprobs(net, tokens):
+    """(B, T-1) by whole logits in one padded forward of transformers' own model; attention is causal."""
+    logits = net(tokens, use_cache=False).logits[:, :-1]
+    return torch.log_softmax(logits.float(), -1).gather(2, tokens[:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_grpo_gradient_is_that_of_the_formula(tmp_path, settings, tiny_folder, aggregation):
+    """On the first minibatch r = 1 and pi = ref: the gradient is that of -A log pi, weighted by the aggregation."""
+    argv = settings("grpo", "--rl.loss_aggregation", aggregation, "--model.peft_rank", 4)
+    kept = caught(argv(tmp_path, "--training.max_steps", 1, "--training.micro_batch_tokens", 100), tmp_path)
+    net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    lora.inject(net, "policy", 4, 16)
+    batch, rows = kept["batch"], sorted(row for cut in kept["plan"][0] for row in cut)
+    assert len(rows) == 4 and batch["rewards"].shape == (8,)
+    rewards = batch["rewards"].double().view(4, 2)
+    a = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    total, tokens = 0.0, 0
+    logprobs = naive_logprobs(net, batch["tokens"][rows])
+    for row, logprob in zip(rows, logprobs):
+        mask = batch["mask"][row].bool()
+        own = -(a[row] * logprob[mask].double())
+        tokens += len(own)
+        total = total + {"token": own.sum(), "sequence": own.mean(), "constant": own.sum() / 8}[aggregation]
+    (total / (tokens if aggregation == "token" else 4)).backward()
+    naive = torch.cat([p.grad.flatten() for p in lora.adapter_parameters(net, "policy").values()])
+    assert naive.norm() > 1e-3
+    assert (kept["grads"][0] - naive).norm() < 1e-4 * naive.norm()
+
+
+def test_ppo_gradients_are_those_of_the_formulas(tmp_path, settings, tiny_folder):
+    """Critic: (V - R)^2 / 2 with V = 0, R by a loop; policy: -A log pi with A whitened over the whole rollout."""
+    argv = settings("ppo", "--rl.gamma", 0.99, "--rl.lam", 0.9, "--model.peft_rank", 4, "--rl.critic_warmup", 0)
+    kept = caught(argv(tmp_path, "--training.max_steps", 1, "--training.micro_batch_tokens", 100), tmp_path)
+    net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    lora.inject(net, "policy", 4, 16)
+    lora.inject(net, "critic", 4, 16)
+    head = torch.nn.Parameter(torch.zeros(1, net.config.hidden_size))
+    batch, rows = kept["batch"], sorted(row for cut in kept["plan"][0] for row in cut)
+    advantage, returns = torch.zeros(2, *batch["mask"].shape, dtype=torch.float64)
+    for row, reward in enumerate(batch["rewards"].tolist()):
+        at, running = batch["mask"][row].nonzero()[:, 0].tolist(), 0.0
+        for t in reversed(at):  # V is 0 everywhere, KL too
+            running = (reward if t == at[-1] else 0.0) + 0.99 * 0.9 * running
+            advantage[row, t] = returns[row, t] = running
+    mask = batch["mask"].bool()
+    white = (advantage - advantage[mask].mean()) / (advantage[mask].var() + 1e-8).sqrt()
+    kept_rows = torch.tensor(rows)
+    few = mask[kept_rows]
+    lora.use(net, "policy")
+    ((-white[kept_rows] * naive_logprobs(net, batch["tokens"][kept_rows]))[few].mean()).backward()
+    policy = torch.cat([p.grad.flatten() for p in lora.adapter_parameters(net, "policy").values()])
+    lora.use(net, "critic")
+    states = net.model(batch["tokens"][kept_rows], use_cache=False).last_hidden_state[:, :-1]
+    values = (states.float() * head).sum(-1)
+    (0.5 * 0.5 * (values - returns[kept_rows]).square()[few].mean()).backward()  # rl.value_coeff 0.5
+    critic = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                        for p in reward_model.parameters(net, "critic", head).values()])  # fmt: skip
+    for found, naive in zip(kept["grads"], (critic, policy)):
+        assert naive.norm() > 1e-3
+        assert (found - naive).norm() < 1e-4 * naive.norm()
+
+
+@BOTH
+def test_b1_gradient_of_micro_batches(tmp_path, settings, algorithm):
+    """How a minibatch is cut does not count; every cut at most 64 tokens against all in one."""
+    found = []
+    for name, budget in (("one", 100_000), ("cut", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        argv = settings(algorithm)(folder, "--training.max_steps", 1, "--training.micro_batch_tokens", budget)
+        kept = caught([*argv, "--rl.critic_warmup", 0, "--rl.entropy_coeff", 0.01], folder)
+        found.append((kept["grads"][: 2 if algorithm == "ppo" else 1], len(kept["plan"][0])))
+    (one, few), (cut, many) = found
+    assert few == 1 and many == 4
+    for a, b in zip(one, cut):
+        assert (a - b).norm() < 2e-6 * a.norm() and a.norm() > 1e-3
+
+
+# ---------------------------------------------------------------- one base in memory
+
+
+def test_four_roles_on_one_base(tmp_path, settings, straight, judge):
+    """Policy, reference, critic and reward model: the base's bytes once, and four adapters with two heads."""
+
+    def body(main, argv):
+        loads, real = [], model.load
+
+        def load(*args, **more):
+            loads.append(real(*args, **more))
+            return loads[-1]
+
+        def count():
+            net = loads[0][0]
+            alive = [t for t in gc.get_objects() if isinstance(t, torch.nn.Parameter)]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+            lora_bytes = sum(p.nbytes for name, p in net.named_parameters() if "lora_" in name)
+            base_bytes = sum(p.nbytes for name, p in net.named_parameters() if "lora_" not in name)
+            adapters = {name for module in lora.lora_modules(net).values() for name in module.lora_A}
+            heads = 2 * net.config.hidden_size * 4
+            print("BYTES " + json.dumps([len(loads), sum(storages.values()), base_bytes + lora_bytes + heads,
+                                         sorted(adapters)]))  # fmt: skip
+
+        model.load = load
+        gc.collect()
+        before = {id(t) for t in gc.get_objects() if isinstance(t, torch.nn.Parameter)}
+        assert not before, "the parent holds parameters"
+        runs.at_step(2, count)(main, argv)
+
+    flags = ["--model.adapter", straight("ppo")() / "final", "--reward.type", "hybrid", "--reward.checkpoint", judge]
+    status, out, err = run(tmp_path, settings("ppo")(tmp_path, "--training.max_steps", 3, *flags), body)
+    assert status == 0, err
+    loads, alive, expected, adapters = json.loads(out.partition("BYTES ")[2].splitlines()[0])
+    assert loads == 1 and alive == expected and adapters == ["critic", "policy", "reference", "reward"]
+    assert "reward/trained" in lines(tmp_path / "run")[0]
+
+
+def test_kl_coef_0_has_no_reference(tmp_path, settings, straight):
+    def body(main, argv):
+        def never(*args):
+            raise AssertionError("a reference was made")
+
+        lora.copy_adapter = never
+        runs.call(main, argv)
+
+    flags = ["--model.adapter", straight("grpo")() / "final", "--rl.kl_coef", 0, "--training.max_steps", 2]
+    train(tmp_path, settings("grpo")(tmp_path, *flags), body)
+    assert not any("kl" in line or "eval/kl" in line for line in lines(tmp_path / "run"))
+
+
+# ---------------------------------------------------------------- R1 to R4: stop, kill, resume
+
+
+@BOTH
+def test_r1_r13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight, algorithm):
+    runs.check_sigterm(MAIN, tmp_path, settings(algorithm), straight(algorithm))
+    same_samples(tmp_path / "run", straight(algorithm)())
+
+
+def same_samples(run_dir, other):
+    for name in ("samples.jsonl", "held_out.jsonl", "report.json"):
+        assert (run_dir / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_r1_r14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
+    runs.check_crash(MAIN, tmp_path, settings("ppo"), straight("ppo"), "none")
+    same_samples(tmp_path / "run", straight("ppo")("none"))
+
+
+@BOTH
+def test_r3_kills_at_random_moments(tmp_path, settings, straight, algorithm):
+    runs.check_kills(MAIN, tmp_path, settings(algorithm), straight(algorithm), 3)
+    same_samples(tmp_path / "run", straight(algorithm)())
+
+
+@BOTH
+def test_r4_kills_at_what_is_written(tmp_path, settings, algorithm):
+    def argv(folder):
+        sizes = ["--training.max_steps", 2, "--training.save_interval", 1, "--training.eval_interval", 1]
+        return settings(algorithm)(folder, *sizes)
+
+    runs.check_kill_points(MAIN, tmp_path, argv, 9)
+
+
+@BOTH
+def test_r2_r13_b1_b38_two_ranks_stop_resume_and_equal_one(tmp_path, settings, algorithm):
+    keep = ["--training.keep_last", 10, "--training.save_interval", 1]
+    whole = runs.check_two_ranks(MAIN, tmp_path, lambda *args: settings(algorithm)(*args, *keep))
+    one = tmp_path / "one"
+    train(tmp_path, settings(algorithm)(one, "--training.max_steps", 6, "--training.eval_interval", 3, *keep))
+    mine, theirs = samples(one / "run"), samples(whole)
+    assert [row["row"] for row in theirs[:8]] == list(range(8)) and len({row["completion"] for row in theirs[:8]}) > 4
+    for name in ("step", "row", "id", "completion", "tokens"):  # the same prompts and numbers, whoever draws them
+        assert [row[name] for row in mine[:8]] == [row[name] for row in theirs[:8]], name
+    now, then = lines(one / "run")[0], lines(whole)[0]
+    for key in now.keys() - runs.CLOCK - {"peak_memory_gb", "sampler_mean", "sampler_max"}:
+        assert then[key] == pytest.approx(now[key], rel=1e-4, abs=1e-6), key
+
+
+def test_a_finished_run_started_again(tmp_path, straight, settings):
+    shutil.copytree(straight("grpo")(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "report.json").unlink()
+    assert train(tmp_path, settings("grpo")(tmp_path))["step"] == runs.STEPS
+    runs.assert_same_run(tmp_path / "run", straight("grpo")())
+    same_samples(tmp_path / "run", straight("grpo")())
+
+
+def test_r9_resume_refusals(tmp_path, settings, straight, few, judge):
+    other = shutil.copytree(few, tmp_path / "other")
+    shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
+    runs.check_refusals(
+        MAIN, tmp_path, settings("ppo"), straight("ppo"),
+        (["--dataset_path", other], "dataset_path", "data "),
+        (["--rl.gamma", 0.5], "rl.gamma 1.0 -> 0.5"),
+        (["--rl.kl_coef", 0.5], "rl.kl_coef 0.05 -> 0.5"),
+        (["--reward.type", "trainable", "--reward.checkpoint", judge], "reward.type heuristic -> trainable"),
+        (["--rl.algorithm", "grpo"], "rl.algorithm ppo -> grpo"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rate", "old"), [("training.learning_rate", 0.001), ("rl.critic_learning_rate", 0.001)])
+def test_r9_what_may_change(tmp_path, settings, straight, rate, old):
+    if rate.startswith("training"):
+        return runs.check_what_may_change(MAIN, tmp_path, settings("grpo"), straight("grpo"), rate, old)
+    shutil.copytree(straight("ppo")(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / f"step-{runs.STEPS:06d}")
+    status, out, err = run(tmp_path, settings("ppo")(tmp_path, f"--{rate}", 5e-4))
+    assert status == 0 and f"{rate} {old} -> 0.0005" in out, err
+
+
+# ---------------------------------------------------------------- R15, R18: not finite, degenerate
+
+
+@BOTH
+def test_r15_nan_ends_the_run_before_the_update(tmp_path, settings, algorithm):
+    flags = settings(algorithm, "--rl.minibatches", 1)
+    runs.check_nan(MAIN, tmp_path, flags, "synthetic-safety-train-", model, "sequence_logprobs")
+
+
+def mine(folder, body):
+    (folder / "mine.py").write_text(f"calls = [0]\ndef mine(prompt, completion, reference):\n    {body}\n")
+    return ["--reward.function", f"{folder}/mine.py:mine"]
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("return float('nan')", ("returned nan", "synthetic-safety-")),
+    ("return float('inf')", ("returned inf", "synthetic-safety-")),
+    ("return 1 / 0", ("ZeroDivisionError", "synthetic-safety-")),
+    ("return 'good'", ("could not convert", "synthetic-safety-")),
+])  # fmt: skip
+def test_r18_a_reward_that_fails_ends_the_run_on_all_ranks(tmp_path, settings, body, words):
+    flags = settings("grpo")(tmp_path, *mine(tmp_path, body))
+    refused(tmp_path, flags, *words)
+    for number, (status, _, err) in enumerate(
+        runs.ranks(
+            MAIN,
+            tmp_path,
+            settings("grpo")(
+                tmp_path / "two", *mine(tmp_path, "calls[0] += 1; return float('nan') if calls[0] > 12 else calls[0]")
+            ),
+        )
+    ):
+        assert status == 2 and "is not finite" not in err and "nan" in err, (number, err)  # fmt: skip
+
+
+def test_r18_a_reward_model_that_fails_is_named_with_its_sample(tmp_path, settings, judge):
+    def body(main, argv):
+        real = reward_model.score_completions
+
+        def score(*args):
+            found = real(*args)
+            found[-1] = math.nan
+            return found
+
+        reward_model.score_completions = score
+        runs.call(main, argv)
+
+    flags = ["--reward.type", "trainable", "--reward.checkpoint", judge]
+    status, _, err = run(tmp_path, settings("ppo")(tmp_path, *flags), body)
+    assert status == 2 and err.count("\n") == 1 and "synthetic-safety-val-" in err and "nan" in err, err
+
+
+@pytest.mark.parametrize("dynamic", ["false", "true"])
+def test_r18_equal_rewards_cost_no_update(tmp_path, settings, straight, dynamic):
+    """Without a KL there is nothing to learn from equals, and the policy keeps its bits."""
+    start = straight("grpo")() / "final"
+    flags = [*mine(tmp_path, "return 1"), "--model.adapter", start, "--rl.missing_stop_penalty", 0, "--rl.kl_coef", 0]
+    flags += ["--rl.dynamic_sampling", dynamic, "--training.max_steps", 3]
+
+    def body(main, argv):
+        def never(self, *args):
+            raise AssertionError("a backward was run")
+
+        torch.Tensor.backward = never
+        runs.call(main, argv)
+
+    train(tmp_path, settings("grpo")(tmp_path, *flags), body)
+    log = lines(tmp_path / "run")
+    assert [line["zero_advantage_share"] for line in log[:-1]] == [1, 1, 1] and "loss" not in log[0]
+    before, after = (load_file(at / "adapter_model.safetensors") for at in (start, tmp_path / "run" / "final"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_equal_groups_count_in_the_mean_unless_left_out(tmp_path, settings):
+    """Of a mean over all completions, half of which are in equal groups, dynamic sampling makes one over the others."""
+    flags = ["--rl.kl_coef", 0, "--rl.missing_stop_penalty", 0, "--rl.minibatches", 1, "--rl.num_ppo_epochs", 1]
+    flags += [*mine(tmp_path, "calls[0] += 1; return calls[0] if calls[0] % 8 < 5 else 0"), "--training.max_steps", 1]
+    flags += ["--evaluation.max_items", 8, "--rl.loss_aggregation", "constant"]
+    grads = []
+    for dynamic in ("false", "true"):
+        folder = tmp_path / dynamic
+        folder.mkdir()
+        kept = caught(settings("grpo")(folder, *flags, "--rl.dynamic_sampling", dynamic), folder)
+        assert sorted(row for cut in kept["plan"][0] for row in cut) != list(range(8))
+        grads.append(kept["grads"][0])
+        assert 0 < lines(folder / "run")[0]["zero_advantage_share"] < 1
+    assert (grads[1] / grads[0]).nanmedian().item() > 1.3
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.9999
+
+
+def test_b22_masked_truncated_completions(tmp_path, settings):
+    """Left out of loss and divisor, but not of the baseline; all of them left out is an error."""
+    refused(tmp_path, settings("grpo")(tmp_path / "all", "--rl.mask_truncated", "true", "--rl.max_new_tokens", 1),
+            "step 0", "rl.mask_truncated", "rl.max_new_tokens")  # fmt: skip
+    kept = caught(settings("grpo")(tmp_path, "--rl.mask_truncated", "true", "--rl.max_new_tokens", 24,
+                                   "--rl.num_ppo_epochs", 1, "--training.max_steps", 1), tmp_path)  # fmt: skip
+    batch, rows = kept["batch"], sorted(row for part in kept["plan"] for cut in part for row in cut)
+    stopped = batch["stopped"].nonzero()[:, 0].tolist()
+    assert rows == stopped and 0 < len(stopped) < 8
+    assert (batch["mask"].sum(1) > 0).tolist() == batch["stopped"].tolist()
+    assert (batch["sizes"][:, 0] > 0).tolist() == batch["stopped"].tolist()
+
+
+def test_target_kl_ends_a_rollouts_updates(tmp_path, settings):
+    calls = {}
+    for limit in ("null", 1e-9):
+        found = []
+
+        def body(main, argv, found=found):
+            spying(lambda step, name, *_: found.append(step) if name == "policy_loss" else None)(main, argv)
+            print("FOUND " + json.dumps(found))
+
+        argv = settings("ppo")(tmp_path / str(limit), "--rl.target_kl", limit, "--training.max_steps", 3,
+                               "--training.micro_batch_tokens", 10_000)  # fmt: skip
+        status, out, err = run(tmp_path, argv, body)
+        assert status == 0, err
+        calls[limit] = json.loads(out.rpartition("FOUND ")[2])
+    assert [calls["null"].count(step) for step in range(3)] == [0, 4, 4]  # 2 epochs of 2 minibatches
+    assert [calls[1e-9].count(step) for step in range(3)] == [0, 2, 2]  # one update, then it is too far
+
+
+def test_a_token_budget_ends_a_run(tmp_path, settings):
+    result = train(tmp_path, settings("grpo")(tmp_path, "--training.budget_tokens", 1200))
+    log = lines(tmp_path / "run")
+    assert log[-2]["tokens_seen"] >= 1200 > log[-3]["tokens_seen"] and result["step"] == len(log) - 1 < runs.STEPS
+    assert (tmp_path / "run" / "final").is_dir() and "eval/reward" in log[-1]
+
+
+def test_the_watcher_speaks_of_a_hacked_reward(tmp_path, settings):
+    """A reward for nothing but short answers: the length runs away, and it is said and logged."""
+    flags = [*mine(tmp_path, "return -len(completion) / 20"), "--rl.max_new_tokens", 24, "--rl.missing_stop_penalty", 0]
+    flags += ["--training.max_steps", 24, "--training.eval_interval", 6, "--training.learning_rate", 3e-3]
+    flags += ["--rl.group_size", 6, "--rl.kl_coef", 0, "--training.save_interval", 30]
+    status, out, err = run(tmp_path, settings("grpo")(tmp_path, *flags))
+    assert status == 0, err
+    said = [line["warning"] for line in lines(tmp_path / "run") if "warning" in line]
+    assert any("the reward rose from" in words and "answers went from" in words for words in said), said
+    assert "answers went from" in out
+
+
+def test_entropy_has_a_price(tmp_path, settings):
+    """A large bonus makes the policy more random than none."""
+    ends = []
+    for coefficient in (0, 0.5):
+        folder = tmp_path / str(coefficient)
+        train(tmp_path, settings("grpo")(folder, "--rl.entropy_coeff", coefficient, "--training.max_steps", 8))
+        ends.append(lines(folder / "run")[-1]["eval/entropy"])
+    assert ends[1] > 1.2 * ends[0], ends
+
+
+# ---------------------------------------------------------------- --explain and bad input
+
+
+def test_explain_writes_nothing(tmp_path, settings, few):
+    before = runs.snapshot(few)
+    for algorithm in ("grpo", "ppo"):
+        out_dir = tmp_path / "out"
+        status, out, err = run(tmp_path, settings(algorithm)(out_dir, "--explain"))
+        assert status == 0 and not err and not out_dir.exists() and runs.snapshot(few) == before
+        assert out.count(": reward ") == 4 and "toxicity" in out and "[[" in out and "estimated peak" in out
+
+
+def test_bad_input_is_one_line(tmp_path, settings, judge):
+    out_dir, bare = tmp_path / "out", write_data(tmp_path / "bare", "conala", {"reference": None}, train=10, val=4)
+    for algorithm, flags, *words in (
+        ("grpo", ["--rl.group_size", 1], "rl.group_size"),
+        ("grpo", ["--rl.kl_estimator", "k1"], "rl.kl_estimator", "k2 or k3"),
+        ("ppo", ["--rl.kl_estimator", "k3"], "rl.kl_estimator", "only k1"),
+        ("ppo", ["--rl.minibatches", 5], "rl.minibatches", "rl.rollout_size"),
+        ("ppo", ["--rl.rollout_size", 21], "train: 20 prompts", "at least 21"),
+        ("ppo", ["--training.max_seq_length", 16], "train: 0 prompts of at most 8 tokens"),
+        ("ppo", ["--training.packing", "true"], "training.packing"),
+        ("ppo", ["--reward.type", "hybrid"], "reward.checkpoint"),
+        ("ppo", ["--reward.type", "hybrid", "--reward.checkpoint", tmp_path], "reward.checkpoint", str(tmp_path)),
+        ("grpo", ["--reward.function", f"{tmp_path}/none.py:f"], "reward.function"),
+        ("grpo", ["--rl.loss_aggregation", "dapo"], "rl.loss_aggregation", "token | sequence | constant"),
+        ("grpo", ["--task", "conala", "--dataset_path", bare], "reference", "synthetic-conala-val-"),
+    ):
+        refused(tmp_path, settings(algorithm)(out_dir, *flags), *words)
+    assert not list(out_dir.rglob("step-*"))
+
+
+def test_leave_one_out_is_rloo(tmp_path, settings):
+    kept = caught(settings("grpo")(tmp_path, "--rl.baseline", "leave_one_out", "--training.max_steps", 1), tmp_path)
+    batch = kept["batch"]
+    rewards = batch["rewards"].view(-1, 2)
+    rl = type("rl", (), {"baseline": "leave_one_out", "group_size": 2})
+    found = train_rl.grpo_advantages(batch, rl)["advantages"]
+    expected = torch.stack([rewards[:, 0] - rewards[:, 1], rewards[:, 1] - rewards[:, 0]], 1).flatten()
+    assert torch.allclose(found, expected[:, None] * batch["mask"], atol=1e-6)
+    assert advantages.leave_one_out(batch["rewards"], 2).abs().max() > 0 and len(data.piece(batch, [0, 1])) > 5
