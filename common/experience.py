@@ -168,11 +168,11 @@ def summary(batch, front=""):
                "stop_rate": batch["stopped"]}  # fmt: skip
     sums = [column.sum() for column in columns.values()]
     sums += [sum(part[name] for part in batch["parts"]) for name in names]
-    variety = watch.distinct_bigrams(batch["completions"]) * len(rewards)
-    *sums, variety, count = dist.sum_all(*sums, variety, len(rewards))
+    variety = watch.distinct_bigrams(dist.gather_rows(batch["completions"]))
+    *sums, count = dist.sum_all(*sums, len(rewards))
     found = {name: total / count for name, total in zip([*columns, *(f"reward/{name}" for name in names)], sums)}
     spread = max(0.0, found.pop("reward_square") - found["reward"] ** 2) * count / max(1, count - 1)
-    found |= {"reward_std": spread**0.5, "distinct_bigrams": variety / count}
+    found |= {"reward_std": spread**0.5, "distinct_bigrams": variety}
     return {front + name: value for name, value in found.items()}
 
 

@@ -416,7 +416,7 @@ def check_refusals(main, folder, settings, straight, *cases):
         assert sorted(os.listdir(run_dir)) == sorted(os.listdir(straight())), flags
 
 
-def check_what_may_change(main, folder, settings, straight, rate="training.learning_rate", old=0.001):
+def check_what_may_change(main, folder, settings, straight, rate="training.learning_rate", old=0.001, same="loss"):
     """R9: the learning rate, so far `old`, and the number of steps may change, and it is said."""
     shutil.copytree(straight(), folder / "run")
     shutil.rmtree(folder / "run" / f"step-{STEPS:06d}")
@@ -426,7 +426,7 @@ def check_what_may_change(main, folder, settings, straight, rate="training.learn
     assert f"{rate} {old} -> 0.0005" in out and "training.max_steps 12 -> 10" in out, out
     assert "resuming" in out and "step 9 of 10" in out, out
     new, old = records(folder / "run"), records(straight())
-    assert new[:9] == old[:9] and new[9]["loss"] == old[9]["loss"] and new[9]["lr"] != old[9]["lr"] and len(new) == 11
+    assert new[:9] == old[:9] and new[9][same] == old[9][same] and new[9]["lr"] != old[9]["lr"] and len(new) == 11
 
 
 def check_nan(main, folder, settings, names, module, name):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.losses import entropy_and_kl, token_logprobs, token_logprobs_and_hits
+from common.losses import entropy, entropy_and_kl, token_logprobs, token_logprobs_and_hits
 
 N, D, V = 37, 24, 1024
 
@@ -116,3 +116,29 @@ def test_entropy_and_kl_are_exact(chunk):
     assert (entropy - -(log_p.exp() * log_p).sum(-1)).abs().max() < 1e-4
     assert (kl - (log_p.exp() * (log_p - log_q)).sum(-1)).abs().max() < 1e-4 and (kl > 0.01).any()
     assert not entropy_and_kl(hidden.detach(), hidden.detach(), weight, chunk)[1].any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_entropy_and_its_gradient_equal_autograd_on_whole_logits(temperature, trainable):
+    hidden, weight, _, upstream = inputs()
+    weight.requires_grad_(trainable)
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    log_p = torch.log_softmax(h @ w.T / temperature, -1)
+    exact_entropy = -(log_p.exp() * log_p).sum(-1)
+    (exact_entropy * upstream).sum().backward()
+    for chunk in (1, 5, None):
+        hidden.grad = weight.grad = None
+        found = entropy(hidden, weight, temperature, chunk)
+        assert found.shape == (N,) and found.dtype == torch.float32
+        assert torch.allclose(found.double(), exact_entropy, atol=1e-5)
+        (found * upstream).sum().backward()
+        assert relative(hidden.grad, h.grad) < 1e-5
+        assert not trainable or relative(weight.grad, w.grad) < 1e-5
+    assert entropy(hidden[:0], weight).shape == (0,)
+
+
+def test_entropy_of_known_distributions():
+    flat = entropy(torch.zeros(1, 4), torch.randn(50, 4))
+    sure = entropy(torch.full((1, 4), 50.0), torch.cat([torch.ones(1, 4), -torch.ones(49, 4)]))
+    assert flat.item() == pytest.approx(torch.tensor(50.0).log().item(), rel=1e-6) and sure.item() == 0

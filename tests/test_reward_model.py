@@ -143,3 +143,22 @@ def test_what_does_not_fit_is_refused(judge, tmp_path, tiny_model, tiny_folder):
         assert str(caught.value).startswith(f"reward.checkpoint: {tmp_path / folder}")
     with pytest.raises(UserError, match="modules_to_save"):  # and it is no policy to start from
         model.load_adapter(fresh, "policy", tmp_path / "rm")
+
+
+def test_values_are_those_of_the_states_before_each_token(judge, pairs):
+    net, _, head = judge
+    tokens, mask = data.collate_pairs(pairs)
+    found = reward_model.values(net, head, tokens, mask)
+    assert found.shape == mask.shape and not found[mask == 0].any() and found[mask == 1].abs().min() > 0
+    examples = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    with torch.no_grad():
+        for row, example in zip(found, examples):
+            states = net.model(torch.tensor([example["ids"]]), use_cache=False).last_hidden_state[0]
+            kept = torch.tensor(example["mask"][1:]).bool()
+            expected = (states[:-1][kept] * head).sum(-1)
+            assert torch.allclose(row[: len(kept)][kept], expected, atol=1e-4)
+    wide = torch.cat([tokens, torch.full((len(tokens), 9), 7)], 1), torch.cat([mask, torch.zeros(len(mask), 9)], 1)
+    assert torch.allclose(reward_model.values(net, head, *wide)[:, : mask.shape[1]], found, atol=1e-6)
+    zero = torch.zeros_like(head)
+    assert not reward_model.values(net, zero, tokens, mask).any()
+    assert reward_model.values(net, head, tokens, torch.zeros_like(mask)).shape == mask.shape

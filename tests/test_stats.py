@@ -56,3 +56,36 @@ def test_mcnemar_is_the_exact_binomial():
         assert p == pytest.approx(scipy.binomtest(b, b + c).pvalue, rel=1e-9)
     assert stats.mcnemar([True, False], [True, False]) == (0, 0, 1.0)
     assert stats.mcnemar([True] * 6, [False] * 6)[2] == pytest.approx(2 / 64)
+
+
+def test_paired_bootstrap_equals_scipys_percentile_interval():
+    bootstrap = pytest.importorskip("scipy.stats").bootstrap
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0.3, 1, 80), rng.normal(0, 1, 80)
+    mean, low, high, p = stats.paired_bootstrap(a, b, 20000)
+    theirs = bootstrap((a - b,), np.mean, n_resamples=20000, method="percentile", rng=2).confidence_interval
+    assert mean == pytest.approx((a - b).mean()) and 0 < p < 1
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+def test_paired_bootstrap_covers_and_its_p_is_flat_under_the_null():
+    rng = np.random.default_rng(0)
+    shift, inside, small = rng.normal(0, 1, 100), [], []
+    for _ in range(400):
+        a, b = shift + rng.normal(0.2, 0.5, 100), shift + rng.normal(0, 0.5, 100)  # pairing removes the shift
+        _, low, high, _ = stats.paired_bootstrap(a, b, 500, seed=int(rng.integers(2**31)))
+        inside.append(low <= 0.2 <= high)
+        small.append(stats.paired_bootstrap(a - 0.2, b, 500)[3] < 0.05)
+    assert 0.91 < np.mean(inside) < 0.98 and 0.02 < np.mean(small) < 0.09
+
+
+def test_paired_bootstrap_by_hand():
+    assert stats.paired_bootstrap([2.0] * 5, [1.0] * 5, 1000) == (1.0, 1.0, 1.0, 0.001)
+    assert stats.paired_bootstrap([1.0] * 5, [1.0] * 5, 1000) == (0.0, 0.0, 0.0, 1.0)
+    a, b = np.arange(10.0), np.arange(10.0)[::-1]
+    assert stats.paired_bootstrap(a, b, seed=3) == stats.paired_bootstrap(a, b, seed=3)
+    forward, back = stats.paired_bootstrap(a + 2, b, 4000), stats.paired_bootstrap(b, a + 2, 4000)
+    assert forward[0] == -back[0] and forward[3] == back[3]
+    for wrong in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="same items"):
+            stats.paired_bootstrap(*wrong)

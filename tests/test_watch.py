@@ -1,0 +1,68 @@
+"""The watcher: each sign of a hacked reward is seen, honest progress and noise are not."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from common import watch
+
+FAIR = {"reward": (0.4, 0.8), "length": (30, 34), "distinct_bigrams": (0.6, 0.55), "reward/toxicity": (0.7, 0.9),
+        "reward/refusal": (0.5, 0.55)}  # fmt: skip
+
+
+def said(changes=(), steps=40, noise=0.02, seed=0):
+    """What is said at the end of a run whose values go from one mean to the other."""
+    dice, memory, found = random.Random(seed), {"first": [], "last": []}, []
+    for step in range(steps):
+        means = {name: a + (b - a) * step / steps for name, (a, b) in (FAIR | dict(changes)).items()}
+        values = {name: mean * (1 + dice.gauss(0, noise)) for name, mean in means.items()}
+        found = watch.hacking(memory, values | {"loss": 1.0, "eval/reward": 0.5})
+        memory = json.loads(json.dumps(memory))  # as in a checkpoint
+    assert len(memory["first"]) == watch.WINDOW == len(memory["last"])
+    assert memory["first"][0].keys() == FAIR.keys()
+    return found
+
+
+def test_progress_alone_is_no_sign():
+    assert [said(seed=seed) for seed in range(20)] == [[]] * 20
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"length": (30, 70)}, "answers went from"),
+    ({"length": (30, 8)}, "answers went from"),
+    ({"distinct_bigrams": (0.6, 0.2)}, "answers became alike"),
+    ({"reward/refusal": (0.5, 0.1)}, "its component refusal fell from"),
+])  # fmt: skip
+def test_each_sign_is_seen(changes, words):
+    for seed in range(5):
+        (sentence,) = said(changes, seed=seed)
+        assert words in sentence and sentence.startswith("the reward rose from 0.4")
+
+
+def test_all_at_once_and_none_without_a_rise():
+    everything = {"length": (30, 80), "distinct_bigrams": (0.6, 0.1), "reward/refusal": (0.5, 0.1)}
+    assert len(said(everything)) == 3
+    assert not said(everything | {"reward": (0.4, 0.4)}) and not said(everything | {"reward": (0.8, 0.4)})
+
+
+def test_no_word_before_the_windows_are_full():
+    memory = {"first": [], "last": []}
+    for step in range(2 * watch.WINDOW - 1):
+        assert not watch.hacking(memory, {"reward": float(step), "length": 2.0**step, "distinct_bigrams": 1.0})
+    assert watch.hacking(memory, {"reward": 15.0, "length": 1e6, "distinct_bigrams": 1.0})
+
+
+def test_distinct_bigrams_by_hand():
+    assert watch.distinct_bigrams([[1, 2, 3], [1, 2]]) == 2 / 3
+    assert watch.distinct_bigrams([[1, 1, 1, 1]]) == 1 / 3
+    assert watch.distinct_bigrams([[5], []]) == 1.0
+
+
+def test_alarms():
+    assert watch.sampler({"sampler_mean": 0.002}, torch.float32) and not watch.sampler({}, torch.float32)
+    assert not watch.sampler({"sampler_mean": 0.05}, torch.bfloat16)
+    assert watch.sampler({"sampler_mean": 0.2}, torch.bfloat16) == ["sampler and trainer differ by 0.2000 nats a token "
+                                                                    "on average"]  # fmt: skip
+    assert watch.collapse({"eval/chosen_change": -0.6}) and not watch.collapse({"eval/chosen_change": -0.4})
