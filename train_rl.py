@@ -425,7 +425,9 @@ def main(argv=None):
         record |= {n: v / totals[f"{n}#"] for n, v in totals.items() if "#" not in n and totals[f"{n}#"]}
         if online:
             record |= experience.record(batch) | {"seconds_update": time.perf_counter() - made}
-            warnings += watch.hacking(state["memory"], record) + watch.sampler(record, dtype)
+            warnings += watch.hacking(state["memory"], record, cfg.reward.normalize_rewards) + watch.sampler(
+                record, dtype
+            )
             log.write_records(samples_file, experience.lines(batch, tokenizer, step))
         seconds = time.perf_counter() - started
         record |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / source.per_epoch,

@@ -77,68 +77,77 @@ def differences(net, prompts, rows, noises):
         yield f"| {noise:g} | {rollouts.merge_survival(net, 'policy'):.0%} | {' | '.join(cells)} |"
 
 
-def table(results, args, seconds):
-    spread = {name: [args.rows * args.tokens / s for s in times] for name, times in results.items()}
-    median = {name: statistics.median(speeds) for name, speeds in spread.items()}
+def table(results, floors, args):
+    sizes = " ".join(map(str, args.rows))
     lines = [
         "# Rollouts against transformers' generate",
         "",
-        f"`python benchmarks/bench_rollout.py --base gemma-3-270m.gguf --rows {args.rows} --tokens {args.tokens} "
-        f"--rounds {args.rounds} --threads {args.threads}`",
+        f"`python benchmarks/bench_rollout.py --base gemma-3-270m.gguf --rows {sizes} --tokens {args.tokens} "
+        f"--rounds {args.rounds} --threads {args.threads} --dtype {args.dtype}`",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, threads: {args.threads}; Gemma 3 270M in bf16, {args.rows} "
-        f"rows of {len(QUESTIONS)} prompts, {args.tokens} new tokens each, temperature 1, whole distribution.",
+        f"{platform.machine()}, {os.cpu_count()} cores, threads: {args.threads}; Gemma 3 270M in {args.dtype}, rows of "
+        f"up to {len(QUESTIONS)} prompts, {args.tokens} new tokens each, temperature 1, whole distribution; tokens/s, "
+        "medians, rounds in brackets.",
         "",
-        "| | tokens/s (median) | rounds |",
-        "|---|---|---|",
+        "| rows | generate | ours, unmerged | ours, merged | matrix products alone | ours (the better) / generate |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, speeds in spread.items():
-        lines.append(f"| {name} | {median[name]:.0f} | {', '.join(f'{speed:.0f}' for speed in speeds)} |")
-    lines.append(f"| matrix products alone | {args.rows / seconds:.0f} | |")
-    return [*lines, "", f"**{median['ours, unmerged'] / median['generate']:.2f} times the tokens/s of generate.**", ""]
+    for rows in args.rows:
+        speeds = {name: [rows * args.tokens / s for s in times] for name, times in results[rows].items()}
+        median = {name: statistics.median(each) for name, each in speeds.items()}
+        cells = [f"{median[name]:.0f} ({', '.join(f'{s:.0f}' for s in each)})" for name, each in speeds.items()]
+        best = max(median["ours, unmerged"], median["ours, merged"]) / median["generate"]
+        lines.append(f"| {rows} | {' | '.join(cells)} | {rows / floors[rows]:.0f} | {best:.2f} |")
+    return [*lines, ""]
 
 
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="the real 270M: folder or .gguf")
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--noise", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = str(bases.resolve(args.base))
-    plain, tokenizer = model.load(folder, torch.device("cpu"), torch.bfloat16)
-    net, _ = model.load(folder, torch.device("cpu"), torch.bfloat16)
+    dtype = getattr(torch, args.dtype)
+    plain, tokenizer = model.load(folder, torch.device("cpu"), dtype)
+    net, _ = model.load(folder, torch.device("cpu"), dtype)
     torch.manual_seed(0)
     lora.inject(net, "policy", 8, 16)
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [chat.encode(tokenizer, turn, add_generation_prompt=True)[0] for turn in turns]
-    group = args.rows // len(prompts)
-    sides = {
-        "generate": lambda tokens: generate(plain, prompts, args.rows, tokens),
-        "ours, unmerged": lambda tokens: rollouts.sample(net, prompts, group, tokens, stop=(), merge=False),
-        "ours, merged": lambda tokens: rollouts.sample(net, prompts, group, tokens, stop=(), merge=True),
-    }
-    results = {name: [] for name in sides}
-    for side in sides.values():  # the first products of each shape cost more
-        side(2)
-    for _ in range(args.rounds):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side(args.tokens)
-            results[name].append(time.perf_counter() - start)
-            print(name, f"{args.rows * args.tokens / results[name][-1]:.0f} tokens/s", flush=True)
-    lines = table(results, args, floor(plain, args.rows))
+    results, floors = {}, {}
+    for rows in args.rows:
+        few, group = prompts[:rows], max(1, rows // len(prompts))
+        sides = {
+            "generate": lambda tokens, few=few, rows=rows: generate(plain, few, rows, tokens),
+            "ours, unmerged": lambda tokens, few=few, group=group: rollouts.sample(
+                net, few, group, tokens, stop=(), merge=False),
+            "ours, merged": lambda tokens, few=few, group=group: rollouts.sample(
+                net, few, group, tokens, stop=(), merge=True),
+        }  # fmt: skip
+        results[rows], floors[rows] = {name: [] for name in sides}, floor(plain, rows)
+        for side in sides.values():  # the first products of each shape cost more
+            side(2)
+        for _ in range(args.rounds):
+            for name, side in sides.items():
+                start = time.perf_counter()
+                side(args.tokens)
+                results[rows][name].append(time.perf_counter() - start)
+                print(rows, name, f"{rows * args.tokens / results[rows][name][-1]:.0f} tokens/s", flush=True)
+    lines = table(results, floors, args)
     lines += [
-        "Sampler against the trainer's own forward in bf16, 32 tokens a row: mean (largest) difference of a log-prob, "
-        "by the standard deviation of B, and the share of the adapter that merging leaves (`merge_survival`).",
+        f"Sampler against the trainer's own forward in {args.dtype}, 16 rows of 32 tokens: mean (largest) difference "
+        "of a log-prob, by the standard deviation of B, and the share of the adapter that merging leaves (`merge_survival`).",
         "",
         "| B | survives merging | merged | unmerged |",
         "|---|---|---|---|",
-        *differences(net, prompts, args.rows, args.noise),
+        *differences(net, prompts, 16, args.noise),
     ]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -137,7 +137,7 @@ def step_flops(rows):
 def drive(script, doc, sides, prepare, report):
     """Run both sides of a comparison in turns, each in its own process, and write benchmarks/<name>.md.
 
-    sides: {"ours": f, "trl": f}, f(base, work, steps) -> a record a step; prepare(base, data, work, steps) -> rows.
+    sides: {"ours": f, ..., "trl": f}, f(base, work, steps) -> records; prepare(base, data, work, steps) -> rows.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="the real 270M: folder or .gguf")
@@ -166,7 +166,8 @@ def drive(script, doc, sides, prepare, report):
         rows = prepare(base, args.data, work, args.steps)
         results = {side: [] for side in sides}
         for _ in range(args.rounds):
-            for side, python in (("ours", sys.executable), ("trl", args.trl_python)):
+            for side in sides:
+                python = args.trl_python if side == "trl" else sys.executable
                 command = [python, script, "--side", side, "--work", folder, "--base", base, "--data", args.data]
                 command += ["--steps", str(args.steps), "--dtype", args.dtype]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -11,6 +11,7 @@ import math
 import torch
 
 WATCHED = ("reward", "length", "distinct_bigrams")  # and each component of the reward
+BEYOND = 2.0  # deviations of single good answers that a mean of answers cannot honestly reach
 WINDOW = 8  # steps of the first window and of the last; no word before the two are apart
 FALL = 0.1  # of a component: heuristics lie in [0, 1], a trained score has deviation 1
 LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct bigrams that are worth a word
@@ -41,10 +42,11 @@ def distinct_bigrams(completions):
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def hacking(memory, values):
+def hacking(memory, values, normalised=True):
     """Signs that the reward is being hacked, as sentences, after a step with these values ({name: float}).
 
-    memory {"first": [], "last": []}, which JSON can hold, keeps the steps' WATCHED values and components.
+    memory {"first": [], "last": []}, which JSON can hold, keeps the steps' WATCHED values and components. normalised:
+    has the trained part mean 0 and deviation 1 on good answers?
     """
     values = {name: value for name, value in values.items() if name.startswith("reward/") or name in WATCHED}
     place = "first" if len(memory["first"]) < WINDOW else "last"
@@ -63,6 +65,10 @@ def hacking(memory, values):
             said.append(f"{rise}answers went from {a:.0f} to {b:.0f} tokens")
         elif name == "distinct_bigrams" and b < ALIKE * a:
             said.append(f"{rise}answers became alike: {a:.0%} of their token pairs were different, now {b:.0%}")
+    trained = _mean(now.get("reward/trained", [0.0]))
+    if normalised and trained > BEYOND:
+        said.append(f"{rise}its trained part stands {trained:.1f} deviations above the good answers that it was scaled "
+                    "on, on average: it judges what it has never seen")  # fmt: skip
     return sorted(said)
 
 

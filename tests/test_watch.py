@@ -12,16 +12,16 @@ FAIR = {"reward": (0.4, 0.8), "length": (30, 34), "distinct_bigrams": (0.6, 0.55
         "reward/refusal": (0.5, 0.55)}  # fmt: skip
 
 
-def said(changes=(), steps=40, noise=0.02, seed=0):
+def said(changes=(), steps=40, noise=0.02, seed=0, **more):
     """What is said at the end of a run whose values go from one mean to the other."""
     dice, memory, found = random.Random(seed), {"first": [], "last": []}, []
     for step in range(steps):
         means = {name: a + (b - a) * step / steps for name, (a, b) in (FAIR | dict(changes)).items()}
         values = {name: mean * (1 + dice.gauss(0, noise)) for name, mean in means.items()}
-        found = watch.hacking(memory, values | {"loss": 1.0, "eval/reward": 0.5})
+        found = watch.hacking(memory, values | {"loss": 1.0, "eval/reward": 0.5}, **more)
         memory = json.loads(json.dumps(memory))  # as in a checkpoint
     assert len(memory["first"]) == watch.WINDOW == len(memory["last"])
-    assert memory["first"][0].keys() == FAIR.keys()
+    assert memory["first"][0].keys() == FAIR.keys() | dict(changes).keys()
     return found
 
 
@@ -34,11 +34,17 @@ def test_progress_alone_is_no_sign():
     ({"length": (30, 8)}, "answers went from"),
     ({"distinct_bigrams": (0.6, 0.2)}, "answers became alike"),
     ({"reward/refusal": (0.5, 0.1)}, "its component refusal fell from"),
+    ({"reward/trained": (0.1, 4.0)}, "its trained part stands 3."),
 ])  # fmt: skip
 def test_each_sign_is_seen(changes, words):
+    """With one sentence, whatever the noise."""
     for seed in range(5):
         (sentence,) = said(changes, seed=seed)
         assert words in sentence and sentence.startswith("the reward rose from 0.4")
+
+
+def test_a_trained_part_without_a_scale_says_nothing():
+    assert not said({"reward/trained": (0.1, 4.0)}, normalised=False) and not said({"reward/trained": (0.1, 1.0)})
 
 
 def test_all_at_once_and_none_without_a_rise():
