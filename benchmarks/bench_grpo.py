@@ -82,10 +82,11 @@ def trl(base, work, steps):
 
     config = GRPOConfig(
         f"{work}/trl", max_steps=steps + 1, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-        gradient_accumulation_steps=1, max_completion_length=TOKENS, beta=BETA, temperature=1.0, top_p=1.0,
-        top_k=0, generation_kwargs={"min_new_tokens": TOKENS}, learning_rate=RATE, lr_scheduler_type="constant",
-        warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch", gradient_checkpointing=False, bf16=False,
-        use_cpu=True, seed=SEED, shuffle_dataset=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        gradient_accumulation_steps=1, max_completion_length=TOKENS, beta=BETA, temperature=1.0, top_p=1.0, top_k=0,
+        generation_kwargs={"min_new_tokens": TOKENS}, learning_rate=RATE, lr_scheduler_type="constant",
+        warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch", gradient_checkpointing=False,
+        bf16=False, use_cpu=True, seed=SEED, shuffle_dataset=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(base)
     trainer = GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer, callbacks=[Clock()])
@@ -157,8 +158,8 @@ def report(rows, results, args):
         )
     fast, small = medians["trl"][0] / medians["ours"][0], medians["ours"][1] / medians["trl"][1]
     slower, larger = (medians["ppo"][i] / medians["ours"][i] for i in range(2))
-    lines += ["", f"**GRPO: {fast:.2f} times TRL's steps/s, {small:.0%} of its peak memory. PPO: {slower:.2f} times the "
-              f"seconds of our GRPO, {larger:.2f} times its memory.**", ""]  # fmt: skip
+    lines += ["", f"**GRPO: {fast:.2f} times TRL's steps/s, {small:.0%} of its peak memory. PPO: {slower:.2f} times "
+              f"the seconds of our GRPO, {larger:.2f} times its memory.**", ""]  # fmt: skip
     lines += ["| median seconds | rollout | reward | update | the rest: reference, old log-probs, values, logs | "
               "arithmetic floor of the step |", "|---|---|---|---|---|---|"]  # fmt: skip
     for side in ("ours", "ppo"):

@@ -143,7 +143,8 @@ def main():
     lines = table(results, floors, args)
     lines += [
         f"Sampler against the trainer's own forward in {args.dtype}, 16 rows of 32 tokens: mean (largest) difference "
-        "of a log-prob, by the standard deviation of B, and the share of the adapter that merging leaves (`merge_survival`).",
+        "of a log-prob, by the standard deviation of B, and the share of the adapter that merging leaves "
+        "(`merge_survival`).",
         "",
         "| B | survives merging | merged | unmerged |",
         "|---|---|---|---|",
