@@ -7,12 +7,12 @@
     dpo   -(1 - e) log sigmoid(b h) - e log sigmoid(-b h) a pair,  h = log pi / ref (chosen) - log pi / ref (rejected)
           + s * mean over the chosen answers' tokens of -log pi                        [rl.dpo_loss, rl.dpo_sft_coeff]
 
-One step of ppo and grpo samples rl.group_size completions of rl.rollout_size prompts, scores them (reward.*), and makes
-all its updates. Policy, reference, critic and reward model are adapters on one frozen base; only full fine-tuning holds
-a second copy. The reference is the policy at the start of this stage; dropout is off. Left out, compared with TRL: a
-sampler on other machines and the corrections for it, reference sync, tools; hinge, SimPO, ORPO, GSPO, CISPO, dual clip
-and the soft overlong penalty are functions to put at `edit here`. DAPO samples again for groups whose rewards are all
-equal; here rl.dynamic_sampling only leaves them out.
+A step of ppo and grpo samples rl.group_size completions of rl.rollout_size prompts, scores them (reward.*), and makes
+rl.num_ppo_epochs x rl.minibatches updates. Policy, reference (the policy at the start), critic and reward model are
+adapters on one frozen base; full fine-tuning holds a second copy. Dropout is off. Left out, compared with TRL: samplers
+on other machines and the corrections for them, reference sync, tools. What is a function to put at `edit here`: hinge,
+SimPO, ORPO, GSPO, CISPO, dual clip, soft overlong penalty. rl.dynamic_sampling leaves groups of equals out of the loss;
+DAPO samples again for them.
 
     python train_rl.py --config configs/grpo_rl_270m.yml --debug                two cores, nothing to download
     python train_rl.py --config configs/ppo_rl_270m.yml --explain               what would be sampled and trained
@@ -36,43 +36,30 @@ import torch
 from common import advantages, base, chat, checkpoint, config, data, dist, experience, explain, log, losses, model
 
 # isort: split
-from common import pairs, preferences, resume, reward_model, rewards, roles, rollouts, watch
+from common import pairs, resume, reward_model, rewards, roles, watch
 from common.log import UserError, command, say
+from common.schedule import learning_rate
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
-NORMS = {"policy": "grad_norm", "critic": "critic_grad_norm"}
 DPO_METRICS = ("margin", "accuracy", "chosen_logprob", "rejected_logprob", "chosen_change", "rejected_change")
 
 
-def learning_rate(step, steps, peak, training):
-    """Linear warm-up, then cosine or linear decay to zero (or constant); all updates of a rollout count as one step."""
-    warmup = round(training.warmup_ratio * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    left = 1 - (step - warmup) / max(1, steps - warmup)
-    shape = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}
-    return peak * shape[training.schedule]
-
-
-def check(cfg, online):
+def check(rl, online):
     """UserError for settings that do not go together."""
-    rl, training = cfg.rl, cfg.training
+    name, kl = rl.algorithm, rl.kl_coef > 0
     wrong = {
-        "training.packing and last_turn_only belong to train_sft.py: leave them out":
-            training.packing or training.last_turn_only,
         "rl.group_size: grpo compares a completion with others of its prompt, take 2 or more":
-            rl.algorithm == "grpo" and rl.group_size < 2,
-        "rl.kl_estimator: the gradient of k1 as a loss is 0 on average; grpo takes k2 or k3 (k3 times the ratio)":
-            rl.algorithm == "grpo" and rl.kl_coef > 0 and rl.kl_estimator == "k1",
+            name == "grpo" and rl.group_size < 2,
+        "rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2 or k3 (k3 times the ratio)":
+            name == "grpo" and kl and rl.kl_estimator == "k1",
         "rl.kl_estimator: ppo has the KL in its reward, where only k1 gives its gradient":
-            rl.algorithm == "ppo" and rl.kl_coef > 0 and rl.kl_estimator in ("k2", "k3"),
+            name == "ppo" and kl and rl.kl_estimator in ("k2", "k3"),
         f"rl.minibatches: {rl.minibatches} are more than the {rl.rollout_size} prompts of rl.rollout_size":
             online and rl.minibatches > rl.rollout_size,
     }  # fmt: skip
-    for words, found in wrong.items():
-        if found:
-            raise UserError(words)
+    for words in (words for words, found in wrong.items() if found):
+        raise UserError(words)
 
 
 def grpo_advantages(batch, rl):
@@ -147,29 +134,23 @@ def pair_source(run, records):
     """DPO learns from pairs: of the data, or the best and worst of the policy's own samples."""
     cfg, rl = run.cfg, run.cfg.rl
     if rl.pairs == "sampled":
-        sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature,
-                    "seed": cfg.seed}  # fmt: skip
-        reward = json.loads(json.dumps(cfg.reward, default=vars))
-        key = resume.fingerprint([run.about, sampling, cfg.task, records, reward, run.score.about])
-        if run.explain:  # a look needs no more, and leaves nothing behind
-            records, key = {split: part[: cfg.training.batch_size] for split, part in records.items()}, None
-        records = preferences.from_policy(run.frozen, run.tokenizer, records, run.score, sampling, key)
+        sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
+        about = [cfg.task, json.loads(json.dumps(cfg.reward, default=vars))]
+        records = pairs.from_policy(run, records, sampling | {"seed": cfg.seed}, about)
     return pairs.source(records, run.tokenizer, cfg.training.max_seq_length, cfg.training.batch_size, cfg.seed)
 
 
 def prompt_source(run, records):
     """PPO and GRPO sample answers to prompts that leave room for them."""
     cfg, longest = run.cfg, run.cfg.training.max_seq_length - run.cfg.rl.max_new_tokens
-    size, most = cfg.rl.rollout_size, cfg.evaluation.max_items
+    size, most = min(cfg.rl.rollout_size, run.look or math.inf), cfg.evaluation.max_items
     return experience.source(records, run.tokenizer, longest, size, most, cfg.seed)
 
 
 def pair_batch(run, step):
     """DPO's step: every rank draws the same pairs, takes its share, and counts those of all."""
-    chosen, lengths = run.source.batch(step), run.source.lengths
-    cuts = pairs.cut(chosen, lengths, run.cfg.training.micro_batch_tokens)
-    batch = pairs.batch(run.source.train, run.ref_logprobs, cuts, run.net.device)
-    return batch | {"seen": sum(lengths[i] for i in chosen)}
+    cuts = pairs.cut(run.source.batch(step), run.source.lengths, run.cfg.training.micro_batch_tokens)
+    return pairs.batch(run.source.train, run.ref_logprobs, cuts, run.net.device)
 
 
 def rollout(run, step):
@@ -202,21 +183,20 @@ def rollout(run, step):
     return batch | ALGORITHMS[rl.algorithm]["advantages"](batch, rl)
 
 
-def evaluate_pairs(run, objective, step):
+def evaluate_pairs(run, step):
     """-> ({metric: (pairs,)}, {eval/metric: mean})"""
+    objective = functools.partial(dpo_objective, rl=run.cfg.rl)
     return pairs.evaluate(run.net, run.frozen, run.source.val, run.held_out, objective, DPO_METRICS)
 
 
-def evaluate_prompts(run, objective, step):
-    """-> (lines for held_out.jsonl, {eval/metric: mean})"""
-    cfg, rl = run.cfg, run.cfg.rl
+def evaluate_prompts(run, step):
+    """-> (lines for held_out.jsonl, {eval/metric: mean}): one answer to each held-out prompt, scored as in training."""
+    cfg = run.cfg
     heat = cfg.evaluation.temperature
     sampling = {"seed": cfg.seed, "max_new_tokens": cfg.evaluation.max_new_tokens, "top_p": cfg.evaluation.top_p,
                 "temperature": heat or 1.0, "greedy": heat == 0}  # fmt: skip
-    batch, means = experience.evaluate(run.net, run.frozen if rl.kl_coef else None, run.source.val, run.score, sampling)
-    batch["rewards"] = advantages.missing_stop(batch["rewards"], batch["stopped"], rl.missing_stop_penalty)
-    if run.adapter:
-        means["eval/merge_survival"] = rollouts.merge_survival(run.net, run.adapter)
+    batch, means = experience.answer(run, sampling)
+    batch["rewards"] = advantages.missing_stop(batch["rewards"], batch["stopped"], cfg.rl.missing_stop_penalty)
     return experience.lines(batch, run.tokenizer, step), means | experience.summary(batch, "eval/")
 
 
@@ -237,7 +217,9 @@ def main(argv=None):
     cfg, job = config.parse_args("train_rl.py", __doc__, SECTIONS, ("rl",), argv, JOBS)
     training, rl, peft, algorithm = cfg.training, cfg.rl, cfg.model, ALGORITHMS[cfg.rl.algorithm]
     online, (best, sign) = "advantages" in algorithm, algorithm["best"]
-    check(cfg, online)
+    check(rl, online)
+    if training.packing or training.last_turn_only:
+        raise UserError("training.packing and last_turn_only belong to train_sft.py: leave them out")
 
     # --- distributed, run folder
     device = model.pick_device(cfg.device)
@@ -264,7 +246,8 @@ def main(argv=None):
     run.score = rewards.make(cfg.task, cfg.reward, functools.partial(chat.decode, tokenizer), judge)
     run.forward = functools.partial(roles.forward, run, temperature=rl.temperature if online else 1.0,
                                     entropy=online and rl.entropy_coeff > 0)  # fmt: skip
-    run.cfg, run.explain, run.about = cfg, job.explain, [fingerprint, start, str(dtype), peft.peft_type, device.type]
+    run.cfg, run.about = cfg, [fingerprint, start, str(dtype), peft.peft_type, device.type]
+    run.look = job.explain and min(training.batch_size, rl.rollout_size, 4)  # rows that --explain shows
     say(f"{peft.base_checkpoint} on {device} in {dtype}, {peft.peft_type}; parameters to train: "
         + ", ".join(f"{role} {sum(p.numel() for p in part):,}" for role, part in parameters.items()))  # fmt: skip
 
@@ -333,13 +316,12 @@ def main(argv=None):
 
     # --- loop: set lr -> evaluate / save -> make batch -> update -> log. Step 0 evaluates the reference itself.
     objectives = {role: functools.partial(each, rl=rl) for role, each in algorithm["objectives"].items()}
-    evaluate = functools.partial(algorithm["evaluate"], run, objectives["policy"])
     stop = resume.stop_signals(grace=1.0)
     found = None
     bar = log.progress(steps, state["step"])
     for step in range(state["step"], steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peaks[group["role"]], training)
+            group["lr"] = learning_rate(step, steps, peaks[group["role"]], training.warmup_ratio, training.schedule)
         record, warnings = {"step": step}, []
         if step == state["step"] and not online:  # the first of this process
             record["reference_seconds"] = run.reference_seconds
@@ -350,7 +332,7 @@ def main(argv=None):
         due = step % training.eval_interval == 0 or step == steps or spent
         if due and not stopped and state["evaluation"] is None:
             with context:
-                found, state["evaluation"] = evaluate(step)
+                found, state["evaluation"] = algorithm["evaluate"](run, step)
             log.write_records(held_out_file, found if online else [])
             worth = sign * state["evaluation"][best]
             state["since_best"] = 0 if worth < state["best"] else state["since_best"] + 1
@@ -400,20 +382,20 @@ def main(argv=None):
                 wrong += [] if loss.isfinite() else [batch["ids"][row] for row in rows]
                 sums.update({"loss": loss.item()} | {name: x.double().sum().item() for name, x in metrics.items()})
                 sums.update({f"{name}#": len(x) for name, x in metrics.items()})
-            sums, norms = dist.sum_named(sums), {}
+            sums = dist.sum_named(sums)
             for role in learning:
                 dist.sum_gradients(parameters[role])
-                norms[role] = torch.nn.utils.get_total_norm([p.grad for p in parameters[role]])
-            sums |= {NORMS[role]: norm.item() for role, norm in norms.items()} | {f"{NORMS[r]}#": 1 for r in norms}
-            if not all(math.isfinite(sums[name]) for name in ("loss", *(NORMS[role] for role in norms))):
-                wrong = dist.gather_rows(wrong) or dist.gather_rows([batch["ids"][row] for row in everyone])
-                raise UserError(f"step {step}: loss {sums['loss']} or gradient norm {max(norms.values())} is not "
-                                f"finite; not updated; of {', '.join(sorted(set(wrong)))}")  # fmt: skip
+                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters[role]])
+                name = f"{role}_grad_norm".removeprefix("policy_")
+                sums |= {name: norm.item(), f"{name}#": 1}
+                if not math.isfinite(sums["loss"]) or not norm.isfinite():
+                    wrong = dist.gather_rows(wrong) or dist.gather_rows([batch["ids"][row] for row in everyone])
+                    raise UserError(f"step {step}: loss {sums['loss']} or gradient norm {norm} is not finite; not "
+                                    f"updated; of {', '.join(sorted(set(wrong)))}")  # fmt: skip
+                torch.nn.utils.clip_grads_with_norm_(parameters[role], training.max_grad_norm, norm)
             seen += sums.pop("tokens")
             if rl.target_kl is not None and sums.get("policy_kl", 0) > rl.target_kl * sums.get("policy_kl#", 1):
                 break  # far enough from the policy that sampled
-            for role in learning:
-                torch.nn.utils.clip_grads_with_norm_(parameters[role], training.max_grad_norm, norms[role])
             optimizer.step()
             totals.update(sums | {"loss#": 1})
         if step % 16 == 0:
@@ -425,18 +407,16 @@ def main(argv=None):
         record |= {n: v / totals[f"{n}#"] for n, v in totals.items() if "#" not in n and totals[f"{n}#"]}
         if online:
             record |= experience.record(batch) | {"seconds_update": time.perf_counter() - made}
-            warnings += watch.hacking(state["memory"], record, cfg.reward.normalize_rewards) + watch.sampler(
-                record, dtype
-            )
+            warnings += watch.hacking(state["memory"], record, cfg.reward.normalize_rewards)
+            warnings += watch.sampler(record, dtype)
             log.write_records(samples_file, experience.lines(batch, tokenizer, step))
         seconds = time.perf_counter() - started
         record |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / source.per_epoch,
                    "tokens_seen": state["tokens_seen"], "tokens_per_second": seen / seconds, "seconds": seconds,
                    "peak_memory_gb": log.peak_memory_gb(device)}  # fmt: skip
-        if not online:
-            record["pairs_per_second"] = len(source.batch(step)) / seconds
         if warnings:
             record["warning"] = "; ".join(warnings)
+        if warnings and (not online or step % training.eval_interval == 0):  # the watcher repeats itself
             say(f"step {step}: {record['warning']}")
         if dist.is_main():
             log.write_record(metrics_file, record)
@@ -453,7 +433,7 @@ def main(argv=None):
         say(f"step {step}: {record['warning']}")
     if found is None and not online:  # resumed where all was done but this
         with context:
-            found, _ = evaluate(step)
+            found, _ = algorithm["evaluate"](run, step)
     if dist.is_main():
         log.write_record(metrics_file, record)
         send(record)

@@ -25,19 +25,10 @@ import torch
 
 from common import base, checkpoint, config, data, dist, explain, log, lora, model, resume
 from common.log import UserError, command, say
+from common.schedule import learning_rate
 
 SECTIONS = ("model", "training", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
-
-
-def learning_rate(step, steps, training):
-    """Linear warm-up, then cosine or linear decay to zero (or constant); counts optimizer steps."""
-    warmup = round(training.warmup_ratio * steps)
-    if step < warmup:
-        return training.learning_rate * (step + 1) / warmup
-    left = 1 - (step - warmup) / max(1, steps - warmup)
-    shape = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}
-    return training.learning_rate * shape[training.schedule]
 
 
 @torch.no_grad()
@@ -159,7 +150,7 @@ def main(argv=None):
     net.train()
     for step in range(state["step"], steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, training)
+            group["lr"] = learning_rate(step, steps, training.learning_rate, training.warmup_ratio, training.schedule)
         record = {"step": step}
 
         # --- evaluate, save

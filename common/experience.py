@@ -212,20 +212,24 @@ def lines(batch, tokenizer, step):
     return sorted(dist.gather_rows(found), key=lambda line: line["row"])
 
 
-def evaluate(net, frozen, prompts, score, sampling):
-    """(this rank's batch of one answer to each held-out prompt, {"eval/kl", "eval/entropy"} over all ranks).
+def answer(run, sampling):
+    """(this rank's batch of one answer to each held-out prompt, {"eval/kl", "eval/entropy", "eval/merge_survival"}).
 
-    The same numbers are drawn at every evaluation, so that two of them can be compared prompt by prompt. frozen: the
-    model that holds the reference, for the exact KL to it of the first DRIFT answers; None if there is none.
+    The same numbers are drawn at every evaluation, so that two can be compared prompt by prompt. Entropy and KL to the
+    reference are exact, of the first DRIFT answers, where there is a reference.
     """
-    mine = share(range(len(prompts)))
-    batch = collect(net, [prompts[i] for i in mine], mine, score, sampling | {"step": "eval", "group_size": 1})
-    if frozen is None:
-        return batch, {}
+    prompts, mine = run.source.val, share(range(len(run.source.val)))
+    sampling = sampling | {"step": "eval", "group_size": 1}
+    batch, found = collect(run.net, [prompts[i] for i in mine], mine, run.score, sampling), {}
+    if run.adapter:
+        found["eval/merge_survival"] = rollouts.merge_survival(run.net, run.adapter)
+    if not run.referred:
+        return batch, found
     examples = [{"ids": [*prompts[i]["ids"], *ids], "mask": [0] * len(prompts[i]["ids"]) + [1] * len(ids)}
                 for i, ids in zip(mine, batch["completions"]) if i < DRIFT]  # fmt: skip
     sizes = [len(example["ids"]) for example in examples]
-    return batch, reference.drift(net, frozen, examples, data.micro_batches(range(len(sizes)), sizes, TOGETHER))
+    cuts = data.micro_batches(range(len(sizes)), sizes, TOGETHER)
+    return batch, found | reference.drift(run.net, run.frozen, examples, cuts)
 
 
 def look(run_batch, tokenizer):

@@ -38,6 +38,16 @@ def source(records, tokenizer, max_length, size, seed):
                            batch=lambda step: batches(step // per_epoch)[step % per_epoch])  # fmt: skip
 
 
+def from_policy(run, records, sampling, about):
+    """preferences.from_policy of a run: its first policy's samples, scored by its reward; kept by content hash.
+
+    A look (run.look pairs a split) makes few and leaves nothing behind.
+    """
+    key = None if run.look else resume.fingerprint([run.about, sampling, about, records, run.score.about])
+    records = {split: part[: run.look or None] for split, part in records.items()}
+    return preferences.from_policy(run.frozen, run.tokenizer, records, run.score, sampling, key)
+
+
 def cut(rows, lengths, budget):
     """This rank's share of a step's pairs, as micro-batches, the longest first."""
     mine = sorted(rows, key=lambda i: (-lengths[i], i))[dist.rank() :: dist.world_size()]

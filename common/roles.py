@@ -17,7 +17,8 @@ from common.log import UserError, say
 
 def build(folder, device, dtype, peft, wanted):
     """The roles of a run -> namespace: net (the policy), frozen (what holds the others, net itself but for full
-    fine-tuning), tokenizer, adapter (the policy's name or None), head (the critic's), trained ({role: {name: tensor}}).
+    fine-tuning), tokenizer, adapter (the policy's name or None), head (the critic's), trained ({role: {name: tensor}}),
+    referred (is there a reference).
 
     peft: section `model`; wanted: which of reference, critic, reward. Adapters are drawn from torch's generator.
     """
@@ -46,7 +47,8 @@ def build(folder, device, dtype, peft, wanted):
         trained["critic"] = reward_model.parameters(frozen, "critic", head)
     lora.use(net, adapter)
     net.eval()  # no dropout: policy and reference must agree before the first update
-    return SimpleNamespace(net=net, frozen=frozen, tokenizer=tokenizer, adapter=adapter, head=head, trained=trained)
+    return SimpleNamespace(net=net, frozen=frozen, tokenizer=tokenizer, adapter=adapter, head=head, trained=trained,
+                           referred="reference" in wanted)  # fmt: skip
 
 
 def named(trained):

@@ -18,6 +18,7 @@ LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct b
 
 
 ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats a token between sampler and trainer, on average
+HALF = 0.5  # of an adapter that reaches weights it is merged into
 COLLAPSE = 0.5  # nats a token: chosen answers that became this much less likely
 COLLAPSED = ("the chosen answers themselves became {:.2f} nats a token less likely than at the start: DPO pushes both "
              "answers down, the rejected one faster, and what it pushes up instead is unknown; lower rl.learning_rate, "
@@ -33,7 +34,12 @@ def collapse(record):
 def sampler(record, dtype):
     """Log-probs of the sampler that are not the trainer's: a wrong merge, a stale copy, or too coarse a dtype."""
     apart = record.get("sampler_mean", 0.0)
-    return [f"sampler and trainer differ by {apart:.4f} nats a token on average"] if apart > ALARM[dtype] else []
+    said = [f"sampler and trainer differ by {apart:.4f} nats a token on average"] if apart > ALARM[dtype] else []
+    if record.get("eval/merge_survival", 1.0) < HALF:
+        share, name = record["eval/merge_survival"], str(dtype).removeprefix("torch.")
+        said.append(f"merged into {name} weights only {share:.0%} of the adapter would survive: sampling keeps it "
+                    "beside them; merge in float32")  # fmt: skip
+    return said
 
 
 def distinct_bigrams(completions):

@@ -71,4 +71,8 @@ def test_alarms():
     assert not watch.sampler({"sampler_mean": 0.05}, torch.bfloat16)
     assert watch.sampler({"sampler_mean": 0.2}, torch.bfloat16) == ["sampler and trainer differ by 0.2000 nats a token "
                                                                     "on average"]  # fmt: skip
+    (sentence,) = watch.sampler({"eval/merge_survival": 0.3}, torch.bfloat16)
+    assert (
+        "bfloat16" in sentence and "30%" in sentence and not watch.sampler({"eval/merge_survival": 0.6}, torch.float32)
+    )
     assert watch.collapse({"eval/chosen_change": -0.6}) and not watch.collapse({"eval/chosen_change": -0.4})
