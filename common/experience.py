@@ -4,7 +4,6 @@ Prompts, rows and minibatches are numbered over all ranks: a rank holds whole gr
 resume changes what is sampled or which rows are updated together.
 """
 
-import math
 import random
 import time
 from types import SimpleNamespace
@@ -79,7 +78,7 @@ def collect(net, prompts, numbers, score, sampling):
     "group_size", "max_new_tokens", "temperature"} and more of rollouts.sample. Adds rewards (B,), parts (B dicts), rows
     (B numbers), records, ids, groups (B: which prompt), lengths and costs (B,), the tokens of completion and row,
     generated, the tokens of all ranks, and seconds.
-    UserError on all ranks where one reward is not finite; it shows the sample.
+    UserError on all ranks where one of them cannot score a sample or its score is not finite.
     """
     more = {key: value for key, value in sampling.items() if key not in ("seed", "step")}
     group, limit = sampling["group_size"], sampling["max_new_tokens"]
@@ -89,13 +88,9 @@ def collect(net, prompts, numbers, score, sampling):
     batch = rollouts.sample(net, [prompt["ids"] for prompt in prompts], uniforms=uniforms, **more)
     sampled = time.perf_counter()
     records = [prompt["record"] for prompt in prompts for _ in range(group)]
-    found, wrong = ((None, None), None)
+    found, wrong = None, None
     try:
         found = score(records, batch["completions"])
-        for record, value, part in zip(records, *found):
-            if not all(map(math.isfinite, (value, *part.values()))):
-                wrong = UserError(f"the reward of a sample for {record['id']} is {value:g}, of parts {part}")
-                break
     except UserError as error:
         wrong = error
     if dist.any_rank(wrong is not None):

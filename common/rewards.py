@@ -20,6 +20,7 @@ import torch
 
 from common.log import UserError
 
+SHOWN = 200  # characters of a sample in an error message
 LONGEST = 20_000  # characters that are looked at
 WORDS = 410  # words that ROUGE-L compares (MTS-Dialog's longest reference has 403); its time grows with their square
 CODE = 5_000  # characters of code that are looked at; CoNaLa's longest snippet has under 500
@@ -186,9 +187,11 @@ def call_function(function, records, texts):
         try:
             value = float(function(record["prompt"], text, record["reference"]))
         except Exception as error:  # the user's function may raise anything
-            raise UserError(f"reward.function: failed on {record['id']}: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"reward.function: failed on {record['id']}: {type(error).__name__}: {error}; it says {text[:SHOWN]!r}"
+            ) from error
         if not math.isfinite(value):
-            raise UserError(f"reward.function: returned {value} for {record['id']}")
+            raise UserError(f"reward.function: returned {value} for {record['id']}; it says {text[:SHOWN]!r}")
         found.append(value)
     return found
 
@@ -227,7 +230,13 @@ def make(task, reward, decode, judge=None):
             trained = judge(records, answers)
             parts = [part | {"trained": value} for part, value in zip(parts, trained.tolist())]
         alpha, beta = (reward.alpha, reward.beta) if reward.type == "hybrid" else (1.0, 1.0)
-        return combine(heuristic, trained, alpha, beta, reward.clip_rewards), parts
+        total = combine(heuristic, trained, alpha, beta, reward.clip_rewards)
+        for record, text, value, part in zip(records, texts, total.tolist(), parts):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the reward of a sample for {record['id']} is {value}: {part}; it says {text[:SHOWN]!r}"
+                )
+        return total, parts
 
     file = reward.function.rpartition(":")[0] if function else None
     score.about = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else getattr(judge, "about", None)

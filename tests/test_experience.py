@@ -1,6 +1,7 @@
 """A step of on-policy data: order of prompts, plan of updates, aggregation, rewards, and what is reported."""
 
 import math
+import re
 import types
 
 import pytest
@@ -150,10 +151,13 @@ def test_rewards_summary_and_comparison_by_hand(tiny_model, source, tmp_path):
     assert report["reward"]["difference"] == pytest.approx(0.25) and report["length"]["difference"] == 2
     assert report["reward"]["interval"] == pytest.approx([0.25, 0.25]) and report["reward/refusal"]["p"] == 1
 
-    def broken(records, answers):
-        return torch.tensor([1.0] * (len(answers) - 1) + [math.nan]), [{} for _ in answers]
+    def judge(records, answers):
+        return torch.tensor([1.0] * (len(answers) - 1) + [math.nan])
 
-    with pytest.raises(UserError, match=f"sample for {source.train[prompts[3]]['id']} is nan"):
+    settings.type = "trainable"
+    broken = rewards.make("safety", settings, lambda ids: chat.decode(tokenizer, ids), judge)
+    words = f"sample for {source.train[prompts[3]]['id']} is nan.*it says {lines[-1]['completion']!r}"
+    with pytest.raises(UserError, match=re.escape(words).replace(re.escape(".*"), ".*")):
         experience.collect(net, [source.train[i] for i in prompts.values()], prompts, broken, sampling)
 
 
