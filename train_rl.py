@@ -180,6 +180,7 @@ def rollout(run, step):
         batch["ref_logprobs"] = hear("reference", "logprobs")
     if not grouped:
         batch["values"] = hear("critic", "values")
+    experience.check_finite(batch, step)
     return batch | ALGORITHMS[rl.algorithm]["advantages"](batch, rl)
 
 
@@ -247,7 +248,7 @@ def main(argv=None):
     run.forward = functools.partial(roles.forward, run, temperature=rl.temperature if online else 1.0,
                                     entropy=online and rl.entropy_coeff > 0)  # fmt: skip
     run.cfg, run.about = cfg, [fingerprint, start, str(dtype), peft.peft_type, device.type]
-    run.look = job.explain and min(training.batch_size, rl.rollout_size, 4)  # rows that --explain shows
+    run.look = job.explain and max(min(training.batch_size, 4), dist.world_size())  # prompts that --explain shows
     say(f"{peft.base_checkpoint} on {device} in {dtype}, {peft.peft_type}; parameters to train: "
         + ", ".join(f"{role} {sum(p.numel() for p in part):,}" for role, part in parameters.items()))  # fmt: skip
 
@@ -257,6 +258,8 @@ def main(argv=None):
         run.source = source = algorithm["source"](run, records)
     wanted = training.max_steps if rl.max_steps is None else rl.max_steps
     steps = training.epochs * source.per_epoch if wanted is None else wanted
+    if critic and rl.critic_warmup >= steps:
+        raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {steps} steps to the policy")
     peaks = {"policy": training.learning_rate if rl.learning_rate is None else rl.learning_rate,
              "critic": rl.critic_learning_rate}  # fmt: skip
     if job.explain:
@@ -287,12 +290,14 @@ def main(argv=None):
 
     # --- resume: the newest folder that verifies, with the same config, data, tokenizer and number of ranks
     state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts,
-             "memory": {"first": [], "last": []}}  # fmt: skip
+             "memory": {"first": [], "last": []}, "said": []}  # fmt: skip
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
     dist.barrier()
-    free = (*resume.FREE_TO_CHANGE, "rl.max_steps", "rl.learning_rate", "rl.critic_learning_rate")
-    folder, tensors = resume.go_on(run_dir, training.resume, state, steps, free if online else (*free, "reward."))
+    free = [*resume.FREE_TO_CHANGE, "rl.max_steps", "rl.learning_rate", "rl.critic_learning_rate", "evaluation.draws"]
+    if online:
+        free.remove("evaluation.")  # evaluations are compared with each other
+    folder, tensors = resume.go_on(run_dir, training.resume, state, steps, (*free, *([] if online else ["reward."])))
     if folder:
         model.restore(net, run.adapter, folder)
         resume.restore(trained.get("critic", {}), tensors.get("critic", {}))
@@ -300,6 +305,7 @@ def main(argv=None):
     metrics_file, samples_file, held_out_file = (run_dir / f"{n}.jsonl" for n in ("metrics", "samples", "held_out"))
     resume.begin(run_dir, state["step"], config.dump(cfg), facts)
     if dist.is_main():
+        resume.bring(folder, held_out_file)
         checkpoint.truncate_log(samples_file, state["step"] - 1)
         checkpoint.truncate_log(held_out_file, state["step"] - (state["evaluation"] is None))
     send = log.open_wandb(cfg.logging.wandb, run_dir.name, config.flatten(cfg))
@@ -358,10 +364,11 @@ def main(argv=None):
         with context:
             batch = algorithm["batch"](run, step)
         learning = ["critic"] if critic and step < rl.critic_warmup else list(objectives)
+        log.write_records(samples_file, experience.lines(batch, tokenizer, step) if online else [])
         made = time.perf_counter()
 
         # --- update: each term over the whole minibatch's divisor, so no cut into micro-batches changes its gradient
-        totals, seen = Counter(), batch.get("generated", 0)
+        totals, updates, seen = Counter(), 0, batch.get("generated", 0)
         for minibatch, members in zip(batch["plan"], batch["members"]):
             everyone = [row for rows in minibatch for row in rows]  # of its members, those with a gradient
             *divisors, count = dist.sum_all(*batch["sizes"][members].sum(0), len(everyone))
@@ -391,13 +398,14 @@ def main(argv=None):
                 if not math.isfinite(sums["loss"]) or not norm.isfinite():
                     wrong = dist.gather_rows(wrong) or dist.gather_rows([batch["ids"][row] for row in everyone])
                     raise UserError(f"step {step}: loss {sums['loss']} or gradient norm {norm} is not finite; not "
-                                    f"updated; of {', '.join(sorted(set(wrong)))}")  # fmt: skip
+                                    f"updated; of {experience.listed(sorted(set(wrong)))}")  # fmt: skip
                 torch.nn.utils.clip_grads_with_norm_(parameters[role], training.max_grad_norm, norm)
             seen += sums.pop("tokens")
+            totals.update(sums | {"loss#": 1})
             if rl.target_kl is not None and sums.get("policy_kl", 0) > rl.target_kl * sums.get("policy_kl#", 1):
                 break  # far enough from the policy that sampled
             optimizer.step()
-            totals.update(sums | {"loss#": 1})
+            updates += 1
         if step % 16 == 0:
             model.trim_memory(device)
         state["evaluation"] = None
@@ -406,18 +414,17 @@ def main(argv=None):
         # --- log
         record |= {n: v / totals[f"{n}#"] for n, v in totals.items() if "#" not in n and totals[f"{n}#"]}
         if online:
-            record |= experience.record(batch) | {"seconds_update": time.perf_counter() - made}
-            warnings += watch.hacking(state["memory"], record, cfg.reward.normalize_rewards)
-            warnings += watch.sampler(record, dtype)
-            log.write_records(samples_file, experience.lines(batch, tokenizer, step))
+            record |= experience.record(batch) | {"updates": updates, "seconds_update": time.perf_counter() - made}
+            watch.remember(state["memory"], record)
+            warnings += watch.hacking(state["memory"], cfg.reward.normalize_rewards) + watch.sampler(record, dtype)
         seconds = time.perf_counter() - started
         record |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / source.per_epoch,
                    "tokens_seen": state["tokens_seen"], "tokens_per_second": seen / seconds, "seconds": seconds,
                    "peak_memory_gb": log.peak_memory_gb(device)}  # fmt: skip
         if warnings:
             record["warning"] = "; ".join(warnings)
-        if warnings and (not online or step % training.eval_interval == 0):  # the watcher repeats itself
-            say(f"step {step}: {record['warning']}")
+        for words in watch.news(warnings, state["said"]):
+            say(f"step {step}: {words}")
         if dist.is_main():
             log.write_record(metrics_file, record)
             send(record)
@@ -428,6 +435,7 @@ def main(argv=None):
     # --- final save and report
     bar.close()
     record |= {"tokens_seen": state["tokens_seen"], f"best_{best.replace('/', '_')}": sign * state["best"]}
+    warnings += watch.hacking(state["memory"], cfg.reward.normalize_rewards)
     if warnings:
         record["warning"] = "; ".join(warnings)
         say(f"step {step}: {record['warning']}")

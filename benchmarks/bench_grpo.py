@@ -31,7 +31,7 @@ def ours(base, work, steps, algorithm="grpo"):
     import train_rl
     from common import rollouts
 
-    rollouts.sample.__kwdefaults__["stop"] = ()  # no sample stops early
+    rollouts.sample.__wrapped__.__kwdefaults__["stop"] = ()  # no sample stops early
     train_rl.main([
         "--rl.algorithm", algorithm, "--training.mode", "rl", "--model.base_checkpoint", base,
         "--model.adapter", f"{work}/adapter", "--model.dtype", os.environ["BENCH_DTYPE"], "--reward.type", "heuristic",

@@ -45,6 +45,8 @@ def source(records, tokenizer, longest, size, most, seed):
         kept = counts | {"kept": len(found[split])}
         say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in kept.items() if value or key == "kept"))
     train, val = found["train"], found["val"][:most]
+    if size < dist.world_size():
+        raise UserError(f"rl.rollout_size: {size} prompts a step leave some of {dist.world_size()} ranks without one")
     for split, part, least in (("train", train, size), ("val", val, dist.world_size())):
         if len(part) < least:
             raise UserError(f"{split}: {len(part)} prompts of at most {longest} tokens (training.max_seq_length minus "
@@ -71,6 +73,11 @@ def share(chosen):
     return dict(list(enumerate(chosen))[dist.rank() :: dist.world_size()])
 
 
+def listed(names, most=8):
+    """Names for an error message, not too many of them."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def collect(net, prompts, numbers, score, sampling):
     """Completions of each prompt by the active adapter, with their rewards: a batch of rollouts.sample and more.
 
@@ -78,27 +85,29 @@ def collect(net, prompts, numbers, score, sampling):
     "group_size", "max_new_tokens", "temperature"} and more of rollouts.sample. Adds rewards (B,), parts (B dicts), rows
     (B numbers), records, ids, groups (B: which prompt), lengths and costs (B,), the tokens of completion and row,
     generated, the tokens of all ranks, and seconds.
-    UserError on all ranks where one of them cannot score a sample or its score is not finite.
+    UserError on all ranks where one of them cannot sample or score, or a score is not finite.
     """
     more = {key: value for key, value in sampling.items() if key not in ("seed", "step")}
     group, limit = sampling["group_size"], sampling["max_new_tokens"]
     rows = [number * group + g for number in numbers for g in range(group)]
     uniforms = rollouts.uniforms(sampling["seed"], sampling["step"], rows, limit)
-    started = time.perf_counter()
-    batch = rollouts.sample(net, [prompt["ids"] for prompt in prompts], uniforms=uniforms, **more)
-    sampled = time.perf_counter()
     records = [prompt["record"] for prompt in prompts for _ in range(group)]
-    found, wrong = None, None
+    started, wrong = time.perf_counter(), None
     try:
+        batch = rollouts.sample(net, [prompt["ids"] for prompt in prompts], uniforms=uniforms, **more)
+        sampled = time.perf_counter()
         found = score(records, batch["completions"])
     except UserError as error:
         wrong = error
+    except FloatingPointError as error:
+        names = listed([prompt["id"] for prompt in prompts])
+        wrong = UserError(f"step {sampling['step']}: {error}; nothing was updated; it was answering {names}")
     if dist.any_rank(wrong is not None):
-        raise wrong or UserError("another rank could not score its samples")
+        raise wrong or UserError("another rank could not sample or score")
     return batch | {
         "rewards": found[0].float().to(batch["tokens"].device), "parts": found[1], "rows": rows, "records": records,
         "groups": [number for number in numbers for _ in range(group)], "lengths": batch["mask"].sum(1),
-        "costs": batch["attention_mask"].sum(1), "ids": [record["id"] for record in records],
+        "costs": batch["attention_mask"].sum(1), "ids": [f"{record['id']}/{row}" for record, row in zip(records, rows)],
         "generated": dist.sum_all(batch["mask"].sum())[0],
         "seconds": {"seconds_rollout": sampled - started, "seconds_reward": time.perf_counter() - sampled},
     }  # fmt: skip
@@ -131,6 +140,15 @@ def over(forward, batch, role, name):
     for rows in batch["first"]:
         found[rows] = forward(role, batch["tokens"][rows], batch["mask"][rows])[name]
     return found
+
+
+def check_finite(batch, step):
+    """UserError on all ranks where log-probs or values of a row are not finite, before they reach other rows."""
+    names = [name for name in ("old_logprobs", "ref_logprobs", "values") if name in batch]
+    wrong = [row for row in range(len(batch["ids"])) if not all(batch[name][row].isfinite().all() for name in names)]
+    wrong = dist.gather_rows([batch["ids"][row] for row in wrong])
+    if wrong:
+        raise UserError(f"step {step}: log-probs or values are not finite; not updated; of {listed(wrong)}")
 
 
 def equal_groups(rewards, group_size):
@@ -175,18 +193,23 @@ def record(batch):
     """What a step of online RL logs over all ranks, beside its updates.
 
     entropy: mean of -log pi of the sampled tokens, its unbiased estimate, in nats. kl: k3 to the reference (Schulman
-    2020), where there is one. sampler_mean, sampler_max: difference between the log-probs of sampler and trainer. The
-    three are over the rows that were computed. zero_advantage_share: of completions whose group is all equal.
+    2020), where there is one, and sampler_mean and sampler_max, the difference between the log-probs of sampler and
+    trainer, are over the rows that were computed: without those of equal groups or cut answers where they are left out.
+    zero_advantage_share: of completions whose group is all equal.
     """
     rows = torch.tensor([row for rows in batch["first"] for row in rows], dtype=torch.long, device=batch["mask"].device)
     kept = batch["mask"][rows].bool()
     old, sampled = (batch[name][rows][kept] for name in ("old_logprobs", "sampled_logprobs"))
     apart = (old - sampled).abs()
-    sums = {"entropy": -old.sum(), "sampler_mean": apart.sum()}
+    sums = {"sampler_mean": apart.sum()}
     if "ref_logprobs" in batch:
         sums["kl"] = losses.kl_estimate(old, batch["ref_logprobs"][rows][kept]).sum()
-    *totals, count, equal, rows = dist.sum_all(*sums.values(), len(old), batch["equal"].sum(), len(batch["equal"]))
-    found = {name: total / count for name, total in zip(sums, totals) if count}
+    *totals, count, equal, rows, surprise = dist.sum_all(
+        *sums.values(), len(old), batch["equal"].sum(), len(batch["equal"]), -batch["sampled_logprobs"].sum()
+    )
+    found = {name: total / count for name, total in zip(sums, totals) if count} | {
+        "entropy": surprise / batch["generated"]
+    }
     found |= {"sampler_max": max(dist.gather_rows([apart.max().item()] if len(old) else [0.0])),
               "zero_advantage_share": equal / rows}  # fmt: skip
     if "returns" in batch:

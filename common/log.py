@@ -90,7 +90,7 @@ def write_records(path, records):
 
 
 def read_records(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]  # as text, U+2028 would end a line too
 
 
 def line(record):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -91,6 +92,13 @@ def go_on(run_dir, choice, state, steps, free=FREE_TO_CHANGE):
     state |= saved | {"facts": state["facts"]}
     say(f"resuming {run_dir} at step {state['step']} of {steps}")
     return found, tensors
+
+
+def bring(folder, path):
+    """Copy a log of the run that `folder` belongs to, where this one goes on under another name and has none yet."""
+    source = Path(folder).parent / Path(path).name if folder else path
+    if source != path and source.exists() and not Path(path).exists():
+        shutil.copyfile(source, path)
 
 
 def begin(run_dir, step, config_text, facts):

@@ -58,12 +58,15 @@ def named(trained):
 
 
 def forward(roles, role, tokens, mask, temperature=1.0, entropy=False):
-    """What a role says of tokens (B, T) and mask: {"logprobs": (B, T-1)}, with "entropy" if wanted, or {"values"}."""
+    """What a role says of tokens (B, T) and mask: {"logprobs": (B, T-1)}, or {"values"}.
+
+    With `entropy`, that of each distribution too, where there is a gradient: it has a price in the loss.
+    """
     net = roles.net if role == "policy" else roles.frozen
     with lora.using(net, role):
         if role == "critic":
             return {"values": reward_model.values(net, roles.head, tokens, mask)}
-        if role == "policy" and entropy:
+        if role == "policy" and entropy and torch.is_grad_enabled():
             return dict(zip(("logprobs", "entropy"),
                             model.sequence_logprobs_and_entropy(net, tokens, mask, temperature)))  # fmt: skip
         return {"logprobs": model.sequence_logprobs(net, tokens, mask, temperature)}

@@ -7,11 +7,13 @@ a run and prove nothing: read the samples.
 
 import itertools
 import math
+import re
 
 import torch
 
 WATCHED = ("reward", "length", "distinct_bigrams")  # and each component of the reward
 BEYOND = 2.0  # deviations of single good answers that a mean of answers cannot honestly reach
+BEGIN = 32  # tokens of an answer
 WINDOW = 8  # steps of the first window and of the last; no word before the two are apart
 FALL = 0.1  # of a component: heuristics lie in [0, 1], a trained score has deviation 1
 LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct bigrams that are worth a word
@@ -43,20 +45,34 @@ def sampler(record, dtype):
 
 
 def distinct_bigrams(completions):
-    """Share of different pairs of neighbouring tokens among all of a batch of completions (lists of ids); 1 if none."""
-    pairs = [pair for ids in completions for pair in itertools.pairwise(ids)]
+    """Share of different pairs of neighbouring tokens among all in the BEGIN first tokens of a batch; 1 if none.
+
+    completions: lists of ids. Not in whole answers, since the share falls with the number of tokens that are counted.
+    """
+    pairs = [pair for ids in completions for pair in itertools.pairwise(ids[:BEGIN])]
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def hacking(memory, values, normalised=True):
-    """Signs that the reward is being hacked, as sentences, after a step with these values ({name: float}).
+def news(warnings, said):
+    """Those sentences that, but for their numbers, are not in `said` yet; it is extended."""
+    kinds = {re.sub(r"[\d.%-]+", "", words): words for words in warnings}
+    fresh = [kind for kind in kinds if kind not in said]
+    said.extend(fresh)
+    return [kinds[kind] for kind in fresh]
 
-    memory {"first": [], "last": []}, which JSON can hold, keeps the steps' WATCHED values and components. normalised:
-    has the trained part mean 0 and deviation 1 on good answers?
-    """
+
+def remember(memory, values):
+    """Keep what is watched of a step's values ({name: float}) in memory {"first": [], "last": []}, which is JSON."""
     values = {name: value for name, value in values.items() if name.startswith("reward/") or name in WATCHED}
     place = "first" if len(memory["first"]) < WINDOW else "last"
     memory[place] = [*memory[place], values][-WINDOW:]
+
+
+def hacking(memory, normalised=True):
+    """Signs that the reward is being hacked, as sentences.
+
+    normalised: has the trained part mean 0 and deviation 1 on good answers?
+    """
     if len(memory["last"]) < WINDOW:
         return []
     then, now = ({name: [step[name] for step in memory[part]] for name in memory[part][0]} for part in memory)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_rl
-from common import chat, config, data, experience, rewards, synthetic
+from common import chat, config, data, experience, log, rewards, synthetic
 from common.log import UserError
 from tests.test_policy_losses import trl_loss
 
@@ -141,7 +141,12 @@ def test_rewards_summary_and_comparison_by_hand(tiny_model, source, tmp_path):
     assert found["x/reward"] == pytest.approx(whole["rewards"].mean().item(), abs=1e-6)
     assert found["x/reward_std"] == pytest.approx(whole["rewards"].std().item(), abs=1e-5)
     assert found["x/reward/refusal"] == sum(part["refusal"] for part in whole["parts"]) / 12
+    assert whole["ids"] == [f"{record['id']}/{row}" for row, record in enumerate(whole["records"])]
+    assert experience.listed(list("abc"), 2) == "a, b and 1 more" and experience.listed(["a", "b"]) == "a, b"
     lines = experience.lines(whole, tokenizer, 9)
+    lines[0]["completion"] = "one\u2028line \x85"
+    log.write_records(tmp_path / "log.jsonl", lines)
+    assert log.read_records(tmp_path / "log.jsonl") == lines
     assert [line["row"] for line in lines] == list(range(12)) and {line["step"] for line in lines} == {9}
     assert lines[5]["completion"] == chat.decode(tokenizer, whole["completions"][5])
 

@@ -70,7 +70,7 @@ def judge(tmp_path_factory, tiny_folder):
 
 
 def samples(run_dir, name="samples"):
-    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_bytes().splitlines()]
 
 
 # ---------------------------------------------------------------- a run, and what it leaves behind
@@ -414,6 +414,7 @@ def test_r9_resume_refusals(tmp_path, settings, straight, few, judge):
         (["--rl.kl_coef", 0.5], "rl.kl_coef 0.05 -> 0.5"),
         (["--reward.type", "trainable", "--reward.checkpoint", judge], "reward.type heuristic -> trainable"),
         (["--rl.algorithm", "grpo"], "rl.algorithm ppo -> grpo"),
+        (["--evaluation.temperature", 1], "evaluation.temperature"),
     )  # fmt: skip
 
 
@@ -432,8 +433,30 @@ def test_r9_what_may_change(tmp_path, settings, straight, rate, old):
 
 @BOTH
 def test_r15_nan_ends_the_run_before_the_update(tmp_path, settings, algorithm):
-    flags = settings(algorithm, "--rl.minibatches", 1)
-    runs.check_nan(MAIN, tmp_path, flags, "synthetic-safety-train-", model, "sequence_logprobs")
+    """In the passes before the updates, and, where there is but one update, in that one."""
+    names = "synthetic-safety-train-"
+    for number, (epochs, words) in enumerate(((2, "log-probs or values are not"), (1, "loss nan"))):
+        if epochs == 2 or algorithm == "grpo":
+            (tmp_path / str(number)).mkdir()
+            flags = ["--rl.num_ppo_epochs", epochs, "--rl.minibatches", 1, "--rl.kl_coef", 0]
+            more = {"words": words, "count": 8}  # 2 samples of 4 prompts
+            runs.check_nan(MAIN, tmp_path / str(number), settings(algorithm, *flags), names, model, "sequence_logprobs",
+                           **more)  # fmt: skip
+
+
+def test_r15_a_sampler_that_diverges_ends_the_run_on_all_ranks(tmp_path, settings):
+    def poison():
+        for tensor in gc.get_objects():
+            if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
+                tensor.data.fill_(math.nan)
+
+    argv = settings("grpo")(tmp_path, "--training.max_steps", 4)
+    found = runs.ranks(MAIN, tmp_path, argv, (runs.call, runs.at_step(2, poison)))
+    for status, _, err in found:
+        assert status == 2 and err.count("\n") == 1, err
+    assert "another rank could not sample" in found[0][2]
+    assert "step 2: logits are not finite" in found[1][2] and "synthetic-safety-train-" in found[1][2]
+    assert len(lines(tmp_path / "run")) == 2 and not (tmp_path / "run" / "final").exists()
 
 
 def mine(folder, body):
@@ -546,6 +569,26 @@ def test_target_kl_ends_a_rollouts_updates(tmp_path, settings):
         calls[limit] = json.loads(out.rpartition("FOUND ")[2])
     assert [calls["null"].count(step) for step in range(3)] == [0, 4, 4]  # 2 epochs of 2 minibatches
     assert [calls[1e-9].count(step) for step in range(3)] == [0, 2, 2]  # one update, then it is too far
+    log = [lines(tmp_path / str(limit) / "run") for limit in ("null", 1e-9)]
+    assert [line["updates"] for line in log[0][:3]] == [4, 4, 4] and [line["updates"] for line in log[1][:3]] == [
+        4,
+        1,
+        1,
+    ]
+
+
+def test_resume_under_another_name_brings_the_first_evaluation(tmp_path, settings, straight):
+    start = straight("grpo")() / f"step-{runs.STEPS:06d}"
+    flags = ["--training.resume", start, "--logging.run_name", "other", "--training.max_steps", runs.STEPS + 2]
+    train(tmp_path, settings("grpo")(tmp_path, *flags))
+    report = json.loads((tmp_path / "other" / "report.json").read_text())
+    assert report["steps"] == [0, runs.STEPS + 2]
+
+
+def test_one_rank_too_many_for_the_prompts(tmp_path, settings):
+    argv = settings("grpo")(tmp_path, "--rl.rollout_size", 1, "--rl.minibatches", 1)
+    for status, _, err in runs.ranks(MAIN, tmp_path, argv):
+        assert status == 2 and "rl.rollout_size: 1 prompts" in err, err
 
 
 def test_a_token_budget_ends_a_run(tmp_path, settings):
@@ -599,6 +642,7 @@ def test_bad_input_is_one_line(tmp_path, settings, judge):
         ("ppo", ["--rl.rollout_size", 21], "train: 20 prompts", "at least 21"),
         ("ppo", ["--training.max_seq_length", 16], "train: 0 prompts of at most 8 tokens"),
         ("ppo", ["--training.packing", "true"], "training.packing"),
+        ("ppo", ["--rl.critic_warmup", 12], "rl.critic_warmup: 12", "12 steps"),
         ("ppo", ["--reward.type", "hybrid"], "reward.checkpoint"),
         ("ppo", ["--reward.type", "hybrid", "--reward.checkpoint", tmp_path], "reward.checkpoint", str(tmp_path)),
         ("grpo", ["--reward.function", f"{tmp_path}/none.py:f"], "reward.function"),
