@@ -64,7 +64,9 @@ def trl(base, work, steps):
     from common import rewards
 
     rows = [json.loads(line) for line in Path(work, "data", "train.jsonl").read_text().splitlines()]
-    dataset = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
+    frame = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"  # the tokenizer puts <bos> in front
+    asked = {frame.format(row["prompt"][0]["content"].strip()): row["prompt"] for row in rows}
+    dataset = Dataset.from_list([{"prompt": text} for text in asked])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, os.environ["BENCH_DTYPE"]))
     model = PeftModel.from_pretrained(model, f"{work}/adapter", is_trainable=True)
     times = []
@@ -77,8 +79,8 @@ def trl(base, work, steps):
             times[-1] += time.perf_counter()
 
     def reward(prompts, completions, **_):
-        texts = [completion[0]["content"] for completion in completions]
-        return [rewards.heuristic_reward("safety", p, t, None, **WEIGHTS)[0] for p, t in zip(prompts, texts)]
+        pairs = zip(prompts, completions)
+        return [rewards.heuristic_reward("safety", asked[p], text, None, **WEIGHTS)[0] for p, text in pairs]
 
     config = GRPOConfig(
         f"{work}/trl", max_steps=steps + 1, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,

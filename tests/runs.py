@@ -434,9 +434,10 @@ def check_what_may_change(main, folder, settings, straight, rate="training.learn
 def check_nan(main, folder, settings, names, module, name, words="loss nan", count=4):
     """R15: nan ends the run before the update, on all ranks, and the message names the step's rows."""
     one, two = folder / "one", folder / "two"
+    folder.mkdir(exist_ok=True)
     status, _, err = run(main, folder, settings(one, "--training.save_interval", 1), poisoned(3, module, name))
     assert status == 2 and err.count("\n") == 1, err
-    assert f"step 3: {words}" in err and err.count(names) == count, err
+    assert f"step 3: {words}" in err and err.count(names) == (count or err.count(names)) > 0, err
     assert_finite(one / "run", 3)
     argv = settings(two, "--training.save_interval", 1)
     for status, _, err in ranks(main, folder, argv, (call, poisoned(2, module, name))):
