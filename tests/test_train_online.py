@@ -79,7 +79,7 @@ def samples(run_dir, name="samples"):
 @BOTH
 def test_it_climbs_and_leaves_its_files(tmp_path, tiny_folder, algorithm):
     argv = ["--config", ROOT / "configs" / f"{algorithm}_rl_270m.yml", "--debug", "--logging.output_dir", tmp_path]
-    argv += ["--model.base_checkpoint", tiny_folder, "--rl.max_steps", 12, "--training.eval_interval", 6]
+    argv += ["--model.base_checkpoint", tiny_folder, "--rl.max_steps", 14, "--training.eval_interval", 7]
     status, out, err = run(tmp_path, argv, pictures=True)
     assert status == 0, err
     run_dir = tmp_path / f"{algorithm}_rl_270m-debug"
@@ -88,15 +88,15 @@ def test_it_climbs_and_leaves_its_files(tmp_path, tiny_folder, algorithm):
     assert names == {".lock", "best", "final", *files.split()}
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
     log, rows, held_out = lines(run_dir), samples(run_dir), samples(run_dir, "held_out")
-    assert [line["step"] for line in log] == list(range(13))
-    assert [line["step"] for line in log if "eval/reward" in line] == [0, 6, 12]
+    assert [line["step"] for line in log] == list(range(15))
+    assert [line["step"] for line in log if "eval/reward" in line] == [0, 7, 14]
     first, *_, last = log
     assert last == json.loads(out.partition("RESULT ")[2])
     assert first["kl"] == first["eval/kl"] == 0 < last["eval/kl"]
 
     report = json.loads((run_dir / "report.json").read_text())
-    assert report["reward"]["interval"][0] > 0 and report["steps"] == [0, 12] and report["prompts"] == 32
-    for step, name in ((0, "first"), (12, "last")):
+    assert report["reward"]["interval"][0] > 0 and report["steps"] == [0, 14] and report["prompts"] == 32
+    for step, name in ((0, "first"), (14, "last")):
         part = [line for line in held_out if line["step"] == step]
         for key, value in (("reward", "reward"), ("length", "tokens"), ("stop_rate", "stopped")):
             mean = sum(float(line[value]) for line in part) / 32
@@ -121,8 +121,8 @@ def test_it_climbs_and_leaves_its_files(tmp_path, tiny_folder, algorithm):
         assert ("grad_norm" in line) == (algorithm == "grpo" or line["step"] >= 2)
         assert ("explained_variance" in line) == ("critic_grad_norm" in line) == (algorithm == "ppo")
     if algorithm == "ppo":  # a critic that has learned something
-        assert first["explained_variance"] == 0 and log[11]["explained_variance"] > 0.2
-        step = run_dir / "step-000012"
+        assert first["explained_variance"] == 0 and log[13]["explained_variance"] > 0.2
+        step = run_dir / "step-000014"
         assert (step / "critic.safetensors").is_file() and not (run_dir / "final" / "critic.safetensors").exists()
 
 
@@ -367,7 +367,7 @@ def test_r1_r14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
 
 @BOTH
 def test_r3_kills_at_random_moments(tmp_path, settings, straight, algorithm):
-    runs.check_kills(MAIN, tmp_path, settings(algorithm), straight(algorithm), 2)
+    runs.check_kills(MAIN, tmp_path, settings(algorithm), straight(algorithm), 1 if algorithm == "grpo" else 2)
     same_samples(tmp_path / "run", straight(algorithm)())
 
 
@@ -377,7 +377,7 @@ def test_r4_kills_at_what_is_written(tmp_path, settings, algorithm):
         sizes = ["--training.max_steps", 2, "--training.save_interval", 1, "--training.eval_interval", 1]
         return settings(algorithm)(folder, *sizes)
 
-    runs.check_kill_points(MAIN, tmp_path, argv, 13)
+    runs.check_kill_points(MAIN, tmp_path, argv, 13 if algorithm == "ppo" else 22)
 
 
 @BOTH
@@ -599,8 +599,8 @@ def test_a_token_budget_ends_a_run(tmp_path, settings):
 def test_the_watcher_speaks_of_a_hacked_reward(tmp_path, settings):
     """A reward for nothing but short answers: the length runs away, and it is said and logged."""
     flags = [*mine(tmp_path, "return -len(completion) / 20"), "--rl.max_new_tokens", 24, "--rl.missing_stop_penalty", 0]
-    flags += ["--training.max_steps", 18, "--training.eval_interval", 18, "--training.learning_rate", 3e-3]
-    flags += ["--rl.group_size", 6, "--rl.num_ppo_epochs", 1, "--rl.kl_coef", 0, "--training.save_interval", 30]
+    flags += ["--training.max_steps", 24, "--training.eval_interval", 24, "--training.learning_rate", 3e-3]
+    flags += ["--rl.group_size", 6, "--rl.kl_coef", 0, "--training.save_interval", 30]
     status, out, err = run(tmp_path, settings("grpo")(tmp_path, *flags))
     assert status == 0, err
     said = [line["warning"] for line in lines(tmp_path / "run") if "warning" in line]
@@ -613,7 +613,7 @@ def test_entropy_has_a_price(tmp_path, settings):
     ends = []
     for coefficient in (0, 0.5):
         folder = tmp_path / str(coefficient)
-        train(tmp_path, settings("grpo")(folder, "--rl.entropy_coeff", coefficient, "--training.max_steps", 6))
+        train(tmp_path, settings("grpo")(folder, "--rl.entropy_coeff", coefficient, "--training.max_steps", 5))
         ends.append(lines(folder / "run")[-1]["eval/entropy"])
     assert ends[1] > 1.2 * ends[0], ends
 
