@@ -30,7 +30,7 @@ from common import base, chat, checkpoint, config, data, dist, explain, log, lor
 # isort: split
 from common import preferences, resume, reward_model, stats
 from common import rewards as heuristics
-from common.log import UserError, command, say
+from common.log import UserError, command, say, say_counts
 from common.schedule import learning_rate
 
 SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
@@ -171,7 +171,7 @@ def main(argv=None):
     encoded = {}
     for split in ("train", "val"):
         encoded[split], counts = data.encode_pairs(records[split], tokenizer, training.max_seq_length)
-        say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
+        say_counts(split, counts)
         if not encoded[split]:
             raise UserError(f"{split}: no usable pair in {counts['records']} records")
     train, val = encoded["train"], encoded["val"]

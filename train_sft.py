@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from common import base, checkpoint, config, data, dist, explain, log, lora, model, resume
-from common.log import UserError, command, say
+from common.log import UserError, command, say, say_counts
 from common.schedule import learning_rate
 
 SECTIONS = ("model", "training", "logging")
@@ -96,7 +96,7 @@ def main(argv=None):
         length, last = training.max_seq_length, training.last_turn_only
         records = data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed)
         encoded[split], report = data.encode_records(records, tokenizer, length, last)
-        say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in report.items() if value or key == "kept"))
+        say_counts(split, report)
         if not encoded[split]:
             raise UserError(f"{split}: training.max_seq_length {length} leaves no example a token to train on")
     train, val = encoded["train"], encoded["val"]

@@ -14,10 +14,9 @@ import os
 import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
-from bench_sft import LENGTH, ROOT, SEED, TARGETS, VALIDATION, drive, matrix_rate
+from bench_sft import LENGTH, ROOT, SEED, TARGETS, VALIDATION, drive, matrix_rate, trl_clock
 
 BATCH, RATE, BETA = 4, 1e-4, 0.1
 
@@ -49,7 +48,7 @@ def trl(base, work, steps):
     import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     rows = json.loads(Path(work, "rows.json").read_text())[: steps * BATCH]
@@ -59,14 +58,7 @@ def trl(base, work, steps):
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, os.environ["BENCH_DTYPE"]))
     model = PeftModel.from_pretrained(model, f"{work}/adapter", is_trainable=True)
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            times.append(-time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            times[-1] += time.perf_counter()
+    clock, times = trl_clock()
 
     class Ready(DPOTrainer):
         def _prepare_dataset(self, dataset, *_, **__):
@@ -79,7 +71,7 @@ def trl(base, work, steps):
         train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(base)
-    trainer = Ready(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = Ready(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock])
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return [{"loss": entry["loss"], "margin": entry["rewards/margins"], "seconds": seconds}

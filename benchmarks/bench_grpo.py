@@ -14,10 +14,9 @@ import os
 import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
-from bench_sft import ROOT, SEED, TARGETS, drive, matrix_rate
+from bench_sft import ROOT, SEED, TARGETS, drive, matrix_rate, trl_clock
 
 PROMPTS, GROUP, TOKENS, RATE, BETA = 4, 4, 64, 1e-5, 0.04
 WEIGHTS = {"toxicity": 1.0, "length": 0.2, "repetition": 0.5, "refusal": 0.5}
@@ -58,7 +57,7 @@ def trl(base, work, steps):
     import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     from common import rewards
@@ -69,14 +68,7 @@ def trl(base, work, steps):
     dataset = Dataset.from_list([{"prompt": text} for text in asked])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, os.environ["BENCH_DTYPE"]))
     model = PeftModel.from_pretrained(model, f"{work}/adapter", is_trainable=True)
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            times.append(-time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            times[-1] += time.perf_counter()
+    clock, times = trl_clock()
 
     def reward(prompts, completions, **_):
         pairs = zip(prompts, completions)
@@ -91,7 +83,7 @@ def trl(base, work, steps):
         report_to="none", disable_tqdm=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(base)
-    trainer = GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer, callbacks=[clock])
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     found = [{"seconds": seconds, "reward": entry["reward"], "length": entry["completions/mean_length"],

@@ -44,12 +44,28 @@ def ours(base, work, steps):
     return [{"loss": r["loss"], "seconds": r["seconds"]} for r in records if "loss" in r]
 
 
+def trl_clock():
+    """(callback for a Trainer, the list that it fills with the seconds of each step)."""
+    from transformers import TrainerCallback
+
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            times[-1] += time.perf_counter()
+
+    return Clock(), times
+
+
 def trl(base, work, steps):
     """SFTTrainer on the same ids, masks and order."""
     import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     rows = json.loads(Path(work, "rows.json").read_text())
@@ -61,15 +77,7 @@ def trl(base, work, steps):
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, os.environ["BENCH_DTYPE"]))
     model = PeftModel.from_pretrained(model, f"{work}/adapter", is_trainable=True)
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            times.append(-time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            times[-1] += time.perf_counter()
-
+    clock, times = trl_clock()
     config = SFTConfig(
         f"{work}/trl", max_steps=steps, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, packing=False,
         learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
@@ -77,7 +85,7 @@ def trl(base, work, steps):
         train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(base)
-    trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return [{"loss": loss, "seconds": seconds} for loss, seconds in zip(losses, times)]

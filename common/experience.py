@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from common import advantages, chat, data, dist, log, losses, reference, resume, rollouts, stats, watch
-from common.log import UserError, say
+from common.log import UserError, say, say_counts
 
 DRIFT = 128  # held-out answers whose exact entropy and KL are measured: two whole distributions a token cost their time
 TOGETHER = 2048  # tokens of them in one pass
@@ -43,7 +43,7 @@ def source(records, tokenizer, longest, size, most, seed):
             else:
                 found[split].append({"id": record["id"], "ids": ids, "record": record})
         kept = counts | {"kept": len(found[split])}
-        say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in kept.items() if value or key == "kept"))
+        say_counts(split, kept)
     train, val = found["train"], found["val"][:most]
     if size < dist.world_size():
         raise UserError(f"rl.rollout_size: {size} prompts a step leave some of {dist.world_size()} ranks without one")

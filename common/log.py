@@ -65,6 +65,11 @@ def say(message):
         sys.stdout.flush()
 
 
+def say_counts(split, counts):
+    """What became of a split's records, {reason: count}: those that occurred, and always how many were kept."""
+    say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
+
+
 def progress(total, done):
     """A bar over optimizer steps with time left; silent where stderr is no terminal and on other ranks."""
     hidden = not dist.is_main() or not sys.stderr.isatty()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from common import base, chat, checkpoint, gemma, lora, losses
+from common import base, chat, checkpoint, gemma, lora, losses, resume
 from common.log import UserError, say
 
 
@@ -239,11 +239,7 @@ def restore(model, adapter, folder):
     if adapter:
         lora.load_adapter_state(model, adapter, load_file(Path(folder) / "adapter_model.safetensors"))
         return
-    saved, parameters = load_file(Path(folder) / "model.safetensors"), dict(model.named_parameters())
-    if saved.keys() != parameters.keys():
-        raise ValueError(f"{folder}: other weights than this model's: {sorted(saved.keys() ^ parameters.keys())[:3]}")
-    for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+    resume.restore(dict(model.named_parameters()), load_file(Path(folder) / "model.safetensors"))
 
 
 def export(checkpoint, folder, dtype=torch.float32):

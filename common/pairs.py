@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from common import data, dist, log, lora, model, preferences, reference, resume
-from common.log import UserError, say
+from common.log import UserError, say, say_counts
 
 DRIFT = 128  # held-out pairs whose exact entropy and KL are measured: two whole distributions a token cost their time
 PANELS = [
@@ -27,7 +27,7 @@ def source(records, tokenizer, max_length, size, seed):
     found = {}
     for split, part in records.items():
         found[split], counts = data.encode_pairs(part, tokenizer, max_length)
-        say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
+        say_counts(split, counts)
         if not found[split]:
             raise UserError(f"{split}: no usable pair in {counts['records']} records")
     train, val = found["train"], found["val"]
