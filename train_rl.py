@@ -38,7 +38,7 @@ from common import advantages, base, chat, checkpoint, config, data, dist, exper
 # isort: split
 from common import pairs, resume, reward_model, rewards, roles, watch
 from common.log import UserError, command, say
-from common.schedule import learning_rate
+from common.schedule import expected_steps, learning_rate
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
@@ -258,6 +258,10 @@ def main(argv=None):
         run.source = source = algorithm["source"](run, records)
     wanted = training.max_steps if rl.max_steps is None else rl.max_steps
     steps = training.epochs * source.per_epoch if wanted is None else wanted
+    budget, pace = training.budget_tokens, source.pace
+    if online:  # rows are sampled once, then trained rl.num_ppo_epochs times
+        answers = rl.rollout_size * rl.max_new_tokens
+        pace = rl.group_size * (answers + rl.num_ppo_epochs * (source.pace + answers))
     if critic and rl.critic_warmup >= steps:
         raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {steps} steps to the policy")
     peaks = {"policy": training.learning_rate if rl.learning_rate is None else rl.learning_rate,
@@ -324,21 +328,23 @@ def main(argv=None):
     objectives = {role: functools.partial(each, rl=rl) for role, each in algorithm["objectives"].items()}
     stop = resume.stop_signals(grace=1.0)
     found = None
-    bar = log.progress(steps, state["step"])
+    bar = log.progress(expected_steps(state["step"], steps, state["tokens_seen"], budget, pace), state["step"])
     for step in range(state["step"], steps + 1):
+        end = expected_steps(step, steps, state["tokens_seen"], budget, pace)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peaks[group["role"]], training.warmup_ratio, training.schedule)
+            group["lr"] = learning_rate(step, end, peaks[group["role"]], training.warmup_ratio, training.schedule)
         record, warnings = {"step": step}, []
         if step == state["step"] and not online:  # the first of this process
             record["reference_seconds"] = run.reference_seconds
 
         # --- evaluate, save
         stopped = dist.any_rank(stop())
-        spent = training.budget_tokens is not None and state["tokens_seen"] >= training.budget_tokens
+        spent = budget is not None and state["tokens_seen"] >= budget
         due = step % training.eval_interval == 0 or step == steps or spent
         if due and not stopped and state["evaluation"] is None:
             with context:
                 found, state["evaluation"] = algorithm["evaluate"](run, step)
+            assert step or not state["evaluation"].get("eval/kl"), "policy and reference differ before the first update"
             log.write_records(held_out_file, found if online else [])
             worth = sign * state["evaluation"][best]
             state["since_best"] = 0 if worth < state["best"] else state["since_best"] + 1
@@ -354,7 +360,7 @@ def main(argv=None):
         if improved and step > 0 and dist.is_main():
             checkpoint.publish(run_dir / f"step-{step:06d}", run_dir, "best")
         if stopped:
-            raise SystemExit(f"stopped at step {step} of {steps}, saved; run the same command again to go on")
+            raise SystemExit(f"stopped at step {step} of {end}, saved; run the same command again to go on")
         if done:
             break
 

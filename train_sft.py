@@ -25,7 +25,7 @@ import torch
 
 from common import base, checkpoint, config, data, dist, explain, log, lora, model, resume
 from common.log import UserError, command, say, say_counts
-from common.schedule import learning_rate
+from common.schedule import expected_steps, learning_rate
 
 SECTIONS = ("model", "training", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
@@ -57,8 +57,6 @@ def main(argv=None):
     device = model.pick_device(cfg.device)
     dtype = model.pick_dtype(cfg.model.dtype, device)
     resume.prepare(device)
-    if training.budget_tokens is not None:
-        raise UserError("training.budget_tokens: train_sft.py has no token budget yet; use --training.max_steps")
     base_folder = base.resolve(cfg.model.base_checkpoint)  # may build or download: before the group's clock runs
     dist.init(device, training.timeout)
     run_dir = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "sft")
@@ -105,6 +103,7 @@ def main(argv=None):
     row_lengths = [sum(lengths[i] for i in row) for row in rows]
     per_epoch = math.ceil(len(rows) / training.batch_size)
     steps = training.epochs * per_epoch if training.max_steps is None else training.max_steps
+    budget, pace = training.budget_tokens, sum(row_lengths) / per_epoch
     if job.explain:
         first = data.epoch_batches(row_lengths, training.batch_size, cfg.seed, 0)[0]
         shown = [train[i] for row in first for i in rows[row]]
@@ -146,16 +145,18 @@ def main(argv=None):
     # --- loop: set lr -> evaluate / save -> make batch -> update -> log. Step 0 evaluates the base.
     stop = resume.stop_signals(grace=1.0)
     batches, epoch = [], None
-    bar = log.progress(steps, state["step"])
+    bar = log.progress(expected_steps(state["step"], steps, state["tokens_seen"], budget, pace), state["step"])
     net.train()
     for step in range(state["step"], steps + 1):
+        end = expected_steps(step, steps, state["tokens_seen"], budget, pace)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, training.learning_rate, training.warmup_ratio, training.schedule)
+            group["lr"] = learning_rate(step, end, training.learning_rate, training.warmup_ratio, training.schedule)
         record = {"step": step}
 
         # --- evaluate, save
         stopped = dist.any_rank(stop())
-        due = step % training.eval_interval == 0 or step == steps
+        spent = budget is not None and state["tokens_seen"] >= budget
+        due = step % training.eval_interval == 0 or step == steps or spent
         if due and not stopped and state["evaluation"] is None:
             with context:
                 state["evaluation"] = evaluate(net, val, training.micro_batch_tokens, device)
@@ -165,14 +166,14 @@ def main(argv=None):
         improved = state["evaluation"] is not None and state["since_best"] == 0
         record |= state["evaluation"] or {}
         patience_over = training.patience is not None and state["since_best"] >= training.patience
-        done = step == steps or patience_over
+        done = step == steps or patience_over or spent
         state["step"] = step
         if stopped or done or (step > 0 and (improved or step % training.save_interval == 0)):
             save(step)
         if improved and step > 0 and dist.is_main():
             checkpoint.publish(run_dir / f"step-{step:06d}", run_dir, "best")
         if stopped:
-            raise SystemExit(f"stopped at step {step} of {steps}, saved; run the same command again to go on")
+            raise SystemExit(f"stopped at step {step} of {end}, saved; run the same command again to go on")
         if done:
             break
 

@@ -25,10 +25,10 @@ PANELS = [
 
 
 def source(records, tokenizer, longest, size, most, seed):
-    """Prompts as a source of steps of `size` prompts: train, val, fingerprint, per_epoch, batch(step) -> indices.
+    """Prompts as a source of steps of `size` prompts: train, val, fingerprint, per_epoch, pace, batch(step) -> indices.
 
     A prompt is {"id", "ids", "record"}. Those of more than `longest` tokens or without a user turn are left out and
-    counted; `most` bounds the held-out ones (or None). UserError where too few remain.
+    counted; `most` bounds the held-out ones (or None). pace: mean prompt tokens a step. UserError where too few remain.
     """
     found = {}
     for split, part in records.items():
@@ -58,7 +58,8 @@ def source(records, tokenizer, longest, size, most, seed):
         epoch, place = divmod(step, per_epoch)
         return shuffled(len(train), f"prompts/{seed}/{epoch}")[place * size : (place + 1) * size]
 
-    return SimpleNamespace(train=train, val=val, per_epoch=per_epoch, batch=batch, fingerprint=digest)
+    pace = sum(len(prompt["ids"]) for prompt in train) / len(train) * size
+    return SimpleNamespace(train=train, val=val, per_epoch=per_epoch, pace=pace, batch=batch, fingerprint=digest)
 
 
 def shuffled(count, key):

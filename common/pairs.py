@@ -20,9 +20,9 @@ PANELS = [
 
 
 def source(records, tokenizer, max_length, size, seed):
-    """Pairs as a source of steps of `size` pairs: train, val, lengths, fingerprint, per_epoch, batch(step) -> indices.
+    """Pairs as a source of steps of `size` pairs: train, val, lengths, fingerprint, per_epoch, pace, batch(step).
 
-    Says what was skipped. UserError where a split has no pair left.
+    batch(step) -> indices; pace: mean tokens a step. Says what was skipped. UserError where a split has no pair left.
     """
     found = {}
     for split, part in records.items():
@@ -35,6 +35,7 @@ def source(records, tokenizer, max_length, size, seed):
     batches = functools.lru_cache(1)(functools.partial(data.epoch_batches, lengths, size, seed))
     digest = resume.fingerprint([[p["id"], p["chosen"], p["rejected"]] for p in train + val])
     return SimpleNamespace(train=train, val=val, lengths=lengths, per_epoch=per_epoch, fingerprint=digest,
+                           pace=sum(lengths) / per_epoch,
                            batch=lambda step: batches(step // per_epoch)[step % per_epoch])  # fmt: skip
 
 

@@ -88,6 +88,15 @@ def test_patience_and_a_finished_run_started_again(tmp_path, settings):
     assert records(run_dir) == before
 
 
+def test_a_token_budget_ends_a_run_and_its_schedule(tmp_path, settings):
+    result = train(tmp_path, settings(tmp_path, "--training.budget_tokens", 1200, "--training.max_steps", 1000))
+    log = runs.lines(tmp_path / "run")
+    assert log[-2]["tokens_seen"] >= 1200 > log[-3]["tokens_seen"] and result["step"] == len(log) - 1 < 1000
+    assert "eval/loss" in log[-1] and (tmp_path / "run" / "final").is_dir()
+    rates = [line["lr"] for line in log[:-1]]
+    assert max(rates) == pytest.approx(1e-3) and rates[-1] < 0.2 * max(rates)  # decayed, though 1,000 steps were asked
+
+
 def test_qlora(tmp_path, settings):
     pytest.importorskip("bitsandbytes")
     train(tmp_path, settings(tmp_path, "--training.max_steps", 5, peft="qlora"))
