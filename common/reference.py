@@ -45,25 +45,34 @@ def pair_logprobs(net, pairs, cuts):
     return dist.sum_tensor(found)
 
 
-@torch.no_grad()
 def drift(net, frozen, examples, cuts):
     """Exact entropy of the policy and KL(policy || reference) a supervised token, in nats, over all ranks.
 
     `frozen` holds the reference: as its adapter of that name, or bare. `cuts` are this rank's micro-batches of rows.
     """
-    entropy = kl = count = 0.0
+    found = divergence(net, frozen, "reference", examples, cuts).sum(0)
+    entropy, kl, count = dist.sum_tensor(found).tolist()
+    return {"eval/entropy": entropy / count, "eval/kl": kl / count}
+
+
+@torch.no_grad()
+def divergence(net, frozen, name, examples, cuts):
+    """For each example, summed over its supervised tokens: exact entropy of `net` and KL to adapter `name` of `frozen`
+    (None: the bare base), in nats, and the number of tokens -> (n, 3) fp64. Rows outside `cuts` stay zero."""
+    found = torch.zeros(len(examples), 3, dtype=torch.float64)
     for rows in cuts:
         tokens, mask = data.collate([examples[i] for i in rows], net.device)
         hidden, index = model.sequence_hidden(net, tokens, mask)
-        with lora.using(frozen, "reference"):
+        with lora.using(frozen, name):
             reference_hidden, _ = model.sequence_hidden(frozen, tokens, mask)
-        at = index[:, :-1][mask.bool()]
-        h, k = losses.entropy_and_kl(
+        kept = mask.bool()
+        at = index[:, :-1][kept]
+        both = losses.entropy_and_kl(
             hidden[at], reference_hidden[at], net.lm_head.weight, ref_head_weight=frozen.lm_head.weight
         )
-        entropy, kl, count = entropy + h.sum().item(), kl + k.sum().item(), count + len(h)
-    entropy, kl, count = dist.sum_all(entropy, kl, count)
-    return {"eval/entropy": entropy / count, "eval/kl": kl / count}
+        columns = [torch.zeros_like(mask).masked_scatter(kept, value).double().sum(1) for value in both]
+        found[rows] = torch.stack([*columns, kept.double().sum(1)], 1).cpu()
+    return found
 
 
 def _read(path, shape):
