@@ -114,6 +114,14 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def reset_peak_memory():
+    """Forget the peak so far, so that the next stage of a process shows its own; only Linux can on CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def provenance(**facts):
     """What run.json holds: command, git commit, versions, machine, and what the script adds (hashes, counts)."""
     root = Path(__file__).resolve().parents[1]

@@ -103,23 +103,24 @@ def load(net, name, folder, fingerprint):
         lora.inject(net, name, rank, alpha, targets)
         restore(net, name, head, folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"reward.checkpoint: {folder} cannot be used ({error})") from error
+        key = "evaluation.reward_checkpoint" if name == "judge" else "reward.checkpoint"
+        raise UserError(f"{key}: {folder} cannot be used ({error})") from error
     for parameter in parameters(net, name, head).values():
         parameter.requires_grad_(False)
     lora.use(net, active)
     return head, about
 
 
-def judge(net, tokenizer, reward, fingerprint, budget):
-    """A function (records, answers as ids) -> (n,): the scores of the model in reward.checkpoint, held by `net`.
+def judge(net, tokenizer, reward, fingerprint, budget, name="reward"):
+    """A function (records, answers as ids) -> (n,): the scores of the model in reward.checkpoint, held by `net` as `name`.
 
     With reward.normalize_rewards they have mean 0 and deviation 1 on the model's own held-out reference answers.
     """
-    head, about = load(net, "reward", reward.checkpoint, fingerprint)
+    head, about = load(net, name, reward.checkpoint, fingerprint)
 
     def score(records, answers):
         prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
-        with lora.using(net, "reward"):
+        with lora.using(net, name):
             found = score_completions(net, head, prompts, answers, budget)
         return rewards.normalise(found, about["mean"], about["std"]) if reward.normalize_rewards else found
 

@@ -196,12 +196,16 @@ def call_function(function, records, texts):
     return found
 
 
+def wants_model(reward):
+    """Do these settings (section `reward`) ask for a trained model?"""
+    return reward.function is None and reward.type != "heuristic"
+
+
 def needs_model(reward):
-    """Do these settings (section `reward`) ask for a trained model? UserError if they name none."""
-    wanted = reward.function is None and reward.type != "heuristic"
-    if wanted and reward.checkpoint is None:
+    """As wants_model; UserError where it is wanted and none is named."""
+    if wants_model(reward) and reward.checkpoint is None:
         raise UserError(f"reward.checkpoint: reward.type {reward.type} needs a reward model of train_reward.py")
-    return wanted
+    return wants_model(reward)
 
 
 def make(task, reward, decode, judge=None):
