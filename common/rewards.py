@@ -99,9 +99,9 @@ def facts(completion, reference):
     return 2 * both / (ours.total() + right.total()) if ours or right else 1.0
 
 
-def code_tokens(text):
+def code_tokens(text, limit=CODE):
     """CoNaLa's `tokenize_for_bleu_eval`: every non-alphanumeric apart, camelCase split, quotes as one kind."""
-    text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text[:CODE])
+    text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text[:limit])
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)
     return re.sub(r"\s+", " ", text).replace('"', "`").replace("'", "`").split()
 
