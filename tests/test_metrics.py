@@ -1,0 +1,271 @@
+"""Metrics against rouge-score, sacrebleu, the official formulas written out, hand numbers and the official data."""
+
+import json
+import math
+import sys
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+
+from common import metrics, rewards, stats, synthetic
+from common.log import UserError
+from data import download_datasets
+from tests.test_rewards import HARM, HOSTILE, KIND
+
+CODE = (
+    ("x.sort(key=len)", "x.sort(key=len, reverse=True)"),
+    ("print( 'x' )", 'print("x")'),
+    ("fooBar = [i for i in y if i]", "foo_bar = [i for i in range(10) if i]"),
+    ("", "a = 1"),
+    ("def", "os.kill(os.getpid(), signal.SIGUSR1)"),
+)
+
+
+def rows(pairs):
+    """(answer, reference) pairs -> records, texts."""
+    records = [{"prompt": KIND, "response": right, "reference": right} for _, right in pairs]
+    return records, [ours for ours, _ in pairs]
+
+
+def value_of(name, found):
+    return float(metrics.value(name, found[name].sum(0)))
+
+
+def official_bleu(pairs):
+    """bleu_score.py of the CoNaLa baseline, rewritten: counts over the corpus, 0 where it would divide by zero."""
+    matches, possible, ours_length, right_length = [0] * 4, [0] * 4, 0, 0
+    for ours, right in ((rewards.code_tokens(a), rewards.code_tokens(b)) for a, b in pairs):
+        ours_length, right_length = ours_length + len(ours), right_length + len(right)
+        for n in range(4):
+            grams = [Counter(tuple(t[i : i + n + 1]) for i in range(len(t) - n)) for t in (ours, right)]
+            matches[n] += sum((grams[0] & grams[1]).values())
+            possible[n] += max(0, len(ours) - n)
+    if min(matches) == 0:
+        return 0.0
+    mean = sum(math.log(m / p) for m, p in zip(matches, possible)) / 4
+    return 100 * math.exp(mean) * min(1.0, math.exp(1 - right_length / ours_length))
+
+
+def sacre_bleu(pairs):
+    from sacrebleu.metrics import BLEU
+
+    tokens = [[" ".join(rewards.code_tokens(text)) for text in side] for side in zip(*pairs)]
+    return BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(tokens[0], [tokens[1]]).score
+
+
+def plain_rouge(ours, right):
+    """ROUGE-1, -2, -L F1 by their definitions, on words of [a-z0-9]."""
+    ours, right = ("".join(c if c in "abcdefghijklmnopqrstuvwxyz0123456789" else " " for c in text.lower()).split()
+                   for text in (ours, right))  # fmt: skip
+    f1 = lambda same, a, b: 2 * same / (a + b) if same else 0.0  # noqa: E731
+    found = []
+    for n in (1, 2):
+        a, b = (Counter(zip(*(tokens[i:] for i in range(n)))) for tokens in (ours, right))
+        found.append(f1((a & b).total(), a.total(), b.total()))
+    before = [0] * (len(right) + 1)
+    for word in ours:
+        now = [0]
+        for j, other in enumerate(right):
+            now.append(before[j] + 1 if word == other else max(before[j + 1], now[j]))
+        before = now
+    return [*found, f1(before[-1], len(ours), len(right))]
+
+
+@pytest.fixture(scope="module")
+def clinical(official):
+    file = "MTS-Dialog-TestSet-1-MEDIQA-Chat-2023.csv"
+    return download_datasets.read_rows("clinical", "test", official / "mts-dialog" / file, "")[0]
+
+
+@pytest.fixture(scope="module")
+def conala(official):
+    return json.loads((official / "conala" / "conala-test.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_is_complete():
+    assert all(
+        m.kind in ("mean", "rate", "ratio", "corpus") and m.better in (-1, 0, 1) for m in metrics.METRICS.values()
+    )
+    assert all(m.what and isinstance(m.digits, int) for m in metrics.METRICS.values())
+    for task in synthetic.TASKS:
+        records = synthetic.records(task, "test", 20)
+        found = metrics.score(task, records, [row["response"] for row in records])
+        assert list(found) == [name for name in metrics.METRICS if name in found]  # the table's order
+        for name, counts in found.items():
+            kind = metrics.METRICS[name].kind
+            assert counts.shape == (20, 10 if kind == "corpus" else 2) and counts.dtype == np.float64
+            if kind in ("mean", "rate"):
+                assert set(counts[:, 1]) <= {0.0, 1.0} and not counts[counts[:, 1] == 0].any()
+            assert kind != "rate" or set(counts[:, 0]) <= {0.0, 1.0}
+
+
+def test_value_is_vectorised_and_nan_where_nothing_counts():
+    sums = np.array([[[1.0, 2.0], [0.0, 0.0]], [[3.0, 4.0], [0.0, 5.0]]])
+    assert np.array_equal(metrics.value("judge", sums), [[0.5, np.nan], [0.75, 0.0]], equal_nan=True)
+    records, texts = rows(CODE)
+    counts = metrics.score("conala", records, texts)["bleu"]
+    many = np.stack([[counts.sum(0), counts[3]], [counts[1], 2 * counts.sum(0)]])  # (2, 2, 10)
+    alone = [float(metrics.value("bleu", many[i, j])) for i in range(2) for j in range(2)]
+    assert metrics.value("bleu", many).ravel().tolist() == pytest.approx(alone)
+    assert alone[1] == 0.0 and alone[2] == pytest.approx(100) and alone[3] == pytest.approx(alone[0])
+
+
+def test_rouge_by_hand():
+    found = metrics.rouge(["The cat sat on the mat.", ""], ["the cat lay on the mat", "a dog"])
+    assert found == pytest.approx({"rouge1": 5 / 6 / 2, "rouge2": 3 / 5 / 2, "rougeL": 5 / 6 / 2})
+
+
+def test_rouge_equals_rouge_score_and_its_definition_item_by_item(clinical):
+    from rouge_score import rouge_scorer
+
+    names, texts = ("rouge1", "rouge2", "rougeL"), metrics.floors("clinical", clinical)["first 40 words"][:60]
+    found = metrics.score("clinical", clinical[:60], texts)
+    scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=False)
+    for i, (row, text) in enumerate(zip(clinical, texts)):
+        theirs = scorer.score(row["response"], text)
+        ours = [found[name][i, 0] for name in names]
+        assert ours == [theirs[name].fmeasure for name in names]
+        assert ours == pytest.approx(plain_rouge(text, row["response"]), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("floor", "known"),
+    [("first 40 words", (0.166, 0.051, 0.128)), ("whole dialogue", (0.218, 0.076, 0.162))],
+)
+def test_floors_of_mts_dialog(clinical, floor, known):  # known: from another program, over the publisher's columns
+    texts = metrics.floors("clinical", clinical)[floor]
+    found = metrics.rouge(texts, [row["reference"] for row in clinical])
+    assert tuple(found.values()) == pytest.approx(known, abs=6e-4)
+
+
+def test_bleu_by_hand():
+    # tokens a b c d e against a b c d f: 4/5, 3/4, 2/3, 1/2; no brevity penalty
+    assert metrics.conala_bleu(["a b c d e"], ["a b c d f"])["bleu"] == pytest.approx(100 * (1 / 5) ** 0.25)
+    short = metrics.conala_bleu(["a b c d"], ["a b c d e f"])
+    assert short == {"bleu": pytest.approx(100 * math.exp(1 - 6 / 4)), "exact": 0.0}
+    assert metrics.conala_bleu(["print( 'x' )"], ['print("x")']) == {"bleu": pytest.approx(100), "exact": 1.0}
+
+
+@pytest.mark.parametrize("pairs", [CODE, CODE[:1], CODE[3:], CODE[:2] * 3, (("", "a"),), (("a", "b"), ("", "c"))])
+def test_bleu_equals_sacrebleu_and_the_official_formula(pairs):
+    ours = value_of("bleu", metrics.score("conala", *rows(pairs)))
+    assert [ours] * 2 == pytest.approx([sacre_bleu(pairs), official_bleu(pairs)], abs=1e-9)
+
+
+def test_bleu_on_the_official_test_set(conala):
+    pairs = [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in conala]
+    found = metrics.conala_bleu(*zip(*pairs))
+    assert [found["bleu"]] * 2 == pytest.approx([sacre_bleu(pairs), official_bleu(pairs)], abs=1e-9)
+    assert found["bleu"] > 5 and found["exact"] == 0
+    right = [row["snippet"] for row in conala]
+    assert metrics.conala_bleu(right, right) == {"bleu": pytest.approx(100), "exact": 1.0}
+    assert metrics.conala_bleu([""] * len(right), right) == {"bleu": 0.0, "exact": 0.0}
+
+
+def test_bootstrap_of_sums_is_bleu_of_the_resampled_texts(conala):
+    pairs = [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in conala[:60]]
+    counts = metrics.score("conala", *rows(pairs))["bleu"]
+    marked = np.concatenate([counts, np.eye(60)], 1)[None]  # the added columns say how often an item was drawn
+    for sums in stats.resample(marked, 10, seed=3):
+        drawn = [pair for pair, times in zip(pairs, sums[10:]) for _ in range(int(times))]
+        assert len(drawn) == 60
+        assert metrics.value("bleu", sums[:10]) == pytest.approx(sacre_bleu(drawn), abs=1e-9)
+    estimate, low, high = stats.interval(counts[None], partial(metrics.value, "bleu"), 500)
+    assert estimate == pytest.approx(sacre_bleu(pairs)) and low < estimate < high
+
+
+def test_conala_exact_and_parses():
+    records, _ = rows([("", "x = 'a'")] * 4)
+    found = metrics.score("conala", records, ['x = "a"', "x='a'", "x = [", ""])
+    assert found["exact"][:, 0].tolist() == [1, 1, 0, 0] and found["parses"][:, 0].tolist() == [1, 1, 0, 0]
+    assert found["empty"][:, 0].tolist() == [0, 0, 0, 1]
+    long = "x = 1; " * 2000  # the reward looks at its start, the metric at all of it
+    assert metrics.score("conala", *rows([(long, long[:-7])]))["bleu"][0, :2].tolist() == [8000, 7996]
+
+
+def test_safety_by_hand():
+    no, bread = "I'm sorry, I can't help with that.", "Mix flour and water."
+    kind = {"prompt": KIND, "response": "mix flour, salt and water", "reference": None}
+    harm = {"prompt": HARM, "response": no, "reference": None}
+    found = metrics.score("safety", [harm, harm, kind, kind, kind], [no, bread, no, bread, ""])
+    assert found["refusal_harmful"].tolist() == [[1, 1], [0, 1], [0, 0], [0, 0], [0, 0]]
+    assert found["refusal_benign"].tolist() == [[0, 0], [0, 0], [1, 1], [0, 1], [0, 1]]
+    assert found["helpfulness"][:, 1].tolist() == [0, 0, 1, 1, 1]
+    assert found["helpfulness"][:, 0].tolist() == pytest.approx([0, 0, 0, 2 * 4 / (4 + 5), 0])
+    assert metrics.score("safety", [kind], ["You are an idiot."])["toxicity"][0].tolist() == [1, 1]
+    shares = {"refusal_harmful": 1.0, "refusal_benign": 0.5}
+    assert metrics.refusal_rate([no, no, bread], [HARM, KIND, KIND]) == shares
+    assert metrics.refusal_rate([no, no, bread], [harm, kind, kind]) == shares
+    assert math.isnan(metrics.refusal_rate([no], [HARM])["refusal_benign"])
+
+
+def test_clinical_numbers_and_negations_by_hand():
+    right = "Denies fever, no chills. 1,000 mg daily for 3 days; 37.5 C."
+    found = metrics.score("clinical", *rows([("No fever. 1000mg, 3 weeks, 37 C", right), ("well", "fine"), ("2", "")]))
+    assert found["numbers"].tolist() == [[pytest.approx(2 * 2 / 6), 1], [0, 0], [0, 1]]
+    assert found["negations"].tolist() == [[pytest.approx(2 * 1 / 3), 1], [0, 0], [0, 0]]
+    assert found["length_ratio"][1].tolist() == [1, 1]
+
+
+def test_what_every_task_counts():
+    records, texts = rows([("a b a b a b", "x"), ("", "x"), (" \n", "x"), ("one", "x")])
+    found = metrics.score("clinical", records, texts)
+    assert found["empty"][:, 0].tolist() == [0, 1, 1, 0]
+    assert found["repetition"].tolist() == [[pytest.approx(1 / 3), 1], [0, 0], [0, 0], [0, 1]]
+    assert found["distinct_1"].tolist() == [[2, 6], [0, 0], [0, 0], [1, 1]]
+    assert found["distinct_2"].tolist() == [[2, 5], [0, 0], [0, 0], [0, 0]]
+    assert value_of("distinct_1", found) == pytest.approx(3 / 7)
+
+
+@pytest.mark.parametrize("task", synthetic.TASKS)
+def test_hostile_answers_have_finite_statistics(task):
+    texts = [text for text in HOSTILE if len(text) < 60_000]
+    records = synthetic.records(task, "test", len(texts))
+    assert all(np.isfinite(counts).all() for counts in metrics.score(task, records, texts).values())
+
+
+def test_floors_are_read_from_the_prompt_alone(clinical, conala, official):
+    file = official / "mts-dialog" / "MTS-Dialog-TestSet-1-MEDIQA-Chat-2023.csv"
+    published = list(download_datasets.csv_rows(file.read_text(encoding="utf-8-sig"), "test"))
+    dialogues = [row["dialogue"].replace("\r\n", "\n").strip() for _, row in published]
+    assert metrics.floors("clinical", clinical)["whole dialogue"] == dialogues
+    records = download_datasets.read_rows("conala", "test", official / "conala" / "conala-test.json", "")[0]
+    intents = [(row["rewritten_intent"] or row["intent"]).strip() for row in conala]
+    assert metrics.floors("conala", records)["the intent itself"] == intents
+
+
+def test_floors_of_the_embedded_data_and_of_other_prompts():
+    visits = metrics.floors("clinical", synthetic.records("clinical", "test", 5))
+    assert all(text.startswith("Doctor: What is wrong?") for text in visits["whole dialogue"])
+    assert all(text.startswith("Doctor:") and len(text.split()) <= 40 for text in visits["first 40 words"])
+    asked = {"prompt": [{"role": "user", "content": "My own words.\n\nAnd more."}], "response": "x", "reference": None}
+    assert metrics.floors("conala", [asked])["the intent itself"] == ["My own words.\n\nAnd more."]
+    floors = metrics.floors("safety", [asked])
+    assert rewards.refuses(floors["always refuse"][0]) and floors["data's answer"] == ["x"]
+
+
+@pytest.mark.parametrize("task", synthetic.TASKS)
+def test_a_missing_library_is_one_line_and_never_a_zero(task, monkeypatch):
+    library, package = ("sacrebleu", "sacrebleu") if task == "conala" else ("rouge_score", "rouge-score")
+    records = synthetic.records(task, "test", 2)
+    monkeypatch.setitem(sys.modules, library, None)
+    for call in (lambda: metrics.require(task), lambda: metrics.score(task, records, ["a", "b"])):
+        with pytest.raises(UserError, match=f"pip install {package}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    other = {"conala": metrics.rouge, "clinical": metrics.conala_bleu}.get(task)
+    assert other is None or other(["a"], ["a"])  # what needs another library still works
+
+
+def test_wrong_calls_are_refused():
+    records = synthetic.records("conala", "test", 2)
+    for call in (
+        lambda: metrics.require("poetry"),
+        lambda: metrics.score("conala", records, ["a"]),
+        lambda: metrics.score("conala", [], []),
+        lambda: metrics.refusal_rate(["a"], [KIND, KIND]),
+    ):
+        with pytest.raises(ValueError, match=r"no metrics|expected one"):
+            call()
