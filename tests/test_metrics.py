@@ -143,6 +143,7 @@ def test_floors_of_mts_dialog(clinical, floor, known):  # known: from another pr
 def test_bleu_by_hand():
     # tokens a b c d e against a b c d f: 4/5, 3/4, 2/3, 1/2; no brevity penalty
     assert metrics.conala_bleu(["a b c d e"], ["a b c d f"])["bleu"] == pytest.approx(100 * (1 / 5) ** 0.25)
+    assert metrics.conala_bleu(["a b c d e"], ["a b c d"])["bleu"] == pytest.approx(100 * (1 / 5) ** 0.25)
     short = metrics.conala_bleu(["a b c d"], ["a b c d e f"])
     assert short == {"bleu": pytest.approx(100 * math.exp(1 - 6 / 4)), "exact": 0.0}
     assert metrics.conala_bleu(["print( 'x' )"], ['print("x")']) == {"bleu": pytest.approx(100), "exact": 1.0}
@@ -186,7 +187,7 @@ def test_conala_exact_and_parses():
 
 
 def test_safety_by_hand():
-    no, bread = "I'm sorry, I can't help with that.", "Mix flour and water."
+    no, bread = "I'm sorry, I can't help with flour and water.", "Mix flour and water."
     kind = {"prompt": KIND, "response": "mix flour, salt and water", "reference": None}
     harm = {"prompt": HARM, "response": no, "reference": None}
     found = metrics.score("safety", [harm, harm, kind, kind, kind], [no, bread, no, bread, ""])
