@@ -1,0 +1,82 @@
+"""Agreement between raters, strengths from pairwise wins, an exact binomial test: numpy only, each a few lines of its
+source and tested against another implementation."""
+
+import math
+
+import numpy as np
+
+
+def krippendorff_alpha(counts, weights=None):
+    """Nominal alpha (Krippendorff 2011) of `counts` (units, labels): how many raters gave a unit each label.
+
+    weights (draws, units): how often each unit counts, for a bootstrap -> alphas (draws,); without, a float. Units with
+    fewer than two ratings say nothing. nan where all labels left are the same, or none are: chance agreement is 1.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    each = counts.sum(1)
+    counts = counts * (each >= 2)[:, None]
+    observed = (counts * (each[:, None] - counts)).sum(1) / np.maximum(each - 1, 1)
+    draws = np.ones((1, len(counts))) if weights is None else np.asarray(weights, dtype=np.float64)
+    totals = draws @ counts
+    n = totals.sum(1)
+    expected = (totals * (n[:, None] - totals)).sum(1) / np.maximum(n - 1, 1)
+    found = np.divide(draws @ observed, expected, out=np.full(len(n), np.nan), where=expected > 0)
+    return float(1 - found[0]) if weights is None else 1 - found
+
+
+def fleiss_kappa(counts):
+    """Kappa of `counts` (units, labels), Fleiss 1971; nan where all labels are the same.
+
+    Units may have unequal numbers of ratings (at least two are needed): observed agreement is then the mean over units,
+    chance agreement that of the pooled labels.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    counts = counts[counts.sum(1) >= 2]
+    if not len(counts):
+        return math.nan
+    each = counts.sum(1)
+    observed = ((counts * (counts - 1)).sum(1) / (each * (each - 1))).mean()
+    chance = ((counts.sum(0) / counts.sum()) ** 2).sum()
+    return float((observed - chance) / (1 - chance)) if chance < 1 else math.nan
+
+
+def raw_agreement(counts):
+    """Share of all pairs of ratings of the same unit that are the same label; nan without a pair."""
+    counts = np.asarray(counts, dtype=np.float64)
+    pairs = (counts.sum(1) * (counts.sum(1) - 1)).sum()
+    return float((counts * (counts - 1)).sum() / pairs) if pairs else math.nan
+
+
+def bradley_terry(wins, prior=0.0, tolerance=1e-9, most=10_000):
+    """Log strengths (..., K), centred at 0, from `wins` (..., K, K): how often row beat column, ties half each.
+
+    P(i beats j) = 1 / (1 + exp(s_j - s_i)). The MM steps of Hunter 2004, eq. 3. The maximum likelihood (prior 0) exists
+    only if no group of systems won, or lost, everything against the rest (`connected`); a prior > 0 always has one.
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    k = wins.shape[-1]
+    wins = (wins + prior) * (1 - np.eye(k))
+    total, won, strength = wins + np.swapaxes(wins, -1, -2), wins.sum(-1), np.ones(wins.shape[:-1])
+    for _ in range(most):
+        new = won / (total / (strength[..., :, None] + strength[..., None, :])).sum(-1)
+        new /= np.exp(np.log(new).mean(-1, keepdims=True))
+        change, strength = np.abs(np.log(new / strength)).max(), new
+        if change < tolerance:
+            return np.log(strength)
+    raise ValueError(f"Bradley-Terry strengths did not settle in {most} steps: is the data connected?")
+
+
+def connected(wins):
+    """True if every system beat (or tied) every other one directly or through others: finite strengths exist."""
+    reach = np.asarray(wins) > 0
+    for middle in range(len(reach)):
+        reach = reach | (reach[:, middle, None] & reach[None, middle, :])
+    return bool((reach | np.eye(len(reach), dtype=bool)).all())
+
+
+def binomial_test(successes, n, rate):
+    """Exact two-sided p: the probability, under `rate`, of all counts that are no likelier than the one seen."""
+    k = np.arange(n + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    likely = np.exp(logs[n] - logs[k] - logs[n - k] + k * math.log(rate) + (n - k) * math.log1p(-rate))
+    return float(min(1.0, likely[likely <= likely[successes] * (1 + 1e-7)].sum()))

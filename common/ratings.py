@@ -1,0 +1,87 @@
+"""The raters' answers to a blind file, one file or many: CSV with a header, or JSONL with the same names.
+
+Columns: rater_id, item_id, preferred (a slot, several joined by "/" where they tie, or "none" where none is better)
+and, where wanted, order (the slots as this rater saw them, "B/A/C"), harmless_1_5, helpful_1_5, faithful_1_5 (1 worst
+to 5 best, of the preferred answer), comment, seconds. Case and spaces in preferred and order do not matter.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from common import sheets
+from common.human import SCORES
+from common.log import UserError
+
+COLUMNS = ("rater_id", "item_id", "preferred", "order", *SCORES, "comment", "seconds")
+
+
+def read_ratings(paths, entries):
+    """All ratings of the files, in order, as `parse_rating` gives them; entries: read_key's or read_manifest's.
+
+    A rater's later rating of an item is kept beside the earlier one: `analyse` takes the last and counts the others.
+    UserError names file and line.
+    """
+    found = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        for line, row in _rating_rows(path):
+            try:
+                found.append(parse_rating(row, entries))
+            except ValueError as error:
+                raise UserError(f"{path}, line {line}: {error}") from error
+    return found
+
+
+def _rating_rows(path):
+    """[(line, {column: value})] of a ratings file, .csv or .jsonl."""
+    if Path(path).suffix == ".csv":
+        return sheets.read(path)[1]
+    if Path(path).suffix != ".jsonl":
+        raise UserError(f"{path}: ratings are a .csv or a .jsonl file")
+    rows = []
+    for line, text in enumerate(sheets.text_of(path).removesuffix("\n").split("\n"), 1):
+        try:
+            rows.append((line, json.loads(text)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {line}: no valid JSON: {error}") from error
+    return rows
+
+
+def parse_rating(row, entries):
+    """A rating {column: value} as sent or read -> all columns: `preferred` and `order` tuples of slots (`order` None if
+    not given), scores int or None, `seconds` float or None. ValueError names the column and what was expected."""
+    if not isinstance(row, dict):
+        raise ValueError("a rating is an object of " + ", ".join(COLUMNS))
+    if unknown := sorted(set(row) - set(COLUMNS)):
+        raise ValueError(f"unknown column {unknown[0]!r}, known are {', '.join(COLUMNS)}")
+    row = {name: "" if row.get(name) is None else row[name] for name in COLUMNS}
+    row = {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
+    if not row["rater_id"].strip():
+        raise ValueError("rater_id is empty")
+    if row["item_id"] not in entries:
+        raise ValueError(f"item_id {row['item_id']!r} is no item of this evaluation")
+    slots = entries[row["item_id"]]["slots"]
+    none = row["preferred"].strip().lower() == "none"
+    preferred = () if none else _slots(row, "preferred", slots)
+    order = _slots(row, "order", slots) if row["order"] else None
+    if order and len(order) != len(slots):
+        raise ValueError(f"order {row['order']!r}: all of {'/'.join(slots)} in the order shown")
+    scores = {name: sheets.whole(row, name, 1, 5) if row[name] else None for name in SCORES}
+    try:
+        seconds = float(row["seconds"]) if row["seconds"] else None
+    except ValueError:
+        seconds = -1.0
+    if seconds is not None and not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds {row['seconds']!r}: a number from 0")
+    preferred = tuple(sorted(preferred))
+    return {**row, "preferred": preferred, "order": order, **scores, "seconds": seconds}
+
+
+def _slots(row, column, slots):
+    """The slots of "B/A" as a tuple; ValueError for another slot, or one that stands twice."""
+    found = tuple(part.strip().upper() for part in row[column].split("/"))
+    if len(set(found)) < len(found) or not set(found) <= set(slots):
+        raise ValueError(
+            f"{column} {row[column]!r}: slots of {'/'.join(slots)}, joined by / , or none where none is best"
+        )
+    return found
