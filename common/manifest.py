@@ -180,11 +180,11 @@ def _plan(systems, count, rng):
             for kind, source, order in plans]  # fmt: skip
     checks = (_check(systems, int(source), rng) for source in pool[::-1])  # first those that are no items
     rows += itertools.islice((row for row in checks if row), _checks(count))
-    rows, first = [rows[i] for i in rng.permutation(len(rows))], set()
-    for row in rows:
-        if row["kind"] != "check":
-            row["kind"] = "duplicate" if row["source"] in first else "item"  # the one shown first counts
-            first.add(row["source"])
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    place = {row["source"]: i for i, row in enumerate(rows) if row["kind"] == "item"}
+    for i, row in enumerate(rows):
+        if row["kind"] == "duplicate" and (later := place[row["source"]]) > i:  # the item itself comes first
+            rows[i], rows[later] = rows[later], rows[i]
     return rows
 
 
