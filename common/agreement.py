@@ -50,20 +50,24 @@ def raw_agreement(counts):
 def bradley_terry(wins, prior=0.0, tolerance=1e-9, most=10_000):
     """Log strengths (..., K), centred at 0, from `wins` (..., K, K): how often row beat column, ties half each.
 
-    P(i beats j) = 1 / (1 + exp(s_j - s_i)). The MM steps of Hunter 2004, eq. 3. The maximum likelihood (prior 0) exists
-    only if no group of systems won, or lost, everything against the rest (`connected`); a prior > 0 always has one.
+    P(i beats j) = 1 / (1 + exp(s_j - s_i)). The iteration is Newman's (2023, JMLR 24, 238), with the fixed point of
+    the MM algorithm and needs 10 rounds where MM needs over 10,000, on lopsided wins. The maximum likelihood (prior 0)
+    exists only if no group of systems won, or lost, everything against the rest (`connected`); with a prior > 0 there
+    always is one. ValueError if it does not settle.
     """
     wins = np.asarray(wins, dtype=np.float64)
     k = wins.shape[-1]
-    wins = (wins + prior) * (1 - np.eye(k))
-    total, won, strength = wins + np.swapaxes(wins, -1, -2), wins.sum(-1), np.ones(wins.shape[:-1])
+    wins, strength = (wins + prior) * (1 - np.eye(k)), np.ones(wins.shape[:-1])
     for _ in range(most):
-        new = won / (total / (strength[..., :, None] + strength[..., None, :])).sum(-1)
-        new /= np.exp(np.log(new).mean(-1, keepdims=True))
-        change, strength = np.abs(np.log(new / strength)).max(), new
-        if change < tolerance:
+        before = strength.copy()
+        for i in range(k):
+            sums = strength + strength[..., i, None]
+            won = (wins[..., i, :] * strength / sums).sum(-1)
+            strength[..., i] = won / (wins[..., :, i] / sums).sum(-1)
+        strength /= np.exp(np.log(strength).mean(-1, keepdims=True))
+        if np.abs(np.log(strength / before)).max() < tolerance:
             return np.log(strength)
-    raise ValueError(f"Bradley-Terry strengths did not settle in {most} steps: is the data connected?")
+    raise ValueError(f"Bradley-Terry strengths did not settle in {most} rounds: are the systems connected?")
 
 
 def connected(wins):

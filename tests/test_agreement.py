@@ -98,6 +98,15 @@ def test_bradley_terry_of_two_systems_is_the_log_odds_and_batches():
     assert agreement.bradley_terry(many) == pytest.approx(np.stack([agreement.bradley_terry(wins) for wins in many]))
 
 
+def test_bradley_terry_settles_on_lopsided_wins():
+    wins = np.array([[0, 5000, 9000, 14999], [3, 0, 7000, 14000], [2, 1, 0, 15000], [0.5, 0, 0.5, 0]])
+    strengths = agreement.bradley_terry(wins)
+    chance = 1 / (1 + np.exp(strengths[None, :] - strengths[:, None]))
+    assert ((wins + wins.T) * chance).sum(1) - np.diag(wins + wins.T) / 2 == pytest.approx(wins.sum(1), rel=1e-6)
+    with pytest.raises(ValueError, match="connected"), np.errstate(all="ignore"):
+        agreement.bradley_terry([[0, 5], [0, 0]], most=50)
+
+
 def test_connected_is_every_way_of_splitting_the_systems():
     rng = np.random.default_rng(0)
     for _ in range(200):

@@ -160,6 +160,11 @@ def test_answers_too_short_to_shuffle_are_said(tmp_path, capsys):
     assert made["checks"] == 0 and "0 of 2 checks" in capsys.readouterr().out
 
 
+def test_prompts_without_references_are_refused(tmp_path):
+    with pytest.raises(UserError, match="2 prompts, but 1 references"):
+        manifest.generate_manifest(["a", "b"], ["c"], *[answers(2)] * 3, output_path=tmp_path / "h.csv")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -277,6 +282,7 @@ def test_ratings_are_read_from_csv_and_jsonl_alike(tmp_path):
         ({"faithful_1_5": True}, "faithful_1_5 'true'"),
         ({"seconds": -1}, "seconds '-1'"),
         ({"seconds": "nan"}, "seconds 'nan'"),
+        ({"seconds": "long"}, "seconds 'long'"),
         ({"mood": "good"}, "unknown column 'mood'"),
     ],
 )
@@ -374,6 +380,14 @@ def test_agreement_of_raters_by_system_not_by_slot():
     chance = [rated(key, f"i{i}", rng.choice(NAMES), rater=r) for i in range(40) for r in "abc"]
     found = human.analyse(key, chance, draws=200)["agreement"]
     assert found["low"] < found["alpha"] < found["high"] and abs(found["alpha"]) < 0.25
+
+
+def test_raters_who_share_no_item_have_no_agreement():
+    key = made_key(2)
+    found = human.analyse(key, [rated(key, "i0", "rl", rater="a"), rated(key, "i1", "rl", rater="b")], draws=10)
+    assert found["agreement"] == {**dict.fromkeys(("alpha", "low", "high", "kappa", "raw")), "items": 0,
+                                  "reason": "no item was rated by two raters"}  # fmt: skip
+    assert "Agreement: no item was rated by two raters.\n" in manifest.report(found)
 
 
 def test_position_bias_is_found_in_the_slots_as_shown():
