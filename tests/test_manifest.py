@@ -410,6 +410,10 @@ def test_length_bias_is_found():
     assert human.analyse(key, longest, draws=10)["length_bias"]["low"] > 0.9
     middle = human.analyse(key, [{**row, "preferred": ("B",)} for row in longest], draws=10)["length_bias"]
     assert middle["share"] == 0.5 and middle["n"] == 60
+    key["i0"]["characters"]["B"] = 30  # as long as C: only A tells, and C is longer than A
+    key["i1"]["characters"] = dict.fromkeys("ABC", 10)  # nothing to tell
+    assert human.analyse(key, longest[:2], draws=10)["length_bias"]["n"] == 1
+    assert human.analyse(key, longest[:2], draws=10)["length_bias"]["share"] == 1.0
 
 
 def test_scores_and_power_are_reported():
