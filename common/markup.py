@@ -24,6 +24,7 @@ white-space:normal;min-width:6.5rem;max-width:11rem} thead th{border-bottom:2px 
 img{display:block;min-width:34rem;max-width:100%;height:auto;margin:0 auto} .sample{border:1px solid #ccc;
 border-radius:6px;margin:1rem 0;padding:.2rem .8rem .8rem} .answers{display:grid;gap:.8rem;
 grid-template-columns:repeat(auto-fit,minmax(14rem,1fr))} .answers>div{border-left:3px solid #888;padding-left:.6rem}
+.caption{font-size:.88rem;color:#444}
 .said{white-space:pre-wrap;margin:.2rem 0} pre{white-space:pre-wrap;background:#f4f4f4;padding:.8rem}
 @media print{@page{size:A4 landscape;margin:12mm} body{max-width:none;padding:0;font-size:10pt} .box{overflow:visible}
 table{font-size:8pt} th,td{padding:.2rem .4rem;white-space:normal} td:first-child,th:first-child{position:static}
@@ -82,7 +83,7 @@ _MARKDOWN = {
     "text": _md,
     "list": lambda texts: "\n".join(f"- {_md(text)}" for text in texts),
     "table": _md_table,
-    "picture": lambda name, alt: f"![{alt}]({name})",
+    "picture": lambda name, alt: f"![{alt}]({name})\n\n*{_md(alt)}*",
     "sample": _md_sample,
     "code": lambda text: "    " + _visible(text).strip().replace("\n", "\n    "),
 }
@@ -107,7 +108,8 @@ def page(blocks, folder):
 
 def _html_picture(path, alt):
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<div class="box" tabindex="0"><img alt="{_e(alt)}" src="data:image/png;base64,{data}"></div>'
+    caption = f'<p class="caption">{_e(alt)}</p>'
+    return f'<div class="box" tabindex="0"><img alt="{_e(alt)}" src="data:image/png;base64,{data}"></div>{caption}'
 
 
 def _html_row(cells, tag="td"):

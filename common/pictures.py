@@ -5,6 +5,7 @@ in every picture: Okabe and Ito's colours stay apart for colour-blind readers, t
 """
 
 import math
+from itertools import cycle
 from pathlib import Path
 
 from common.markup import ARROWS, finite
@@ -28,24 +29,21 @@ def _ends(cell):
 
 
 def save(folder, results, curves):
-    """Draw what has data into `folder` and return the names of the files; one unit of style for all of them."""
+    """Draw what has data into `folder` and return the names of the files."""
     import matplotlib
 
-    points = [row["system"] for row in results.get("frontier", ())]
-    names = [*results["systems"], *results.get("floors", ()), *points, *results.get("extra_cost", ()), *curves]
-    fresh = [name for name in dict.fromkeys(names) if name not in KNOWN]
-    styles = KNOWN | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(fresh)}
-    drawn = []
+    names = [*results["systems"], *(row["system"] for row in results.get("frontier", ())), *curves]
+    names += [*results.get("floors", ()), *results.get("extra_cost", ()), *results.get("cost", ())]
+    styles = KNOWN | dict(zip((name for name in dict.fromkeys(names) if name not in KNOWN), cycle(OTHERS)))
     with matplotlib.rc_context(SETTINGS):
-        for name, draw in DRAWERS.items():
-            figure = draw(results, curves, styles)
-            if figure is not None:
-                figure.savefig(Path(folder) / name, dpi=130, metadata={"Software": None})
-                drawn.append(name)
-    return drawn
+        drawn = {name: draw(results, curves, styles) for name, draw in DRAWERS.items()}
+        drawn = {name: figure for name, figure in drawn.items() if figure is not None}
+        for name, figure in drawn.items():
+            figure.savefig(Path(folder) / name, dpi=120, metadata={"Software": None})
+    return list(drawn)
 
 
-def _grid(panels, columns, size=(3.5, 2.7)):
+def _grid(panels, columns, size):
     """A figure and one pair of axes a panel, filled row by row."""
     from matplotlib.figure import Figure
 
@@ -64,16 +62,15 @@ def _legend(figure, names, styles, lines=False):
 
     handles = [Line2D([], [], color=colour, marker=marker, linestyle=dash if lines else "", label=name)
                for name in names for colour, marker, dash in [styles[name]]]  # fmt: skip
-    columns = 3 if max(map(len, names)) > 12 else 4
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3 if len(names) > 4 else 4, frameon=False)
 
 
 def _interval(axis, row, cell, style, filled=True):
     """A point with its interval, lying on the line y = row."""
     if _ends(cell):
         axis.hlines(row, *_ends(cell), color=style[0], linewidth=2, alpha=0.8)
-    face = style[0] if filled else "white"
-    axis.scatter([cell["value"]], [row], s=36, marker=style[1], color=style[0], facecolor=face, zorder=3)
+    axis.scatter([cell["value"]], [row], s=36, marker=style[1], color=style[0],
+                 facecolor=style[0] if filled else "white", zorder=3)  # fmt: skip
 
 
 def _rows(axis, labels):
@@ -91,10 +88,9 @@ def differences(results, curves, styles):
     names = list(dict.fromkeys((row["a"], row["b"]) for rows in tables.values() for row in rows))
     figure, axes = _grid(len(tables), 3, (2.7, 0.8 + 0.26 * len(names)))
     for i, (axis, (metric, rows)) in enumerate(zip(axes, tables.items())):
-        for row in rows:
-            if finite(row["difference"]) is not None:
-                cell, place = row | {"value": row["difference"]}, names.index((row["a"], row["b"]))
-                _interval(axis, place, cell, styles[row["a"]], row["verdict"] is not None)
+        for row in (row for row in rows if finite(row["difference"]) is not None):
+            cell, place = row | {"value": row["difference"]}, names.index((row["a"], row["b"]))
+            _interval(axis, place, cell, styles[row["a"]], row["verdict"] is not None)
         axis.axvline(0, color="black", linewidth=0.8)
         _rows(axis, [f"{a} - {b}" for a, b in names] if i % 3 == 0 else [""] * len(names))
         axis.set_title(metric + ARROWS.get(results["metrics"][metric]["better"], ""))
@@ -117,15 +113,14 @@ def wins(results, curves, styles):
             for (x, y), rate, span in (((i, j), row["rate"], ends), ((j, i), 1 - row["rate"], turned)):
                 table[x][y] = rate
                 text[x, y] = f"{rate:.2f}" + (f"\n[{span[0]:.2f}, {span[1]:.2f}]" if span else "")
-        axis.imshow(table, cmap="PuOr_r", vmin=0, vmax=1, aspect="auto")
+        axis.imshow(table, cmap="PuOr_r", vmin=-0.4, vmax=1.4, aspect="auto")  # pale enough for black text
         for i in range(len(names)):
             for j in range(len(names)):
-                ink = "white" if abs(table[i][j] - 0.5) > 0.3 else "black"
-                label = text.get((i, j), "" if i == j else "–")
-                axis.text(j, i, label, ha="center", va="center", fontsize=8, color=ink)
-        axis.set(xticks=range(len(names)), xticklabels=names, yticks=range(len(names)), yticklabels=names)
+                label = text.get((i, j), "–" if i != j else "")
+                axis.text(j, i, label, ha="center", va="center", fontsize=8)
         axis.grid(False)
-        axis.set(title=f"by {judge}", xlabel="against", ylabel="wins of")
+        axis.set(title=f"by {judge}", xlabel="against", xticks=range(len(names)), xticklabels=names,
+                 ylabel="wins of", yticks=range(len(names)), yticklabels=names)  # fmt: skip
     return figure
 
 
@@ -135,8 +130,8 @@ def frontier(results, curves, styles):
     panels = [key for key in ("reward", "judge") if any(finite(row.get(key)) is not None for row in rows)]
     if not panels:
         return None
-    names = list(dict.fromkeys(row["system"] for row in rows))
     figure, axes = _grid(len(panels), 2, (3.8, 3.4))
+    names = list(dict.fromkeys(row["system"] for row in rows))
     for axis, key in zip(axes, panels):
         for name in names:
             points = [(math.sqrt(max(row["kl"], 0)), row[key]) for row in rows
@@ -162,6 +157,8 @@ def _series(curves, keys):
 
 def learning(results, curves, styles):
     """Learning curves of all arms on one axis of tokens; a line is one stage of one run."""
+    from matplotlib.ticker import EngFormatter
+
     lines = _series(curves, [key for keys in LEARNING.values() for key in keys])
     panels = {title: [k for k in keys if k in lines] for title, keys in LEARNING.items() if set(keys) & set(lines)}
     if not panels:
@@ -175,15 +172,9 @@ def learning(results, curves, styles):
                           alpha=0.55 if key == "reward" else 1, markersize=5, markerfacecolor="none",
                           marker=marker if held_out or len(points) < 3 else "")  # fmt: skip
         axis.set(title=title, xlabel="tokens seen, over all stages")
-        axis.xaxis.set_major_formatter(_thousands())
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     _legend(figure, list(dict.fromkeys(name for found in lines.values() for name, *_ in found)), styles, lines=True)
     return figure
-
-
-def _thousands():
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep="")
 
 
 def answers(results, curves, styles):
@@ -209,12 +200,15 @@ def answers(results, curves, styles):
 
 def cost(results, curves, styles):
     """What an arm took: tokens and seconds stage by stage, peak memory; and the headline metric over its seconds."""
+    from matplotlib.ticker import EngFormatter
+
     spent = {n: c for n, c in {**results.get("cost", {}), **results.get("extra_cost", {})}.items() if c}
     panels = {"tokens": "training tokens", "seconds": "training time (s)", "peak_memory_gb": "peak memory (GB)"}
     panels = {k: t for k, t in panels.items() if any(finite(c.get(k)) is not None for c in spent.values())}
     cells = results["cells"].get(results["headline"], {})
     known = [n for n in results["systems"] if finite(cells.get(n, {}).get("value")) is not None]
-    bought = {n: spent[n]["seconds"] for n in known if finite(spent.get(n, {}).get("seconds")) is not None}
+    seconds = {n: finite(c.get("seconds")) for n, c in results.get("cost", {}).items() if n in known}
+    bought = {n: x for n, x in seconds.items() if x is not None or results["cost"][n] == {}}
     if not panels:
         return None
     figure, axes = _grid(len(panels) + bool(bought), 2, (3.8, max(2.2, 0.8 + 0.32 * len(spent))))
@@ -227,13 +221,11 @@ def cost(results, curves, styles):
             for i, part in enumerate(parts if parts and None not in parts else [total]):
                 axis.barh(row, part, left=start, color=styles[name][0], alpha=(1, 0.65, 0.4)[i % 3], edgecolor="white")
                 start += part
-            axis.text(start, row, f" {_thousands()(float(f'{total:.3g}'))}", va="center")
+            axis.text(start, row, f" {EngFormatter(sep='')(float(f'{total:.3g}'))}", va="center")
         _rows(axis, list(spent))
-        axis.set_xlim(0, axis.get_xlim()[1] * 1.2)
-        axis.set_title(title)
-        axis.xaxis.set_major_formatter(_thousands())
+        axis.set(title=title, xlim=(0, axis.get_xlim()[1] * 1.2))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     if bought:
-        bought |= {n: None for n in known if results["cost"].get(n) == {}}
         _bought(axes[-1], results, bought, styles)
         _legend(figure, list(bought), styles)
     return figure
@@ -244,14 +236,13 @@ def _bought(axis, results, seconds, styles):
     for name, x in seconds.items():
         cell, (colour, marker, _) = results["cells"][results["headline"]][name], styles[name]
         if x is None:
-            axis.axhline(cell["value"], color=colour, linestyle="--", linewidth=1.2, marker=marker)
+            axis.axhline(cell["value"], color=colour, linestyle="--", marker=marker, markevery=[0], clip_on=False)
         else:
             axis.scatter([x], [cell["value"]], s=40, color=colour, marker=marker)
             if _ends(cell):
                 axis.vlines(x, *_ends(cell), color=colour, linewidth=2, alpha=0.8)
-    axis.set(title=f"{results['headline']} over training time (s)")
     axis.margins(x=0.1)
-    axis.set_xlim(left=0)
+    axis.set(title=f"{results['headline']} over training time (s)", xlim=(0, None))
 
 
 DRAWERS = {"differences.png": differences, "wins.png": wins, "frontier.png": frontier, "curves.png": learning,

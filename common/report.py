@@ -13,9 +13,9 @@ ALTS = {
     "differences.png": "Differences between the systems in each metric with 95 % intervals; filled: significant.",
     "wins.png": "Share of items in which the row's system wins against the column's, ties half, with 95 % intervals.",
     "frontier.png": "Reward and judge's score of each system over the square root of its KL to the base.",
-    "curves.png": "Learning curves of all arms over the tokens seen in training.",
+    "curves.png": "Learning curves of all arms over the tokens seen in training, one line a stage.",
     "length_diversity.png": "Length, diversity, repetition and stops of each system's answers; small dots are seeds.",
-    "cost.png": "Tokens, time and peak memory of each arm, stage by stage, and the headline metric over the time.",
+    "cost.png": "Tokens, time and peak memory of each arm, its stages in shades, and the headline metric over time.",
 }
 
 
@@ -99,7 +99,8 @@ def _p(value):
 
 def _difference(pair, digits):
     """A pair's difference in words: +0.12 [-0.20, +0.44], p 0.47."""
-    return f"{shown(pair['difference'], digits, '+')} {_range(pair, digits, '+')}, p {_p(pair.get('p_holm'))}"
+    interval = f" {_range(pair, digits, '+')}".rstrip()
+    return f"{shown(pair['difference'], digits, '+')}{interval}, p {_p(pair.get('p_holm'))}"
 
 
 def _summary(results):
@@ -112,15 +113,17 @@ def _summary(results):
             f"({metric['what']}{better})."]  # fmt: skip
     if not pairs:
         cell = results["cells"].get(name, {}).get(results["systems"][0], {})
-        return f"{said[0]} No pairs were tested. {results['systems'][0]}: {shown(cell.get('value'), digits)} " + (
-            f"{_range(cell, digits)}."
-        )
+        value = f"{shown(cell.get('value'), digits)} {_range(cell, digits)}".rstrip()
+        return f"{said[0]} No pairs were tested. {results['systems'][0]}: {value}."
     beats = [pair["a"] for pair in pairs if pair["b"] == base and pair["verdict"] in ("better", "higher")]
     said.append(f"{_and(beats) if beats else 'No system'} beat{'' if len(beats) > 1 else 's'} {base} significantly "
                 f"(p adjusted by Holm over {len(pairs)} pairs, below 0.05).")  # fmt: skip
     for pair in (pair for pair in pairs if pair["verdict"]):
         said.append(f"{pair['a']} is {pair['verdict']} than {pair['b']}: {_difference(pair, digits)}.")
     for pair in (pair for pair in pairs if not pair["verdict"]):
+        if finite(pair["difference"]) is None:
+            said.append(f"Not measured: {pair['a']} against {pair['b']}.")
+            continue
         line = f"Not significant: {pair['a']} against {pair['b']}: {_difference(pair, digits)}"
         if None not in (finite(pair.get("low")), finite(pair.get("high"))):
             half = shown((pair["high"] - pair["low"]) / 2, digits)
@@ -143,7 +146,7 @@ def _comparison(results):
         row = [name]
         for metric, about in metrics.items():
             cell = results["cells"].get(metric, {}).get(name, {})
-            few = f" (n {cell['n']})" if cell.get("n") not in (None, results["items"]) else ""
+            few = f" (n {cell['n']})" if finite(cell.get("n")) not in (None, results["items"]) else ""
             row.append((shown(cell.get("value"), about["digits"]), _range(cell, about["digits"]) + few,
                         (metric, name) in bold))  # fmt: skip
         rows.append(row)
@@ -189,7 +192,7 @@ def _win_table(results):
             (
                 "text",
                 f"The judge prefers the better answer in {shown(judge['accuracy'])} {_range(judge)} of "
-                f"{judge['pairs']} held-out pairs; always preferring the shorter one, in "
+                f"{shown(judge['pairs'], 0)} held-out pairs; always preferring the shorter one, in "
                 f"{shown(judge.get('shorter'))}."
                 + (" It is not shown to know more than that, so read its verdicts with care." if weak else ""),
             )
