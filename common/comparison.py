@@ -1,0 +1,118 @@
+"""Systems against each other on the same items: cells with intervals, paired tests, win rates; what each one cost."""
+
+from pathlib import Path
+
+import numpy as np
+
+from common import config, log, metrics, stats
+from common.measure import stack
+
+
+def cell(runs, name, draws):
+    """{"value", "low", "high", "n"} of metric `name` over runs (lists of lines, one a seed), or None without a value.
+
+    The interval is the hierarchical bootstrap's; of a rate under one seed, Wilson's. n: items that count.
+    """
+    found = stack(runs, name)
+    if found is None or not np.isfinite(metrics.value(name, found.sum((0, 1)))):
+        return None
+    value, low, high = stats.interval(found, lambda sums: metrics.value(name, sums), draws)
+    counting = int((found[0, :, -1] > 0).sum())
+    if metrics.METRICS[name].kind == "rate" and len(runs) == 1:
+        low, high = stats.wilson(found[0, :, 0].sum(), counting)
+    return {"value": value, "low": low, "high": high, "n": counting}
+
+
+def cells(systems, draws):
+    """{metric: {system: cell}} of {system: runs}, in the order of metrics.METRICS."""
+    table = {name: {system: cell(runs, name, draws) for system, runs in systems.items()} for name in metrics.METRICS}
+    table = {name: {system: found for system, found in row.items() if found} for name, row in table.items()}
+    return {name: row for name, row in table.items() if row}
+
+
+def pairs(systems, names, draws):
+    """{metric: [{"a", "b", "difference", "low", "high", "p", "p_holm", "test"}]}: each system against each before it.
+
+    p: paired randomisation, for a rate under one seed exact McNemar; p_holm: adjusted for the pairs of the metric.
+    """
+    order, table = list(systems), {}
+    for name in names:
+        rows = []
+        for a, b in ((a, b) for i, b in enumerate(order) for a in order[i + 1 :]):
+            ours, theirs = (stack(systems[system], name) for system in (a, b))
+            if ours is None or theirs is None or len({len(ours), len(theirs), 1}) > 2:
+                continue
+            if not all(np.isfinite(metrics.value(name, found.sum((0, 1)))) for found in (ours, theirs)):
+                continue
+            found = stats.compare(ours, theirs, lambda sums, name=name: metrics.value(name, sums), draws)
+            row = dict(zip(("difference", "low", "high", "p"), found)) | {"test": "randomisation"}
+            if metrics.METRICS[name].kind == "rate" and len(ours) == len(theirs) == 1:
+                both = (ours[0, :, 1] > 0) & (theirs[0, :, 1] > 0)
+                halves = [found[0, both, 0] for found in (ours, theirs)]
+                if not any((half % 1).any() for half in halves):
+                    row |= {"p": stats.mcnemar(*(half > 0 for half in halves))[2], "test": "McNemar"}
+            rows.append({"a": a, "b": b} | row)
+        for row, adjusted in zip(rows, stats.holm([row["p"] for row in rows])):
+            row["p_holm"] = adjusted
+        if rows:
+            table[name] = rows
+    return table
+
+
+def wins(systems, name):
+    """Win rates by metric `name` of every later system against each earlier, over items and seeds; ties half."""
+    order, rows = list(systems), []
+    better = metrics.METRICS[name].better
+    for a, b in ((a, b) for i, b in enumerate(order) for a in order[i + 1 :]):
+        count = max(len(systems[a]), len(systems[b]))
+        both = [[line for k in range(count) for line in systems[s][k % len(systems[s])]] for s in (a, b)]
+        kept = [(x, y) for x, y in zip(*both) if name in x["scores"] and name in y["scores"]]
+        if kept:
+            columns = [[better * line["scores"][name] for line in side] for side in zip(*kept)]
+            lengths = [[line["tokens"] for line in side] for side in zip(*kept)]
+            rows.append({"a": a, "b": b, "by": name} | stats.win_rate(*columns, *lengths))
+    return rows
+
+
+def history(source):
+    """The run folders behind a checkpoint, the first stage first: that of what it started from, then its own."""
+    run = Path(source).resolve().parent
+    if not (run / "metrics.jsonl").is_file() or not (run / "config.yml").is_file():
+        return []
+    start = config.load_config(run / "config.yml").model
+    before = start.adapter or start.base_checkpoint
+    return [*(history(before) if Path(before).is_dir() else []), run]
+
+
+def cost(runs):
+    """{"tokens" (trained and sampled), "seconds" of steps, "peak_memory_gb", "stages"} of a system's run folders."""
+    stages = []
+    for run in runs:
+        records = log.read_records(run / "metrics.jsonl")
+        peaks = [record["peak_memory_gb"] for record in records if record.get("peak_memory_gb")]
+        stages.append({
+            "name": run.name,
+            "tokens": int(max((record.get("tokens_seen") or 0) for record in records)),
+            "seconds": sum(record.get("seconds") or 0.0 for record in records),
+            "peak_memory_gb": max(peaks) if peaks else None,
+        })  # fmt: skip
+    peaks = [stage["peak_memory_gb"] for stage in stages if stage["peak_memory_gb"]]
+    return {
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "seconds": sum(stage["seconds"] for stage in stages),
+        "peak_memory_gb": max(peaks) if peaks else None,
+        "stages": stages,
+    } if stages else {}  # fmt: skip
+
+
+def curve(runs):
+    """The records of a system's runs as one curve: "stage" added, "tokens_seen" going on from stage to stage."""
+    found, before = [], 0
+    for run in runs:
+        records, seen = log.read_records(run / "metrics.jsonl"), 0
+        mode = config.load_config(run / "config.yml").training.mode
+        for record in records:  # a record's evaluation stands before its update
+            found.append(record | {"stage": mode, "tokens_seen": before + seen})
+            seen = int(record.get("tokens_seen") or seen)
+        before += seen
+    return found

@@ -1,0 +1,100 @@
+"""Tables of systems against each other, from lines made by hand; costs and curves from run folders."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from common import comparison, config, metrics, stats
+
+
+def line(number, **values):
+    """An item's line; a value is x (a mean) or (x, n)."""
+    found = {name: list(x) if isinstance(x, tuple) else [float(x), 1.0] for name, x in values.items()}
+    scores = {name: a / b for name, (a, b) in found.items() if b}
+    return {"id": f"item-{number}", "prompt": "p", "answer": "a", "tokens": 5 + number, "stopped": True,
+            "stats": found, "scores": scores}  # fmt: skip
+
+
+def system(seed, shift, n=30):
+    rng = np.random.default_rng(seed)
+    return [line(i, judge=shift + rng.normal(), stops=int(rng.random() < 0.5), loss_per_byte=(i + shift, 2.0))
+            for i in range(n)]  # fmt: skip
+
+
+def test_cells_are_means_ratios_and_rates_with_their_intervals():
+    lines = system(0, 1.0)
+    cells = comparison.cells({"a": [lines]}, 500)
+    judge = [one["scores"]["judge"] for one in lines]
+    assert list(cells) == [name for name in metrics.METRICS if name in ("judge", "loss_per_byte", "stops")]
+    assert cells["judge"]["a"]["value"] == pytest.approx(np.mean(judge)) and cells["judge"]["a"]["n"] == 30
+    half = cells["judge"]["a"]["high"] - cells["judge"]["a"]["low"]
+    assert half == pytest.approx(2 * 1.96 * np.std(judge) / 30**0.5, rel=0.2)  # the normal approximation
+    assert cells["loss_per_byte"]["a"]["value"] == pytest.approx(sum(i + 1.0 for i in range(30)) / 60)
+    stops = sum(one["scores"]["stops"] for one in lines)
+    assert [cells["stops"]["a"][side] for side in ("low", "high")] == [*stats.wilson(stops, 30)]
+
+
+def test_what_no_item_has_is_no_cell_and_never_zero():
+    lines = [line(i, judge=1.0) | {"scores": {}} for i in range(3)]
+    for one in lines:
+        one["stats"]["refusal_benign"] = [0.0, 0.0]
+    cells = comparison.cells({"a": [lines], "floor": [[line(i, length=2) for i in range(3)]]}, 100)
+    assert "refusal_benign" not in cells and list(cells["length"]) == ["floor"] and list(cells["judge"]) == ["a"]
+
+
+def test_pairs_are_every_two_systems_with_holm_over_them():
+    systems = {"base": [system(0, 0.0)], "sft": [system(1, 1.0)], "rl": [system(2, 2.0)], "staged": [system(3, 2.0)]}
+    rows = comparison.pairs(systems, ["judge", "stops"], 2000)
+    assert [(row["a"], row["b"]) for row in rows["judge"]] == [
+        ("sft", "base"), ("rl", "base"), ("staged", "base"), ("rl", "sft"), ("staged", "sft"), ("staged", "rl")]  # fmt: skip
+    for row in rows["judge"]:
+        ours, theirs = (comparison.stack(systems[row[side]], "judge") for side in "ab")
+        value = functools.partial(metrics.value, "judge")
+        expected = stats.compare(ours, theirs, value, 2000)
+        assert [row[key] for key in ("difference", "low", "high", "p")] == pytest.approx(list(expected))
+        assert row["p_holm"] >= row["p"] and row["test"] == "randomisation"
+    assert sorted(row["p_holm"] for row in rows["judge"])[0] == pytest.approx(6 * min(r["p"] for r in rows["judge"]))
+    assert all(row["test"] == "McNemar" for row in rows["stops"])
+    one, other = (np.array([each["scores"]["stops"] for each in systems[name][0]]) > 0 for name in ("rl", "sft"))
+    assert rows["stops"][3]["p"] == stats.mcnemar(one, other)[2]
+
+
+def test_one_seed_meets_every_seed_and_two_never_meet_three():
+    systems = {
+        "base": [system(0, 0.0)],
+        "sft": [system(k, 1.0) for k in (1, 2)],
+        "rl": [system(k, 1.0) for k in (3, 4, 5)],
+    }
+    rows = comparison.pairs(systems, ["judge", "stops"], 200)
+    assert [(row["a"], row["b"]) for row in rows["judge"]] == [("sft", "base"), ("rl", "base")]
+    assert {row["test"] for row in rows["stops"]} == {"randomisation"}  # McNemar has no seeds
+    assert [row["wins"] + row["ties"] + row["losses"] for row in comparison.wins(systems, "judge")] == [60, 90, 90]
+
+
+def test_wins_turn_round_where_less_is_better():
+    low, high = [line(i, toxicity=0.1) for i in range(4)], [line(i, toxicity=0.5) for i in range(4)]
+    [row] = comparison.wins({"base": [high], "sft": [low]}, "toxicity")
+    assert row["a"] == "sft" and (row["wins"], row["losses"]) == (4, 0)
+
+
+def test_history_cost_and_curve_follow_the_stages(tmp_path):
+    start = None
+    for name, mode, seen in (("staged-sft", "sft", (10, 20)), ("staged-rl", "rl", (30, 60))):
+        run = tmp_path / name
+        (run / "final").mkdir(parents=True)
+        cfg = config.load_config(None, {"training.mode": mode, "model.adapter": start})
+        (run / "config.yml").write_text(config.dump(cfg))
+        records = [{"step": i, "tokens_seen": n, "seconds": 2.0, "peak_memory_gb": 1.0 + i} for i, n in enumerate(seen)]
+        records.append({"step": 2, "tokens_seen": seen[-1], "eval/loss": 1.0})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        start = str(run / "final")
+    runs = comparison.history(start)
+    assert [run.name for run in runs] == ["staged-sft", "staged-rl"] and comparison.history("tiny") == []
+    cost = comparison.cost(runs)
+    assert (cost["tokens"], cost["seconds"], cost["peak_memory_gb"]) == (80, 8.0, 2.0)
+    assert [stage["tokens"] for stage in cost["stages"]] == [20, 60] and comparison.cost([]) == {}
+    curve = comparison.curve(runs)
+    assert [record["tokens_seen"] for record in curve] == [0, 10, 20, 20, 50, 80]
+    assert [record["stage"] for record in curve] == ["sft"] * 3 + ["rl"] * 3
