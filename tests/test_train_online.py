@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def samples(run_dir, name="samples"):
 @BOTH
 def test_it_climbs_and_leaves_its_files(tmp_path, tiny_folder, algorithm):
     argv = ["--config", ROOT / "configs" / f"{algorithm}_rl_270m.yml", "--debug", "--logging.output_dir", tmp_path]
-    argv += ["--model.base_checkpoint", tiny_folder, "--rl.max_steps", 14, "--training.eval_interval", 7]
+    argv += ["--model.base_checkpoint", tiny_folder]
     status, out, err = run(tmp_path, argv, pictures=True)
     assert status == 0, err
     run_dir = tmp_path / f"{algorithm}_rl_270m-debug"
@@ -88,29 +89,29 @@ def test_it_climbs_and_leaves_its_files(tmp_path, tiny_folder, algorithm):
     assert names == {".lock", "best", "final", *files.split()}
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
     log, rows, held_out = lines(run_dir), samples(run_dir), samples(run_dir, "held_out")
-    assert [line["step"] for line in log] == list(range(15))
-    assert [line["step"] for line in log if "eval/reward" in line] == [0, 7, 14]
+    assert [line["step"] for line in log] == list(range(21))
+    assert [line["step"] for line in log if "eval/reward" in line] == [0, 10, 20]
     first, *_, last = log
     assert last == json.loads(out.partition("RESULT ")[2])
     assert first["kl"] == first["eval/kl"] == 0 < last["eval/kl"]
 
     report = json.loads((run_dir / "report.json").read_text())
-    assert report["reward"]["interval"][0] > 0 and report["steps"] == [0, 14] and report["prompts"] == 32
-    for step, name in ((0, "first"), (14, "last")):
+    assert report["reward"]["interval"][0] > 0 and report["steps"] == [0, 20] and report["prompts"] == 64
+    for step, name in ((0, "first"), (20, "last")):
         part = [line for line in held_out if line["step"] == step]
         for key, value in (("reward", "reward"), ("length", "tokens"), ("stop_rate", "stopped")):
-            mean = sum(float(line[value]) for line in part) / 32
+            mean = sum(float(line[value]) for line in part) / 64
             assert report[key][name] == pytest.approx(mean) == pytest.approx(log[step][f"eval/{key}"]), key
     for line in log[:-1]:
         part = [row for row in rows if row["step"] == line["step"]]
-        assert [row["row"] for row in part] == list(range(32))
+        assert [row["row"] for row in part] == list(range(24))
         rewards = torch.tensor([row["reward"] for row in part], dtype=torch.float64)
         assert line["reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
         assert line["reward_std"] == pytest.approx(rewards.std().item(), abs=1e-6)
-        assert line["length"] == pytest.approx(sum(row["tokens"] for row in part) / 32)
-        assert line["stop_rate"] == pytest.approx(sum(row["stopped"] for row in part) / 32)
+        assert line["length"] == pytest.approx(sum(row["tokens"] for row in part) / 24)
+        assert line["stop_rate"] == pytest.approx(sum(row["stopped"] for row in part) / 24)
         for name in ("toxicity", "refusal", "length", "repetition"):
-            assert line[f"reward/{name}"] == pytest.approx(sum(row["parts"][name] for row in part) / 32, abs=1e-6)
+            assert line[f"reward/{name}"] == pytest.approx(sum(row["parts"][name] for row in part) / 24, abs=1e-6)
         weights = {"toxicity": 1.0, "length": 0.2, "repetition": 0.5, "refusal": 0.5}
         for row in part:  # the heuristics, less the missing stop
             score = sum(row["parts"][name] * weight for name, weight in weights.items()) / 2.2
@@ -121,8 +122,10 @@ def test_it_climbs_and_leaves_its_files(tmp_path, tiny_folder, algorithm):
         assert ("grad_norm" in line) == (algorithm == "grpo" or line["step"] >= 2)
         assert ("explained_variance" in line) == ("critic_grad_norm" in line) == (algorithm == "ppo")
     if algorithm == "ppo":  # a critic that has learned something
-        assert first["explained_variance"] == 0 and log[13]["explained_variance"] > 0.2
-        step = run_dir / "step-000014"
+        explained = [line["explained_variance"] for line in log[:-1]]  # of one rollout it is noisy
+        assert explained[0] == 0 and statistics.median(explained[1:]) > 0.2
+        assert statistics.median(line["value_loss"] for line in log[10:20]) < 0.5 * first["value_loss"]
+        step = run_dir / "step-000020"
         assert (step / "critic.safetensors").is_file() and not (run_dir / "final" / "critic.safetensors").exists()
 
 
