@@ -47,8 +47,8 @@ def test_what_no_item_has_is_no_cell_and_never_zero():
 def test_pairs_are_every_two_systems_with_holm_over_them():
     systems = {"base": [system(0, 0.0)], "sft": [system(1, 1.0)], "rl": [system(2, 2.0)], "staged": [system(3, 2.0)]}
     rows = comparison.pairs(systems, ["judge", "stops"], 2000)
-    assert [(row["a"], row["b"]) for row in rows["judge"]] == [
-        ("sft", "base"), ("rl", "base"), ("staged", "base"), ("rl", "sft"), ("staged", "sft"), ("staged", "rl")]  # fmt: skip
+    order = "sft-base rl-base staged-base rl-sft staged-sft staged-rl"
+    assert " ".join(f"{row['a']}-{row['b']}" for row in rows["judge"]) == order
     for row in rows["judge"]:
         ours, theirs = (comparison.stack(systems[row[side]], "judge") for side in "ab")
         value = functools.partial(metrics.value, "judge")
