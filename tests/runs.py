@@ -341,12 +341,17 @@ def check_sigterm(main, folder, settings, straight):
     assert_same_run(folder / "run", straight())
 
 
-def check_crash(main, folder, settings, straight, peft="lora"):
-    """R1, R14: a crash behind a save, and a torn log."""
-    argv = settings(folder, peft=peft)
+def crash(main, folder, argv):
+    """R14: what a crash behind a save leaves, and a torn log."""
     assert run(main, folder, argv, crash_behind_save(6))[0] == 9
     with open(folder / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+
+
+def check_crash(main, folder, settings, straight, peft="lora"):
+    """R1, R14: it goes on from there bit for bit."""
+    argv = settings(folder, peft=peft)
+    crash(main, folder, argv)
     train(main, folder, argv)
     assert_same_run(folder / "run", straight(peft))
 

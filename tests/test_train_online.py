@@ -35,7 +35,8 @@ def settings(few, tiny_folder):
 
     def of(algorithm, *more):
         sizes = ["--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8, "--rl.minibatches", 2]
-        sizes += ["--rl.num_ppo_epochs", 2, "--rl.critic_warmup", 1, "--evaluation.max_items", 5]
+        passes = 2 if algorithm == "grpo" else 1  # ppo trains two roles, each pass costs it twice as much
+        sizes += ["--rl.num_ppo_epochs", passes, "--rl.critic_warmup", 1, "--evaluation.max_items", 5]
         sizes += ["--evaluation.max_new_tokens", 8, "--evaluation.draws", 100, "--reward.type", "heuristic"]
         rates = ["--rl.max_steps", "null", "--rl.learning_rate", "null", "--rl.critic_learning_rate", 1e-3]
         flags = ["--training.mode", "rl", "--rl.algorithm", algorithm, *sizes, *rates]
@@ -163,7 +164,7 @@ def spying(keep):
 def test_b4_b34_ratio_is_1_and_kl_is_0_to_the_bit_at_first(tmp_path, settings, straight, algorithm, kind):
     if kind == "qlora":
         pytest.importorskip("bitsandbytes")
-    more = {"bfloat16": ["--model.dtype", "bfloat16"], "single": ["--rl.minibatches", 1, "--rl.num_ppo_epochs", 1]}
+    more = {"bfloat16": ["--model.dtype", "bfloat16"], "single": ["--rl.minibatches", 1]}
     more["adapter"] = ["--model.adapter", straight(algorithm)() / "final"]
     found = []
 
@@ -175,7 +176,7 @@ def test_b4_b34_ratio_is_1_and_kl_is_0_to_the_bit_at_first(tmp_path, settings, s
         spying(keep)(main, argv)
         print("FOUND " + json.dumps(found))
 
-    flags = ["--training.max_steps", 3, "--training.micro_batch_tokens", 64, *more.get(kind, [])]
+    flags = ["--training.max_steps", 3, "--rl.num_ppo_epochs", 1, *more.get(kind, [])]
     peft = {"qlora": "qlora", "none": "none", "bfloat16": "none"}.get(kind, "lora")
     status, out, err = run(tmp_path, settings(algorithm)(tmp_path, *flags, peft=peft), body)
     assert status == 0, err
@@ -353,7 +354,9 @@ def test_kl_coef_0_has_no_reference(tmp_path, settings, straight):
 
 
 @BOTH
-def test_r1_r13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight, algorithm):
+def test_r1_r13_r14_crash_behind_a_save_then_sigterm_at_an_evaluation(tmp_path, settings, straight, algorithm):
+    """One run meets both, each resumed."""
+    runs.crash(MAIN, tmp_path, settings(algorithm)(tmp_path))
     runs.check_sigterm(MAIN, tmp_path, settings(algorithm), straight(algorithm))
     same_samples(tmp_path / "run", straight(algorithm)())
 
@@ -361,11 +364,6 @@ def test_r1_r13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight
 def same_samples(run_dir, other):
     for name in ("samples.jsonl", "held_out.jsonl", "report.json"):
         assert (run_dir / name).read_bytes() == (other / name).read_bytes(), name
-
-
-def test_r1_r14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
-    runs.check_crash(MAIN, tmp_path, settings("ppo"), straight("ppo"))
-    same_samples(tmp_path / "run", straight("ppo")())
 
 
 @BOTH
@@ -378,6 +376,7 @@ def test_r3_kills_at_random_moments(tmp_path, settings, straight, algorithm):
 def test_r4_kills_at_what_is_written(tmp_path, settings, algorithm):
     def argv(folder):
         sizes = ["--training.max_steps", 2, "--training.save_interval", 1, "--training.eval_interval", 1]
+        sizes += ["--rl.rollout_size", 2, "--rl.minibatches", 1, "--rl.num_ppo_epochs", 1]
         return settings(algorithm)(folder, *sizes)
 
     runs.check_kill_points(MAIN, tmp_path, argv, 13 if algorithm == "ppo" else 22)
@@ -388,7 +387,8 @@ def test_r2_r13_b1_b38_two_ranks_stop_resume_and_equal_one(tmp_path, settings, a
     keep = ["--training.keep_last", 10, "--training.save_interval", 1]
     whole = runs.check_two_ranks(MAIN, tmp_path, lambda *args: settings(algorithm)(*args, *keep))
     one = tmp_path / "one"
-    train(tmp_path, settings(algorithm)(one, "--training.max_steps", 6, "--training.eval_interval", 3, *keep))
+    begin = ["--training.max_steps", 6, "--training.eval_interval", 3, "--training.budget_tokens", 1]  # one step of it
+    train(tmp_path, settings(algorithm)(one, *begin, *keep))
     mine, theirs = samples(one / "run"), samples(whole)
     assert [row["row"] for row in theirs[:8]] == list(range(8)) and len({row["completion"] for row in theirs[:8]}) > 4
     for name in ("step", "row", "id", "completion", "tokens"):  # the same prompts and numbers, whoever draws them
@@ -471,19 +471,15 @@ def mine(folder, body):
     ("return 1 / 0", ("ZeroDivisionError", "synthetic-safety-")),
     ("return 'good'", ("could not convert", "synthetic-safety-")),
 ])  # fmt: skip
-def test_r18_a_reward_that_fails_ends_the_run_on_all_ranks(tmp_path, settings, body, words):
+def test_r18_a_reward_that_fails_ends_the_run(tmp_path, settings, body, words):
     flags = settings("grpo")(tmp_path, *mine(tmp_path, body))
     refused(tmp_path, flags, *words)
-    for number, (status, _, err) in enumerate(
-        runs.ranks(
-            MAIN,
-            tmp_path,
-            settings("grpo")(
-                tmp_path / "two", *mine(tmp_path, "calls[0] += 1; return float('nan') if calls[0] > 12 else calls[0]")
-            ),
-        )
-    ):
-        assert status == 2 and "is not finite" not in err and "nan" in err, (number, err)  # fmt: skip
+
+
+def test_r18_a_reward_that_fails_later_ends_both_ranks(tmp_path, settings):
+    flags = mine(tmp_path, "calls[0] += 1; return float('nan') if calls[0] > 12 else calls[0]")
+    for number, (status, _, err) in enumerate(runs.ranks(MAIN, tmp_path, settings("grpo")(tmp_path / "two", *flags))):
+        assert status == 2 and "is not finite" not in err and "nan" in err, (number, err)
 
 
 def test_r18_a_reward_model_that_fails_is_named_with_its_sample(tmp_path, settings, judge):
@@ -564,7 +560,7 @@ def test_target_kl_ends_a_rollouts_updates(tmp_path, settings):
             print("FOUND " + json.dumps(found))
 
         argv = settings("ppo")(tmp_path / str(limit), "--rl.target_kl", limit, "--training.max_steps", 3,
-                               "--training.micro_batch_tokens", 10_000)  # fmt: skip
+                               "--rl.num_ppo_epochs", 2, "--training.micro_batch_tokens", 10_000)  # fmt: skip
         status, out, err = run(tmp_path, argv, body)
         assert status == 0, err
         calls[limit] = json.loads(out.rpartition("FOUND ")[2])
@@ -604,6 +600,7 @@ def test_the_watcher_speaks_of_a_hacked_reward(tmp_path, settings):
     flags = [*mine(tmp_path, "return -len(completion) / 20"), "--rl.max_new_tokens", 24, "--rl.missing_stop_penalty", 0]
     flags += ["--training.max_steps", 24, "--training.eval_interval", 24, "--training.learning_rate", 3e-3]
     flags += ["--rl.group_size", 6, "--rl.kl_coef", 0, "--training.save_interval", 30]
+    flags += ["--training.micro_batch_tokens", 2048]
     status, out, err = run(tmp_path, settings("grpo")(tmp_path, *flags))
     assert status == 0, err
     said = [line["warning"] for line in lines(tmp_path / "run") if "warning" in line]
@@ -616,7 +613,8 @@ def test_entropy_has_a_price(tmp_path, settings):
     ends = []
     for coefficient in (0, 0.5):
         folder = tmp_path / str(coefficient)
-        train(tmp_path, settings("grpo")(folder, "--rl.entropy_coeff", coefficient, "--training.max_steps", 5))
+        flags = ["--rl.entropy_coeff", coefficient, "--training.max_steps", 5, "--training.micro_batch_tokens", 2048]
+        train(tmp_path, settings("grpo")(folder, *flags))
         ends.append(lines(folder / "run")[-1]["eval/entropy"])
     assert ends[1] > 1.2 * ends[0], ends
 
