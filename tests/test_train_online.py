@@ -35,8 +35,7 @@ def settings(few, tiny_folder):
 
     def of(algorithm, *more):
         sizes = ["--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8, "--rl.minibatches", 2]
-        passes = 2 if algorithm == "grpo" else 1  # ppo trains two roles, each pass costs it twice as much
-        sizes += ["--rl.num_ppo_epochs", passes, "--rl.critic_warmup", 1, "--evaluation.max_items", 5]
+        sizes += ["--rl.num_ppo_epochs", 1, "--rl.critic_warmup", 1, "--evaluation.max_items", 5]
         sizes += ["--evaluation.max_new_tokens", 8, "--evaluation.draws", 100, "--reward.type", "heuristic"]
         rates = ["--rl.max_steps", "null", "--rl.learning_rate", "null", "--rl.critic_learning_rate", 1e-3]
         flags = ["--training.mode", "rl", "--rl.algorithm", algorithm, *sizes, *rates]
@@ -176,7 +175,7 @@ def test_b4_b34_ratio_is_1_and_kl_is_0_to_the_bit_at_first(tmp_path, settings, s
         spying(keep)(main, argv)
         print("FOUND " + json.dumps(found))
 
-    flags = ["--training.max_steps", 3, "--rl.num_ppo_epochs", 1, *more.get(kind, [])]
+    flags = ["--training.max_steps", 3, *more.get(kind, [])]
     peft = {"qlora": "qlora", "none": "none", "bfloat16": "none"}.get(kind, "lora")
     status, out, err = run(tmp_path, settings(algorithm)(tmp_path, *flags, peft=peft), body)
     assert status == 0, err
@@ -376,7 +375,7 @@ def test_r3_kills_at_random_moments(tmp_path, settings, straight, algorithm):
 def test_r4_kills_at_what_is_written(tmp_path, settings, algorithm):
     def argv(folder):
         sizes = ["--training.max_steps", 2, "--training.save_interval", 1, "--training.eval_interval", 1]
-        sizes += ["--rl.rollout_size", 2, "--rl.minibatches", 1, "--rl.num_ppo_epochs", 1]
+        sizes += ["--rl.rollout_size", 2, "--rl.minibatches", 1]
         return settings(algorithm)(folder, *sizes)
 
     runs.check_kill_points(MAIN, tmp_path, argv, 13 if algorithm == "ppo" else 22)
@@ -385,6 +384,7 @@ def test_r4_kills_at_what_is_written(tmp_path, settings, algorithm):
 @BOTH
 def test_r2_r13_b1_b38_two_ranks_stop_resume_and_equal_one(tmp_path, settings, algorithm):
     keep = ["--training.keep_last", 10, "--training.save_interval", 1]
+    keep += ["--rl.num_ppo_epochs", 2 if algorithm == "grpo" else 1]
     whole = runs.check_two_ranks(MAIN, tmp_path, lambda *args: settings(algorithm)(*args, *keep))
     one = tmp_path / "one"
     begin = ["--training.max_steps", 6, "--training.eval_interval", 3, "--training.budget_tokens", 1]  # one step of it
@@ -598,7 +598,7 @@ def test_a_token_budget_ends_a_run(tmp_path, settings):
 def test_the_watcher_speaks_of_a_hacked_reward(tmp_path, settings):
     """A reward for nothing but short answers: the length runs away, and it is said and logged."""
     flags = [*mine(tmp_path, "return -len(completion) / 20"), "--rl.max_new_tokens", 24, "--rl.missing_stop_penalty", 0]
-    flags += ["--training.max_steps", 24, "--training.eval_interval", 24, "--training.learning_rate", 3e-3]
+    flags += ["--training.max_steps", 18, "--training.eval_interval", 18, "--training.learning_rate", 1e-2]
     flags += ["--rl.group_size", 6, "--rl.kl_coef", 0, "--training.save_interval", 30]
     flags += ["--training.micro_batch_tokens", 2048]
     status, out, err = run(tmp_path, settings("grpo")(tmp_path, *flags))
@@ -613,7 +613,8 @@ def test_entropy_has_a_price(tmp_path, settings):
     ends = []
     for coefficient in (0, 0.5):
         folder = tmp_path / str(coefficient)
-        flags = ["--rl.entropy_coeff", coefficient, "--training.max_steps", 5, "--training.micro_batch_tokens", 2048]
+        flags = ["--rl.entropy_coeff", coefficient, "--training.max_steps", 5, "--rl.num_ppo_epochs", 2]
+        flags += ["--training.micro_batch_tokens", 2048]
         train(tmp_path, settings("grpo")(folder, *flags))
         ends.append(lines(folder / "run")[-1]["eval/entropy"])
     assert ends[1] > 1.2 * ends[0], ends
