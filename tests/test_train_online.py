@@ -375,7 +375,7 @@ def test_r3_kills_at_random_moments(tmp_path, settings, straight, algorithm):
 def test_r4_kills_at_what_is_written(tmp_path, settings, algorithm):
     def argv(folder):
         sizes = ["--training.max_steps", 2, "--training.save_interval", 1, "--training.eval_interval", 1]
-        sizes += ["--rl.rollout_size", 2, "--rl.minibatches", 1]
+        sizes += ["--rl.num_ppo_epochs", 2]  # as many updates as it takes for a best step to be published
         return settings(algorithm)(folder, *sizes)
 
     runs.check_kill_points(MAIN, tmp_path, argv, 13 if algorithm == "ppo" else 22)
