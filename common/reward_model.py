@@ -112,7 +112,7 @@ def load(net, name, folder, fingerprint):
 
 
 def judge(net, tokenizer, reward, fingerprint, budget, name="reward"):
-    """A function (records, answers as ids) -> (n,): the scores of the model in reward.checkpoint, held by `net` as `name`.
+    """A function (records, answers as ids) -> (n,): the scores of the model in reward.checkpoint, `name` in `net`.
 
     With reward.normalize_rewards they have mean 0 and deviation 1 on the model's own held-out reference answers.
     """

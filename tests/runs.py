@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import checkpoint, data, dist, log, resume, synthetic
+from common import base, checkpoint, data, dist, log, lora, model, resume, reward_model, synthetic
 
 # what may differ between two equal runs
 CLOCK = {"seconds", "tokens_per_second", "pairs_per_second", "reference_seconds", "peak_memory_gb"}
@@ -218,7 +218,7 @@ def poisoned(number, module, name):
 # ---------------------------------------------------------------- flags, data, what a run leaves behind
 
 
-def settings(base, source, *script, rate=1e-3):
+def settings(base_folder, source, *script, rate=1e-3):
     """A function that returns the flags of a short run: several micro-batches a step, dropout, two epoch edges."""
 
     def flags(output_dir, *more, peft="lora"):
@@ -226,7 +226,7 @@ def settings(base, source, *script, rate=1e-3):
         sizes = ["--training.max_steps", STEPS, "--training.batch_size", 4, "--training.micro_batch_tokens", 128]
         every = ["--training.eval_interval", 4, "--training.save_interval", 3]
         rates = ["--training.learning_rate", 0.1 * rate if peft == "none" else rate, "--logging.run_name", "run"]
-        where = ["--model.base_checkpoint", base, "--dataset_path", source, "--logging.output_dir", output_dir]
+        where = ["--model.base_checkpoint", base_folder, "--dataset_path", source, "--logging.output_dir", output_dir]
         return ["--debug", *kind, *sizes, *every, *rates, *where, *script, *more]
 
     return flags
@@ -271,9 +271,25 @@ def pairs_of(source, split, tokenizer):
     return data.encode_pairs(data.load_split(source, split), tokenizer, 128)[0]
 
 
-def another_base(folder, base):
+def random_reward_model(folder, base_folder):
+    """The folder of a reward model with random weights."""
+    folder.mkdir()
+    net, tokenizer = model.load(base_folder, torch.device("cpu"), torch.float32)
+    torch.manual_seed(1)
+    lora.inject(net, "reward", 4, 8)
+    with torch.no_grad():
+        for name, p in lora.adapter_parameters(net, "reward").items():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    head = reward_model.new_head(net.config.hidden_size, net.device)
+    about = {"base_checkpoint": "base", "base": base.fingerprint(base_folder), "mean": 0.1, "std": 2.0}
+    reward_model.save(net, tokenizer, folder, "reward", head, about)
+    return folder
+
+
+def another_base(folder, source):
     """The folder of a base with one weight changed."""
-    shutil.copytree(base, folder)
+    shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 0.5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -303,6 +319,9 @@ def snapshot(folder):
 def assert_same_run(run_dir, straight):
     assert_same_records(run_dir, straight)
     for name in ("final", "best"):  # which step it is, and every file but the one that names the run's folder
+        if not (straight / name).exists():  # no evaluation beat the first: then of neither run
+            assert name == "best" and not (run_dir / name).exists()
+            continue
         now, then = (checkpoint.verify(folder / name) for folder in (run_dir, straight))
         assert now["step"] == then["step"], name
         odd = [file for file, facts in then["files"].items() if now["files"].get(file) != facts]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_rl
-from common import advantages, base, data, dist, experience, lora, losses, model, resume, reward_model
+from common import advantages, data, dist, experience, lora, losses, model, resume, reward_model
 from tests import runs
 from tests.runs import lines, write_data
 
@@ -55,19 +55,7 @@ def straight(tmp_path_factory, settings):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory, tiny_folder):
-    """The folder of a reward model with random weights."""
-    folder = tmp_path_factory.mktemp("judge")
-    net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
-    torch.manual_seed(1)
-    lora.inject(net, "reward", 4, 8)
-    with torch.no_grad():
-        for name, p in lora.adapter_parameters(net, "reward").items():
-            if "lora_B" in name:
-                p.normal_(std=0.05)
-    head = reward_model.new_head(net.config.hidden_size, net.device)
-    about = {"base_checkpoint": "base", "base": base.fingerprint(tiny_folder), "mean": 0.1, "std": 2.0}
-    reward_model.save(net, tokenizer, folder, "reward", head, about)
-    return folder
+    return runs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
 
 
 def samples(run_dir, name="samples"):

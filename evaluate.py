@@ -1,0 +1,341 @@
+"""Score any checkpoints on the same held-out items, compare them with paired statistics, and write the report.
+
+    value = f(sum over items of their statistics);  interval: bootstrap over items (and seeds);  rates: Wilson
+    a against b: paired bootstrap of the difference, paired randomisation (rates: McNemar), Holm over a metric's pairs
+
+A system is NAME=CHECKPOINT: a run's final/ (adapter or whole model), a hub id, a folder, a .gguf, or `tiny`; a name
+given several times is one system under several seeds. All get the same test prompts, the same random numbers and the
+same decoding. evaluation.reward_checkpoint judges: a reward model that no policy was trained on. Beside the systems
+stand floors, and the best of BEST_OF answers of the one named `base`. Left out: BERTScore, CodeBLEU, judges elsewhere.
+
+    python evaluate.py --checkpoints base=google/gemma-3-270m-it sft=outputs/sft_lora_270m/final
+    python evaluate.py --task conala --checkpoints base=FILE.gguf sft=outputs/conala/final
+    python evaluate.py --checkpoints base=tiny sft=outputs/a/sft/final sft=outputs/b/sft/final --debug     two seeds
+    python evaluate.py --checkpoints ... --human_eval            also writes the blind sheets for human raters
+    python evaluate.py --human_results RATINGS.csv ... --logging.run_name RUN                  reads what they answered
+Run the same command again to go on: systems whose answers are there already are not asked again.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from common import base, chat, checkpoint, comparison, config, data, decoder, dist, experience, gemma, log, lora
+
+# isort: split
+from common import (
+    losses,
+    manifest,
+    measure,
+    metrics,
+    model,
+    report,
+    resume,
+    reward_model,
+    rewards,
+    rollouts,
+    stats,
+)
+from common.log import UserError, command, say
+
+SECTIONS = ("model", "training", "reward", "evaluation", "logging")
+JOBS = (
+    ("--checkpoints", {"nargs": "+", "metavar": "NAME=CHECKPOINT", "help": "what to compare, `base` first"}),
+    ("--human_eval", {"action": "store_true", "help": "write human_eval.csv, blind, and its key"}),
+    ("--human_results", {"nargs": "+", "metavar": "FILE", "help": "analyse these ratings against the run's key"}),
+)
+BEST_OF = 4
+SHOWN = 6  # items side by side in the report
+HEADLINES = {"safety": ("judge", "reward", "loss_per_byte"), "clinical": ("rougeL",), "conala": ("bleu",)}
+SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, rewards, reward_model, rollouts)
+
+
+def require(cfg):
+    """UserError, before anything is computed, where a library that the task's metrics need is missing."""
+    metrics.require(cfg.task)
+
+
+def parse_systems(words):
+    """["base=ID", "sft=DIR", ...] -> {name: [checkpoint of each seed]}"""
+    systems = {}
+    for word in words:
+        name, sign, source = word.partition("=")
+        if not sign or not source or not name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"--checkpoints: expected NAME=CHECKPOINT, got {word!r:.80}")
+        systems.setdefault(name, []).append(source)
+    return systems
+
+
+def locate(source):
+    """(folder of the base, folder of the adapter or None) of a checkpoint."""
+    folder = Path(source).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        return base.resolve(source), None
+    try:
+        name = str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'adapter_config.json'}: names no base_model_name_or_path ({error!r})") from error
+    return base.resolve(name), folder
+
+
+def evaluate(net, tokenizer, records, cfg, scorers=None, others=None, seed=None):
+    """Score `net` (of common.model.load; its active adapter) on records -> {"metrics": {name: cell}, "lines", "speed"}.
+
+    scorers: {metric: function (records, answers as ids) -> (n,)}; others: {"kl_base": (net, adapter or None), ...}.
+    Without them: no reward, no KL. A cell is {"value", "low", "high", "n"}, a line that of common.measure.
+    """
+    require(cfg)
+    evaluation, seed = cfg.evaluation, cfg.seed if seed is None else seed
+    longest = cfg.training.max_seq_length - evaluation.max_new_tokens
+    items, counts = measure.items(records, tokenizer, longest, evaluation.max_items, cfg.seed)
+    log.say_counts("test", counts)
+    net.eval()
+    answers, speed = measure.generate(net, items, sampling(cfg, seed))
+    answers = [group[0] for group in answers]
+    lines = measure.text_lines(cfg.task, items, answers, tokenizer, scorers or {})
+    stats = measure.model_stats(net, others or {}, items, answers, tokenizer, cfg.training.max_seq_length)
+    lines = measure.merge(lines, stats)
+    found = {name: comparison.cell([lines], name, evaluation.draws) for name in lines[0]["stats"]}
+    return {"metrics": {name: cell for name, cell in found.items() if cell}, "lines": lines, "speed": speed}
+
+
+def sampling(cfg, seed):
+    evaluation = cfg.evaluation
+    return {"seed": seed, "max_new_tokens": evaluation.max_new_tokens, "temperature": evaluation.temperature,
+            "top_p": evaluation.top_p}  # fmt: skip
+
+
+def cached(path, key, make):
+    """What make() returns (JSON), from `path` where it was left under the same key; written whole or not at all."""
+    found = None
+    if dist.is_main() and path.is_file():
+        lines = log.read_records(path)
+        found = lines if lines and lines[0].get("key") == key else None
+    if dist.any_rank(found is not None):
+        head, *lines = dist.gather_rows(found or [])
+        say(f"{path.stem}: answered before")
+        return lines, head["about"]
+    lines, about = make()
+    if dist.is_main():
+        path.parent.mkdir(exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.unlink(missing_ok=True)
+        log.write_records(draft, [{"key": key, "about": about}, *lines])
+        os.replace(draft, path)
+    return lines, about
+
+
+def best_of(home, tokenizer, items, cfg, scorers):
+    """Lines of the base's best answer by the optimised reward among the first n samples, for n = 2, 4, ... BEST_OF."""
+    answers, _ = measure.generate(home, items, sampling(cfg, cfg.seed), BEST_OF)
+    records = [item["record"] for item in items for _ in range(BEST_OF)]
+    mine, rewards_found = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records)).double()
+    flat = [ids for group in answers for ids in group]
+    rewards_found[mine] = scorers["reward"]([records[i] for i in mine], [flat[i] for i in mine]).double().cpu()
+    table, found = dist.sum_tensor(rewards_found).view(-1, BEST_OF), {}
+    n = 2
+    while n <= BEST_OF:
+        picked = table[:, :n].argmax(1).tolist()
+        lines = measure.text_lines(cfg.task, items, [g[i] for g, i in zip(answers, picked)], tokenizer, scorers)
+        found[f"base, best of {n}"] = measure.merge(lines, {"kl_base_sequence": measure.mean(
+            [np.log(n) - (n - 1) / n] * len(items))})  # fmt: skip
+        n *= 2
+    return found
+
+
+@command
+def main(argv=None):
+    # --- config
+    cfg, job = config.parse_args("evaluate.py", __doc__, SECTIONS, (), argv, JOBS)
+    out = Path(cfg.logging.output_dir) / (
+        cfg.logging.run_name or config.run_name(cfg, job.config, "checkpoints") + "-evaluation"
+    )
+    if job.human_results:
+        return human_results(out, job.human_results, cfg.evaluation.draws)
+    if not job.checkpoints:
+        raise UserError("--checkpoints: name what to compare, as base=CHECKPOINT sft=CHECKPOINT ...")
+    require(cfg)
+    systems, task = parse_systems(job.checkpoints), cfg.task
+    device = model.pick_device(cfg.device)
+    dtype = model.pick_dtype(cfg.model.dtype, device)
+    resume.prepare(device)
+    places = {(name, k): locate(source) for name, sources in systems.items() for k, source in enumerate(sources)}
+    home_folder = places["base", 0][0] if "base" in systems else base.resolve(cfg.model.base_checkpoint)
+    home_print = base.fingerprint(home_folder)
+    dist.init(device, cfg.training.timeout)
+    if dist.is_main():
+        log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
+    dist.barrier()
+
+    # --- the base in memory, its judges, the items
+    home, tokenizer = model.load(home_folder, device, dtype)
+    lora.wrap(home)
+    lora.use(home, None)
+    records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
+    longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
+    items, counts = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
+    scorers, second, notes, prints = {}, cfg.evaluation.reward_checkpoint, [], {}
+    if second:
+        if cfg.reward.checkpoint and model.adapter_fingerprint(second) == model.adapter_fingerprint(
+            cfg.reward.checkpoint
+        ):
+            raise UserError(
+                "evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one"
+            )
+        about = SimpleNamespace(checkpoint=second, normalize_rewards=True)
+        scorers["judge"] = reward_model.judge(home, tokenizer, about, home_print, measure.TOGETHER, "judge")
+        prints["judge"] = scorers["judge"].about
+    if rewards.wants_model(cfg.reward) and cfg.reward.checkpoint is None:
+        notes.append(f"The optimised reward was not measured: reward.type {cfg.reward.type} needs --reward.checkpoint.")
+        say(notes[-1])
+    else:
+        wanted = rewards.wants_model(cfg.reward)
+        trained = wanted and reward_model.judge(home, tokenizer, cfg.reward, home_print, measure.TOGETHER)
+        scored = rewards.make(task, cfg.reward, functools.partial(chat.decode, tokenizer), trained)
+        scorers["reward"] = lambda *both: scored(*both)[0]
+        prints["reward"] = [scored.about, json.loads(json.dumps(cfg.reward, default=vars))]
+    lora.use(home, None)
+    shared = [home_print, prints, task, vars(cfg.evaluation) | {"draws": None}, cfg.seed, cfg.training.max_seq_length,
+              str(dtype), resume.fingerprint([item["record"] for item in items]),
+              [checkpoint.sha256(Path(module.__file__)) for module in SOURCES]]  # fmt: skip
+
+    # --- every system, one at a time
+    found, speed, runs = {}, {}, {}
+    for (name, k), (folder, adapter) in places.items():
+        runs[name, k] = comparison.history(systems[name][k])
+        start = config.load_config(runs[name, k][-1] / "config.yml").model.adapter if runs[name, k] else None
+        own = folder.resolve() != home_folder.resolve()
+        key = resume.fingerprint([*shared, base.fingerprint(folder) if own else None, k,
+                                  model.adapter_fingerprint(adapter), model.adapter_fingerprint(start)])  # fmt: skip
+
+        def answer(name=name, k=k, folder=folder, adapter=adapter, start=start, own=own):
+            net = model.load(folder, device, dtype)[0] if own else home
+            others = {"kl_base": (home, None)}
+            if start and not own:
+                model.load_adapter(home, f"reference-{name}-{k}", start, trainable=False)
+                others["kl_reference"] = (home, f"reference-{name}-{k}")
+            if adapter:
+                model.load_adapter(net, f"{name}-{k}", adapter, trainable=False)
+            with lora.using(net, f"{name}-{k}" if adapter else None):
+                result = evaluate(net, tokenizer, records, cfg, scorers, others, cfg.seed + k)
+            return result["lines"], result["speed"]
+
+        lines, speed[name] = cached(out / "items" / f"{name}-{k}.jsonl", key, answer)
+        found.setdefault(name, []).append(lines)
+
+    # --- what needs no training: floors, and the best of several answers of the base
+    floors = {}
+    for name, texts in metrics.floors(task, [item["record"] for item in items]).items():
+        answers = [[*chat.encode_text(tokenizer, text), chat.END_OF_TURN] for text in texts]
+        floors[name] = measure.merge(measure.text_lines(task, items, answers, tokenizer, scorers), {})
+    if "base" in systems and "reward" in scorers:
+        key = resume.fingerprint([*shared, "best", BEST_OF])
+        make = functools.partial(best_of, home, tokenizer, items, cfg, scorers)
+        lines, _ = cached(out / "items" / "base-best.jsonl", key, lambda: (list(make().items()), None))
+        floors |= dict(lines)
+
+    # --- tables
+    draws, both = cfg.evaluation.draws, found | {name: [lines] for name, lines in floors.items()}
+    table = comparison.cells(both, draws)
+    headline = next(name for name in HEADLINES[task] if name in table)
+    order = [headline, *(name for name in table if name != headline)]
+    kl = {name: table.get("kl_base_sequence", {}).get(name) for name in both}
+    results = {
+        "task": task, "items": len(items), "draws": draws, "systems": list(systems), "headline": headline,
+        "seeds": {name: len(sources) for name, sources in systems.items()},
+        "metrics": {name: vars(metrics.METRICS[name]) for name in order},
+        "cells": {name: table[name] for name in order},
+        "floors": list(floors),
+        "pairs": comparison.pairs(found, order, draws),
+        "wins": comparison.wins(found, headline) if metrics.METRICS[headline].kind != "corpus" else [],
+        "frontier": [
+            {"system": name, "seed": k, "kl": value["value"]}
+            | {m: comparison.cell([lines], m, 100)["value"] for m in ("reward", "judge") if m in table}
+            for name, seeds in both.items() for k, lines in enumerate(seeds)
+            if kl[name] and (value := comparison.cell([lines], "kl_base_sequence", 100))
+        ],
+        "by_seed": {
+            m: {name: [comparison.cell([lines], m, 100)["value"] for lines in found[name]]
+                for name in systems if name in table[m]} for m in order
+        },
+        "cost": {name: comparison.cost(runs[name, 0]) for name in systems},
+        "extra_cost": {
+            title: comparison.cost([Path(folder).resolve().parent])
+            for title, folder in (("reward model", cfg.reward.checkpoint), ("second reward model", second))
+            if folder and comparison.history(folder)
+        },
+        "speed": speed,
+        "judge": judge_worth(scorers["judge"], items, tokenizer) if second else None,
+        "decoding": f"temperature {cfg.evaluation.temperature:g}, top_p {cfg.evaluation.top_p:g}, at most "
+                    f"{cfg.evaluation.max_new_tokens} tokens, seed {cfg.seed}",
+        "left_out": counts, "notes": notes, "command": " ".join(["python", *sys.argv]),
+        **examples(found, headline, cfg.seed),
+    }  # fmt: skip
+
+    # --- report
+    if dist.is_main():
+        log.write_json(out / "results.json", results)
+        report.write(out, results, {name: comparison.curve(runs[name, 0]) for name in systems if runs[name, 0]})
+        if job.human_eval:
+            texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in found.items()}
+            asked = [{"task": task, "prompt": line["prompt"], "reference": item["record"]["reference"] or ""}
+                     for item, line in zip(items, next(iter(found.values()))[0])]  # fmt: skip
+            manifest.write(asked, texts, out / "human_eval.csv", seed=cfg.seed)
+        for name, row in results["cells"][headline].items():
+            say(f"{headline} of {name}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+        say(f"wrote {out}/report.md, report.html, results.json and items/")
+    dist.barrier()
+    return {"headline": headline, "cells": results["cells"], "pairs": results["pairs"], "folder": str(out)}
+
+
+def judge_worth(score, items, tokenizer):
+    """Accuracy of a reward model on the items' own pairs, beside that of the shorter answer; None without pairs."""
+    records = [item["record"] for item in items if item["record"]["rejected"]]
+    if not records:
+        return None
+    answers = [[[*chat.encode_text(tokenizer, record[side]), chat.END_OF_TURN] for record in records]
+               for side in ("response", "rejected")]  # fmt: skip
+    good, bad = (score(records, side) for side in answers)
+    accuracy, low, high = stats.preference_accuracy(good - bad)
+    shorter = stats.preference_accuracy([len(b) - len(a) for a, b in zip(*answers)])[0]
+    return {"accuracy": accuracy, "low": low, "high": high, "pairs": len(records), "shorter": shorter}
+
+
+def human_results(out, files, draws):
+    """Unblind the ratings of `files` with out/human_eval.key.csv: human_results.json and .md in `out`."""
+    key = manifest.read_key(out / "human_eval.key.csv")
+    found = manifest.analyse(key, manifest.read_ratings(files, key), draws)
+    text = manifest.report(found)
+    log.write_json(out / "human_results.json", found)
+    (out / "human_results.md").write_text(text, encoding="utf-8")
+    say(text)
+    return found
+
+
+def examples(found, headline, seed):
+    """{"samples": items drawn by `seed`, "top": the two of highest optimised reward of each system but the first}."""
+    names, count = list(found), len(next(iter(found.values()))[0])
+
+    def row(i):
+        lines = {name: found[name][0][i] for name in names}
+        first = lines[names[0]]
+        return {"id": first["id"], "prompt": first["prompt"],
+                "answers": {name: line["answer"] for name, line in lines.items()},
+                "scores": {name: line["scores"].get(headline) for name, line in lines.items()}}  # fmt: skip
+
+    by = "reward" if all("reward" in line["scores"] for line in found[names[0]][0]) else headline
+    top = []
+    for name in names[1:]:
+        order = sorted(range(count), key=lambda i: -(found[name][0][i]["scores"].get(by) or -np.inf))
+        top += [row(i) | {"system": name, by: found[name][0][i]["scores"].get(by)} for i in order[:2]]
+    return {"samples": [row(i) for i in sorted(experience.shuffled(count, f"shown/{seed}")[:SHOWN])], "top": top}
+
+
+if __name__ == "__main__":
+    main()

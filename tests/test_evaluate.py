@@ -1,0 +1,186 @@
+"""evaluate.py end to end on the tiny base: its files, going on, seeds, human evaluation, refusals, the Python call."""
+
+import csv
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from common import config, data, lora, manifest, metrics, model, stats
+from tests import runs
+from tests.runs import random_reward_model, write_data
+
+ROOT = Path(evaluate.__file__).parent
+MAIN = evaluate.main
+train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "few", "safety", test=16)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, tiny_folder):
+    """Folders of two random adapters."""
+    out = tmp_path_factory.mktemp("adapters")
+    for seed in (1, 2):
+        net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+        torch.manual_seed(seed)
+        lora.inject(net, "policy", 4, 8)
+        with torch.no_grad():
+            for name, p in lora.adapter_parameters(net, "policy").items():
+                if "lora_B" in name:
+                    p.normal_(std=0.1)
+        (out / str(seed)).mkdir()
+        model.save(net, tokenizer, out / str(seed), "policy", str(tiny_folder))
+    return [out / "1", out / "2"]
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    def flags(folder, *more):
+        sizes = ["--evaluation.max_items", 12, "--evaluation.max_new_tokens", 10, "--evaluation.draws", 200]
+        where = ["--model.base_checkpoint", tiny_folder, "--dataset_path", few, "--logging.output_dir", folder]
+        return ["--debug", *sizes, *where, "--logging.run_name", "run", "--reward.type", "heuristic", *more]
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, settings, adapters, tiny_folder):
+    """The folder of a finished comparison with a judge, and its command."""
+    out = tmp_path_factory.mktemp("done")
+    judge = random_reward_model(out / "judge", tiny_folder)
+    argv = settings(out, "--checkpoints", f"base={tiny_folder}", f"sft={adapters[0]}", f"rl={adapters[1]}",
+                    "--evaluation.reward_checkpoint", judge, "--human_eval")  # fmt: skip
+    result = train(out, argv, pictures=True)
+    return out / "run", argv, result
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / "items" / f"{name}.jsonl").read_text().splitlines()][1:]
+
+
+def test_its_files_hold_what_it_says(done):
+    folder, _, result = done
+    names = {path.name for path in folder.iterdir()}
+    assert {"results.json", "report.md", "report.html", "items", "human_eval.csv", "human_eval.key.csv"} <= names
+    results = json.loads((folder / "results.json").read_text())
+    assert results["systems"] == ["base", "sft", "rl"] and results["headline"] == "judge" == result["headline"]
+    assert results["items"] == 12 and len(results["pairs"]["judge"]) == 3 == len(results["wins"])
+    for name in results["systems"]:
+        found = lines(folder, f"{name}-0")
+        assert len(found) == 12 and len({line["id"] for line in found}) == 12
+        for metric in ("judge", "reward", "length", "stops", "preference", "distinct_2", "loss_per_byte"):
+            sums = np.array([line["stats"][metric] for line in found]).sum(0)
+            cell = results["cells"][metric][name]
+            assert cell["value"] == pytest.approx(metrics.value(metric, sums)), metric
+            assert cell["low"] <= cell["value"] <= cell["high"]
+    assert results["cells"]["kl_base"]["base"]["value"] == 0 < results["cells"]["kl_base"]["sft"]["value"]
+    best = [results["cells"]["reward"][f"base, best of {n}"]["value"] for n in (2, 4)]
+    assert best[0] <= best[1] and results["floors"] == ["always refuse", "data's answer", *(
+        f"base, best of {n}" for n in (2, 4))]  # fmt: skip
+    assert results["cells"]["kl_base_sequence"]["base, best of 4"]["value"] == pytest.approx(np.log(4) - 3 / 4)
+    assert "always refuse" in results["cells"]["judge"] and "always refuse" not in results["cells"]["loss_per_byte"]
+    assert results["judge"]["pairs"] == 12 and 0 <= results["judge"]["accuracy"] <= 1
+    assert {sample["id"] for sample in results["samples"]} <= {line["id"] for line in lines(folder, "base-0")}
+    for pair in results["pairs"]["judge"]:
+        ours, theirs = (
+            np.array([line["scores"]["judge"] for line in lines(folder, f"{pair[side]}-0")]) for side in "ab"
+        )
+        assert pair["difference"] == pytest.approx((ours - theirs).mean())
+
+
+def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):
+    folder, argv, result = done
+    shutil.copytree(folder, tmp_path / "run")
+    for name in ("human_eval.csv", "human_eval.key.csv"):
+        (tmp_path / "run" / name).unlink()
+    argv = [tmp_path if word == folder.parent else word for word in argv]
+
+    def body(main, argv):
+        evaluate.evaluate = None  # would fail if it were called
+        runs.call(main, argv)
+
+    status, out, err = run(tmp_path, argv, body)
+    assert status == 0, err
+    again = json.loads(out.partition("RESULT ")[2])
+    assert out.count("answered before") == 4 and again["cells"] == result["cells"] and again["pairs"] == result["pairs"]
+    # another decoding is another question, and only the damaged file is asked anew
+    changed = ["5" if before == "--evaluation.max_new_tokens" else word for before, word in zip(["", *argv], argv)]
+    status, out, err = run(tmp_path, [*changed, "--logging.run_name", "other"])
+    assert status == 0 and "answered before" not in out
+
+
+def test_seeds_of_one_system(tmp_path, settings, adapters, tiny_folder):
+    argv = settings(tmp_path, "--checkpoints", f"base={tiny_folder}", f"sft={adapters[0]}", f"sft={adapters[1]}")
+    result = train(tmp_path, argv)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["seeds"] == {"base": 1, "sft": 2} and result["headline"] == "reward"
+    both = [np.array([line["scores"]["reward"] for line in lines(tmp_path / "run", f"sft-{k}")]) for k in (0, 1)]
+    assert results["by_seed"]["reward"]["sft"] == pytest.approx([one.mean() for one in both])
+    assert results["cells"]["reward"]["sft"]["value"] == pytest.approx(np.mean(both))
+
+
+def test_human_evaluation_from_sheets_to_results(tmp_path, done):
+    """Raters who see only the blind file prefer the longest answer; unblinded, the system that writes most wins."""
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    blind = manifest.read_manifest(folder / "human_eval.csv")
+    text = (folder / "human_eval.csv").read_text("utf-8-sig")
+    assert len(blind) >= 12 and not any(name in text.splitlines()[0] for name in ("base", "sft", "rl"))
+    key = manifest.read_key(folder / "human_eval.key.csv")
+    with open(tmp_path / "ratings.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rater_id", "item_id", "preferred"])
+        for rater in ("ann", "bob"):
+            for name, item in blind.items():
+                answers = {slot: answer for slot, answer in item["answers"].items() if slot != key[name]["trap"]}
+                writer.writerow([rater, name, max(answers, key=lambda slot: len(answers[slot]))])
+    argv = ["--logging.output_dir", tmp_path, "--logging.run_name", "run", "--human_results", tmp_path / "ratings.csv"]
+    found = train(tmp_path, [*argv, "--evaluation.draws", 100])
+    assert json.loads((folder / "human_results.json").read_text()) == found
+    assert "Bradley" in (folder / "human_results.md").read_text()
+    refused(tmp_path, [*argv[:-1], tmp_path / "none.csv"], "none.csv")
+
+
+def test_the_python_call(few, tiny_model, adapters):
+    net, tokenizer = tiny_model
+    sizes = {"max_items": 5, "max_new_tokens": 8, "draws": 100, "temperature": 1.0}
+    cfg = config.load_config(ROOT / "configs" / "sft_lora_270m.yml", {f"evaluation.{k}": v for k, v in sizes.items()})
+    found = evaluate.evaluate(net, tokenizer, data.load_split(few, "test"), cfg)
+    stops = [line["stopped"] for line in found["lines"]]
+    assert len(stops) == 5 and found["metrics"]["stops"]["value"] == np.mean(stops)
+    assert [found["metrics"]["stops"][side] for side in ("low", "high")] == [*stats.wilson(sum(stops), 5)]
+    assert "judge" not in found["metrics"] and "kl_base" not in found["metrics"]
+
+
+def test_bad_input_is_one_line(tmp_path, settings, adapters, tiny_folder, monkeypatch):
+    base = f"base={tiny_folder}"
+    refused(tmp_path, settings(tmp_path), "--checkpoints")
+    refused(tmp_path, settings(tmp_path, "--checkpoints", "outputs/x"), "NAME=CHECKPOINT")
+    refused(tmp_path, settings(tmp_path, "--checkpoints", base, f"sft={tmp_path}/nowhere"), "nowhere")
+    judge = random_reward_model(tmp_path / "judge", tiny_folder)
+    both = ["--evaluation.reward_checkpoint", judge, "--reward.type", "hybrid", "--reward.checkpoint", judge]
+    refused(tmp_path, settings(tmp_path, "--checkpoints", base, *both), "evaluation.reward_checkpoint")
+    refused(tmp_path, settings(tmp_path, "--checkpoints", base, "--evaluation.reward_checkpoint", adapters[0]),
+            "evaluation.reward_checkpoint", str(adapters[0]))  # fmt: skip
+    refused(tmp_path, settings(tmp_path, "--checkpoints", base, "--evaluation.max_new_tokens", 127), "max_seq_length")
+    foreign = runs.another_base(tmp_path / "foreign", tiny_folder)
+    other = ["--checkpoints", f"base={foreign}", "--evaluation.reward_checkpoint", judge]
+    refused(tmp_path, settings(tmp_path, *other), "trained on another base")
+
+    def without(main, argv):
+        import sys
+
+        sys.modules["rouge_score"] = None
+        runs.call(main, argv)
+
+    status, _, err = run(tmp_path, settings(tmp_path, "--checkpoints", base), without)
+    assert status == 2 and "rouge-score" in err and err.count("\n") == 1
+    assert not (tmp_path / "run" / "results.json").exists()

@@ -1,0 +1,189 @@
+"""SFT, reward model and RL from one config, by calling the scripts' mains; and the comparison of the paradigms.
+
+    training.mode sft, reward    train_sft.py, train_reward.py
+    training.mode rl             (train_reward.py ->) train_rl.py
+    training.mode staged         train_sft.py -> (train_reward.py ->) train_rl.py, whose reference is the end of SFT
+    --paradigms sft,rl,staged    these arms at equal cost: tokens trained + tokens sampled = training.budget_tokens
+                                 (staged spends half on SFT and half on RL); then evaluate.py compares them
+
+A reward model is trained where the reward wants one and reward.checkpoint names none; its cost is shown apart. In a
+comparison on preference data it learns from one half of the pairs, and from the other half a second one, which no
+policy sees, to judge by. Left out: a search over settings; all stages share one config.
+
+    python train_staged.py --config configs/staged_sft_then_ppo.yml --debug
+    python train_staged.py --config configs/staged_sft_then_ppo.yml --training.budget_tokens 2000000 \\
+        --paradigms sft,rl,staged
+    torchrun --nproc-per-node 8 train_staged.py --config configs/staged_sft_then_ppo.yml
+Run the same command again to resume: finished stages are skipped, an unfinished one goes on bit for bit.
+"""
+
+import functools
+import gc
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import evaluate
+import train_reward
+import train_rl
+import train_sft
+from common import base, checkpoint, config, data, dist, log, model, rewards
+from common.log import UserError, command, say
+
+SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
+PARADIGMS = ("sft", "rl", "staged")
+JOBS = (
+    ("--paradigms", {"metavar": "A,B", "help": "train these arms at equal cost and compare them: sft, rl, staged"}),
+)
+MAINS = {"sft": train_sft.main, "reward": train_reward.main, "rl": train_rl.main}
+ENDLESS = 10**6  # epochs: the budget ends the run
+
+
+def stages(cfg, arms, out):
+    """The runs in order: [(name, mode, {flag: value})], in folders out/name; without `arms` those of training.mode."""
+    mode, full = cfg.training.mode, cfg.model.peft_type == "none"
+    wanted = arms or [mode]
+    online = any(arm in ("rl", "staged") for arm in wanted) and (cfg.rl.algorithm, cfg.rl.pairs) != ("dpo", "data")
+    scored = online and rewards.wants_model(cfg.reward)
+    budget, found, flags = cfg.training.budget_tokens, [], {}
+    if arms:
+        flags = {"training.max_steps": "null", "rl.max_steps": "null", "training.epochs": ENDLESS,
+                 "training.patience": "null"}  # fmt: skip
+    half = {} if budget is None else {"training.budget_tokens": max(1, budget // 2)}
+    judged = bool(arms) and cfg.task == "safety" and cfg.evaluation.reward_checkpoint is None
+    pairs = {"training.budget_tokens": "null"} | ({"model.peft_type": "lora"} if full else {})
+
+    def reward(start):
+        if scored and cfg.reward.checkpoint is None:
+            part = {"dataset_path": out / "pairs-reward"} if judged else {}
+            found.append(("reward", "reward", pairs | part | start))
+        return {"reward.checkpoint": out / "reward" / "final"} if scored and cfg.reward.checkpoint is None else {}
+
+    def after(name):  # what a stage starts from
+        return {"model.base_checkpoint" if full else "model.adapter": out / name / "final"}
+
+    if arms:
+        scorer = reward({})
+        if judged:
+            found.append(("judge", "reward", pairs | {"dataset_path": out / "pairs-judge", "seed": cfg.seed + 1}))
+        if "sft" in arms:
+            found.append(("sft", "sft", flags))
+        if "rl" in arms:
+            found.append(("rl", "rl", flags | scorer))
+        if "staged" in arms:
+            found.append(("staged-sft", "sft", flags | half))
+            found.append(("staged-rl", "rl", flags | half | scorer | after("staged-sft")))
+    elif mode == "staged":
+        found.append(("sft", "sft", half))
+        scorer = reward(after("sft") if full else {})
+        found.append(("rl", "rl", half | scorer | after("sft")))
+    elif mode == "rl":
+        scorer = reward({})
+        found.append(("rl", "rl", scorer))
+    else:
+        found.append((mode, mode, {}))
+    return found
+
+
+def write_halves(cfg, out):
+    """Cut the pairs of train and val in two by a hash of their first turn: out/pairs-reward and out/pairs-judge."""
+    for split in ("train", "val"):
+        halves = {"reward": [], "judge": []}
+        for record in data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed):
+            first = record["prompt"][0]["content"].strip().lower()
+            odd = hashlib.sha256(f"half/{first}".encode()).digest()[0] % 2
+            halves["judge" if odd else "reward"].append(record)
+        for name, records in halves.items():
+            if not records:
+                raise UserError(f"{split}: no pair left for the half of the {name} model; more of them are needed")
+            path = out / f"pairs-{name}" / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            draft = path.with_suffix(".tmp")
+            draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+            os.replace(draft, path)
+
+
+def settings(cfg, flags, fingerprint):
+    """What decides the outcome of a stage: its resolved config, the base, the hashes of its data."""
+    kept = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(("evaluation.", "logging."))}
+    kept |= {key: str(value) for key, value in flags.items()}
+    folder = kept.get("dataset_path") or (None if cfg.debug else Path(__file__).parent / "data" / cfg.task)
+    files = [Path(folder) / f"{split}.jsonl" for split in ("train", "val")] if folder else []
+    return kept | {"base": fingerprint, "data": [checkpoint.sha256(path) for path in files if path.is_file()]}
+
+
+@command
+def main(argv=None):
+    # --- config: training.mode names the stages
+    cfg, job = config.parse_args("train_staged.py", __doc__, SECTIONS, (), argv, JOBS)
+    arms = None if job.paradigms is None else [word.strip() for word in job.paradigms.split(",")]
+    if arms is not None:
+        unknown = [arm for arm in arms if arm not in PARADIGMS]
+        if unknown or len(set(arms)) != len(arms):
+            raise UserError(
+                f"--paradigms: expected some of {','.join(PARADIGMS)}, each once, got {job.paradigms!r:.80}"
+            )
+        if cfg.training.budget_tokens is None:
+            raise UserError("--paradigms compares at equal cost: set --training.budget_tokens, the tokens of each arm")
+        if cfg.model.adapter:
+            raise UserError("model.adapter: all arms start from the base; leave it out, or merge it into a base first")
+        if cfg.model.peft_type == "none" and "staged" in arms and rewards.wants_model(cfg.reward):
+            raise UserError("model.peft_type none: after full SFT the reward model's base is gone; compare with "
+                            "lora or qlora, or with --reward.type heuristic")  # fmt: skip
+    out = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "staged")
+    plan = stages(cfg, arms, out)
+    if arms:
+        evaluate.require(cfg)
+    if len(plan) == 1 and not arms:  # a single stage is its script's own run
+        return MAINS[plan[0][1]](argv)
+
+    # --- distributed, run folder, the config that all stages read
+    fingerprint = base.fingerprint(base.resolve(cfg.model.base_checkpoint))
+    dist.init(model.pick_device(cfg.device), cfg.training.timeout)
+    log.on_exit(dist.end)  # one group for all stages
+    if dist.is_main():
+        log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
+        if any(name == "judge" for name, _, _ in plan):
+            write_halves(cfg, out)
+        (out / "config.yml").write_text(config.dump(cfg), "utf-8")
+    dist.barrier()
+    done_file = out / "stages.json"
+
+    # --- stages: those that are finished with these settings are skipped
+    for number, (name, mode, own) in enumerate(plan, 1):
+        flags = {"training.mode": mode} | own | {"logging.output_dir": out, "logging.run_name": name}
+        about, final = settings(cfg, flags, fingerprint), out / name / "final"
+        done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+        if dist.any_rank(dist.is_main() and done.get(name) == about and final.is_dir() and checkpoint.verify(final)):
+            say(f"stage {number} of {len(plan)}, {name}: finished before")
+            continue
+        say(f"stage {number} of {len(plan)}, {name}")
+        log.reset_peak_memory()
+        sections = ("", *{"sft": train_sft, "reward": train_reward, "rl": train_rl}[mode].SECTIONS)
+        words = [word for key, value in flags.items() if key.rpartition(".")[0].partition(".")[0] in sections
+                 for word in (f"--{key}", str(value))]  # fmt: skip
+        result = MAINS[mode](["--config", str(out / "config.yml"), *words])
+        gc.collect()
+        model.trim_memory(model.pick_device(cfg.device))
+        if dist.is_main():
+            draft = done_file.with_suffix(".tmp")
+            log.write_json(draft, done | {name: json.loads(json.dumps(about, default=str))})
+            os.replace(draft, done_file)
+        dist.barrier()
+    if not arms:
+        return result
+
+    # --- comparison: the base, floors and all arms on the same held-out items
+    names = {"sft": "sft", "rl": "rl", "staged": "staged-rl"}
+    systems = [f"base={cfg.model.base_checkpoint}", *(f"{arm}={out / names[arm] / 'final'}" for arm in arms)]
+    flags = {"reward.checkpoint": out / "reward" / "final"} if any(name == "reward" for name, _, _ in plan) else {}
+    if any(name == "judge" for name, _, _ in plan):
+        flags["evaluation.reward_checkpoint"] = out / "judge" / "final"
+    flags |= {"logging.output_dir": out, "logging.run_name": "comparison"}
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    return evaluate.main(["--config", str(out / "config.yml"), "--checkpoints", *systems, *words])
+
+
+if __name__ == "__main__":
+    main()
