@@ -42,48 +42,30 @@ ENDLESS = 10**6  # epochs: the budget ends the run
 
 def stages(cfg, arms, out):
     """The runs in order: [(name, mode, {flag: value})], in folders out/name; without `arms` those of training.mode."""
-    mode, full = cfg.training.mode, cfg.model.peft_type == "none"
-    wanted = arms or [mode]
-    online = any(arm in ("rl", "staged") for arm in wanted) and (cfg.rl.algorithm, cfg.rl.pairs) != ("dpo", "data")
-    scored = online and rewards.wants_model(cfg.reward)
-    budget, found, flags = cfg.training.budget_tokens, [], {}
-    if arms:
-        flags = {"training.max_steps": "null", "rl.max_steps": "null", "training.epochs": ENDLESS,
-                 "training.patience": "null"}  # fmt: skip
-    half = {} if budget is None else {"training.budget_tokens": max(1, budget // 2)}
+    mode, full, budget = cfg.training.mode, cfg.model.peft_type == "none", cfg.training.budget_tokens
+    online = {"rl", "staged"} & {*(arms or [mode])} and (cfg.rl.algorithm, cfg.rl.pairs) != ("dpo", "data")
+    rewarded = bool(online) and rewards.wants_model(cfg.reward) and cfg.reward.checkpoint is None
     judged = bool(arms) and cfg.task == "safety" and cfg.evaluation.reward_checkpoint is None
     pairs = {"training.budget_tokens": "null"} | ({"model.peft_type": "lora"} if full else {})
+    reward = [("reward", "reward", pairs | ({"dataset_path": out / "pairs-reward"} if judged else {}))] * rewarded
+    judge = [("judge", "reward", pairs | {"dataset_path": out / "pairs-judge", "seed": cfg.seed + 1})] * judged
+    scorer = {"reward.checkpoint": out / "reward" / "final"} if rewarded else {}
+    half = {} if budget is None else {"training.budget_tokens": max(1, budget // 2)}
 
-    def reward(start):
-        if scored and cfg.reward.checkpoint is None:
-            part = {"dataset_path": out / "pairs-reward"} if judged else {}
-            found.append(("reward", "reward", pairs | part | start))
-        return {"reward.checkpoint": out / "reward" / "final"} if scored and cfg.reward.checkpoint is None else {}
-
-    def after(name):  # what a stage starts from
+    def after(name):
         return {"model.base_checkpoint" if full else "model.adapter": out / name / "final"}
 
     if arms:
-        scorer = reward({})
-        if judged:
-            found.append(("judge", "reward", pairs | {"dataset_path": out / "pairs-judge", "seed": cfg.seed + 1}))
-        if "sft" in arms:
-            found.append(("sft", "sft", flags))
-        if "rl" in arms:
-            found.append(("rl", "rl", flags | scorer))
-        if "staged" in arms:
-            found.append(("staged-sft", "sft", flags | half))
-            found.append(("staged-rl", "rl", flags | half | scorer | after("staged-sft")))
-    elif mode == "staged":
-        found.append(("sft", "sft", half))
-        scorer = reward(after("sft") if full else {})
-        found.append(("rl", "rl", half | scorer | after("sft")))
-    elif mode == "rl":
-        scorer = reward({})
-        found.append(("rl", "rl", scorer))
-    else:
-        found.append((mode, mode, {}))
-    return found
+        whole = {"training.max_steps": "null", "rl.max_steps": "null", "training.epochs": ENDLESS,
+                 "training.patience": "null"}  # fmt: skip
+        runs = {"sft": [("sft", "sft", whole)], "rl": [("rl", "rl", whole | scorer)],
+                "staged": [("staged-sft", "sft", whole | half),
+                           ("staged-rl", "rl", whole | half | scorer | after("staged-sft"))]}  # fmt: skip
+        return [*reward, *judge, *(stage for arm in PARADIGMS if arm in arms for stage in runs[arm])]
+    if mode == "staged":
+        started = [(name, stage, flags | (after("sft") if full else {})) for name, stage, flags in reward]
+        return [("sft", "sft", half), *started, ("rl", "rl", half | scorer | after("sft"))]
+    return [*reward, ("rl", "rl", scorer)] if mode == "rl" else [(mode, mode, {})]
 
 
 def write_halves(cfg, out):
@@ -133,6 +115,8 @@ def main(argv=None):
                             "lora or qlora, or with --reward.type heuristic")  # fmt: skip
     out = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "staged")
     plan = stages(cfg, arms, out)
+    if any(stage == "rl" for _, stage, _ in plan):  # before hours of SFT
+        train_rl.check(cfg.rl, cfg.rl.algorithm != "dpo")
     if arms:
         evaluate.require(cfg)
     if len(plan) == 1 and not arms:  # a single stage is its script's own run
@@ -152,7 +136,8 @@ def main(argv=None):
 
     # --- stages: those that are finished with these settings are skipped
     for number, (name, mode, own) in enumerate(plan, 1):
-        flags = {"training.mode": mode} | own | {"logging.output_dir": out, "logging.run_name": name}
+        alone = {} if mode == "sft" else {"training.packing": "false", "training.last_turn_only": "false"}
+        flags = {"training.mode": mode} | alone | own | {"logging.output_dir": out, "logging.run_name": name}
         about, final = settings(cfg, flags, fingerprint), out / name / "final"
         done = json.loads(done_file.read_text()) if done_file.is_file() else {}
         if dist.any_rank(dist.is_main() and done.get(name) == about and final.is_dir() and checkpoint.verify(final)):

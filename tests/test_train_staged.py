@@ -1,0 +1,215 @@
+"""train_staged.py end to end: which stages run, equal cost, what RL starts from, going on, the comparison, refusals."""
+
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import train_rl
+import train_sft
+import train_staged
+from common import checkpoint, config, data
+from tests import runs
+from tests.runs import lines, write_data
+
+ROOT = Path(train_staged.__file__).parent
+MAIN = train_staged.main
+train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+BUDGET = 3000
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=24, val=8, test=10)
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    def flags(folder, *more, algorithm="grpo"):
+        sizes = ["--rl.algorithm", algorithm, "--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8]
+        sizes += ["--rl.minibatches", 1, "--rl.critic_warmup", 1, "--rl.max_steps", 3, "--training.max_steps", 3]
+        sizes += ["--training.batch_size", 4, "--training.eval_interval", 50, "--training.save_interval", 2]
+        sizes += ["--evaluation.max_items", 8, "--evaluation.max_new_tokens", 8, "--evaluation.draws", 100]
+        where = ["--model.base_checkpoint", tiny_folder, "--dataset_path", few, "--logging.output_dir", folder]
+        return ["--debug", "--training.mode", "staged", *sizes, *where, "--logging.run_name", "run", *more]
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, settings):
+    """The folder of a comparison of all paradigms, its command, its result."""
+    out = tmp_path_factory.mktemp("compared")
+    argv = settings(out, "--paradigms", "sft,rl,staged", "--training.budget_tokens", BUDGET)
+    return out / "run", argv, train(out, argv, pictures=True)
+
+
+# ---------------------------------------------------------------- stages
+
+
+def test_stages_of_each_mode(tmp_path):
+    def plan(arms=None, **changes):
+        cfg = config.load_config(None, {key.replace("__", "."): value for key, value in changes.items()})
+        return train_staged.stages(cfg, arms, tmp_path)
+
+    def names(*words, **changes):
+        return [name for name, _, _ in plan(*words, **changes)]
+
+    heuristic = {"reward__type": "heuristic"}
+    assert names(training__mode="sft") == ["sft"] and names(training__mode="reward") == ["reward"]
+    assert names(training__mode="rl") == ["reward", "rl"] and names(training__mode="rl", **heuristic) == ["rl"]
+    assert names(training__mode="staged") == ["sft", "reward", "rl"]
+    assert names(training__mode="staged", reward__checkpoint="somewhere") == ["sft", "rl"]
+    assert names(training__mode="staged", rl__algorithm="dpo") == ["sft", "rl"]  # learns from pairs alone
+    assert names(training__mode="staged", rl__algorithm="dpo", rl__pairs="sampled") == ["sft", "reward", "rl"]
+    every = ["sft", "rl", "staged"]
+    assert names(every, training__budget_tokens=9) == ["reward", "judge", "sft", "rl", "staged-sft", "staged-rl"]
+    assert names(every, task="conala", training__budget_tokens=9) == ["reward", "sft", "rl", "staged-sft", "staged-rl"]
+    assert names(["sft"], training__budget_tokens=9, **heuristic) == ["judge", "sft"]
+
+    staged = {name: flags for name, _, flags in plan(every, training__budget_tokens=9)}
+    assert [staged[name].get("training.budget_tokens") for name in ("sft", "staged-sft", "staged-rl")] == [None, 4, 4]
+    assert staged["staged-rl"]["model.adapter"] == tmp_path / "staged-sft" / "final"
+    assert (
+        staged["rl"]["reward.checkpoint"] == staged["staged-rl"]["reward.checkpoint"] == tmp_path / "reward" / "final"
+    )
+    full = {name: flags for name, _, flags in plan(training__mode="staged", model__peft_type="none")}
+    start = tmp_path / "sft" / "final"
+    assert full["reward"]["model.base_checkpoint"] == full["rl"]["model.base_checkpoint"] == start
+    assert full["reward"]["model.peft_type"] == "lora" and "model.adapter" not in full["rl"]
+
+
+def test_staged_is_its_scripts_one_after_the_other(tmp_path, settings):
+    """The same bits as train_sft.py and train_rl.py by hand, RL starting, and measuring its KL, from the end of SFT."""
+    argv = settings(tmp_path, "--reward.type", "heuristic", algorithm="ppo")
+    train(tmp_path, argv)
+    out = tmp_path / "run"
+    by_hand = ["--config", out / "config.yml", "--logging.output_dir", tmp_path / "hand"]
+    runs.train(train_sft.main, tmp_path, [*by_hand, "--training.mode", "sft", "--logging.run_name", "sft"])
+    start = ["--model.adapter", tmp_path / "hand" / "sft" / "final"]
+    runs.train(train_rl.main, tmp_path, [*by_hand, "--training.mode", "rl", "--logging.run_name", "rl", *start])
+    for stage in ("sft", "rl"):
+        runs.assert_same_records(out / stage, tmp_path / "hand" / stage)
+        names = [folder / stage / "final" / "adapter_model.safetensors" for folder in (out, tmp_path / "hand")]
+        assert checkpoint.sha256(names[0]) == checkpoint.sha256(names[1])
+    first = lines(out / "rl")[0]
+    assert first["eval/kl"] == 0 and config.load_config(out / "rl" / "config.yml").model.adapter == str(
+        out / "sft" / "final"
+    )
+
+
+def test_one_stage_is_its_scripts_own_run(tmp_path, settings):
+    argv = [*settings(tmp_path), "--training.mode", "rl", "--reward.type", "heuristic"]
+    train(tmp_path, argv)
+    assert (tmp_path / "run" / "final").is_dir() and not (tmp_path / "run" / "stages.json").exists()
+
+
+def test_staged_full_fine_tuning(tmp_path, settings):
+    """The reward model is trained on what RL starts from: the base of SFT is gone."""
+    train(tmp_path, settings(tmp_path, "--model.peft_type", "none", "--training.learning_rate", 1e-4))
+    out = tmp_path / "run"
+    assert sorted(json.loads((out / "stages.json").read_text())) == ["reward", "rl", "sft"]
+    assert lines(out / "rl")[0]["eval/kl"] == 0 and (out / "rl" / "final" / "model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def test_every_arm_spends_the_budget(compared):
+    out = compared[0]
+    spent = {name: lines(out / name)[-1]["tokens_seen"] for name in ("sft", "rl", "staged-sft", "staged-rl")}
+    for name, budget in (("sft", BUDGET), ("rl", BUDGET), ("staged-sft", BUDGET // 2), ("staged-rl", BUDGET // 2)):
+        before_the_last = lines(out / name)[-3]["tokens_seen"]
+        assert spent[name] >= budget > before_the_last, (name, spent[name], before_the_last)
+    results = json.loads((out / "comparison" / "results.json").read_text())
+    cost = {name: results["cost"][name].get("tokens") for name in results["systems"]}
+    assert cost == {"base": None, "sft": spent["sft"], "rl": spent["rl"],
+                    "staged": spent["staged-sft"] + spent["staged-rl"]}  # fmt: skip
+    assert [stage["name"] for stage in results["cost"]["staged"]["stages"]] == ["staged-sft", "staged-rl"]
+    assert set(results["extra_cost"]) == {"reward model", "second reward model"}
+    sampled = sum(row["tokens"] for row in map(json.loads, (out / "rl" / "samples.jsonl").read_text().splitlines()))
+    assert 0 < sampled < spent["rl"]  # sampled and trained tokens both count
+
+
+def test_the_judge_has_never_seen_the_reward_models_pairs(compared, few):
+    out = compared[0]
+    for split in ("train", "val"):
+        halves = [data.load_split(out / f"pairs-{name}", split) for name in ("reward", "judge")]
+        firsts = [{record["prompt"][0]["content"].strip().lower() for record in half} for half in halves]
+        assert not firsts[0] & firsts[1]
+        ids = [record["id"] for half in halves for record in half]
+        assert sorted(ids) == sorted(record["id"] for record in data.load_split(few, split))
+    for name in ("rl", "staged-rl"):
+        cfg = config.load_config(out / name / "config.yml")
+        assert cfg.reward.checkpoint == str(out / "reward" / "final") and cfg.dataset_path == str(few)
+    judge = config.load_config(out / "judge" / "config.yml")
+    assert judge.dataset_path == str(out / "pairs-judge") and judge.seed == 1
+
+
+def test_the_comparison_names_all_arms(compared):
+    out, _, result = compared
+    results = json.loads((out / "comparison" / "results.json").read_text())
+    assert result["headline"] == "judge" == results["headline"]
+    assert results["systems"] == ["base", "sft", "rl", "staged"] and len(results["pairs"]["judge"]) == 6
+    assert "kl_reference" in results["cells"] and list(results["cells"]["kl_reference"]) == ["staged"]
+    text = (out / "comparison" / "report.md").read_text()
+    assert all(word in text for word in ("staged", "best of 4", "always refuse")) and "report.html" not in text
+    assert lines(out / "staged-rl")[0]["eval/kl"] == 0
+
+
+def test_started_again_it_trains_nothing(compared):
+    out, argv, result = compared
+    before = {name: runs.snapshot(out / name) for name in ("reward", "judge", "sft", "rl", "staged-sft", "staged-rl")}
+    status, text, err = run(out.parent, argv)
+    assert status == 0, err
+    assert text.count("finished before") == 6 and text.count("answered before") == 5
+    assert before == {name: runs.snapshot(out / name) for name in before}
+    assert json.loads(text.partition("RESULT ")[2])["cells"] == result["cells"]
+
+
+def test_r1_r3_killed_in_any_stage_it_goes_on_to_the_same_bits(tmp_path, compared, settings):
+    """SIGTERM in the first SFT, SIGKILL in RL: started again, every stage ends as if nothing had happened."""
+    argv = settings(tmp_path, "--paradigms", "rl,staged", "--training.budget_tokens", BUDGET)
+
+    def at_save(folder, act):
+        def body(main, argv):
+            save = checkpoint.save_step
+
+            def hit(run_dir, *rest):
+                found = save(run_dir, *rest)
+                if Path(run_dir).name == folder:
+                    act()
+                return found
+
+            checkpoint.save_step = hit
+            runs.call(main, argv)
+
+        return body
+
+    status, out, err = run(tmp_path, argv, at_save("rl", lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert status == -9
+    status, out, err = run(tmp_path, argv, at_save("staged-sft", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert status == 1 and "run the same command again" in err and out.count("finished before") == 2
+    train(tmp_path, argv)
+    for name in ("rl", "staged-sft", "staged-rl"):
+        runs.assert_same_records(tmp_path / "run" / name, compared[0] / name)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, settings):
+    budget = ["--training.budget_tokens", 100]
+    refused(tmp_path, settings(tmp_path, "--paradigms", "sft,rl"), "--training.budget_tokens")
+    refused(tmp_path, settings(tmp_path, "--paradigms", "sft,dpo", *budget), "--paradigms", "sft,rl,staged")
+    refused(tmp_path, settings(tmp_path, "--paradigms", "sft,sft", *budget), "each once")
+    refused(tmp_path, settings(tmp_path, "--paradigms", "sft", "--model.adapter", "x", *budget), "model.adapter")
+    full = ["--model.peft_type", "none", "--reward.type", "hybrid"]
+    refused(tmp_path, settings(tmp_path, "--paradigms", "rl,staged", *full, *budget), "model.peft_type none")
+    refused(tmp_path, settings(tmp_path, "--model.base_checkpoint", tmp_path / "nowhere"), "nowhere")
+    refused(tmp_path, settings(tmp_path, "--training.no_such_key", 1), "no_such_key")
+    refused(tmp_path, settings(tmp_path, "--rl.group_size", 1, *budget), "rl.group_size")
+    assert not (tmp_path / "run" / "sft").exists()
