@@ -93,8 +93,7 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None, seed=None)
     require(cfg)
     evaluation, seed = cfg.evaluation, cfg.seed if seed is None else seed
     longest = cfg.training.max_seq_length - evaluation.max_new_tokens
-    items, counts = measure.items(records, tokenizer, longest, evaluation.max_items, cfg.seed)
-    log.say_counts("test", counts)
+    items, _ = measure.items(records, tokenizer, longest, evaluation.max_items, cfg.seed)
     net.eval()
     answers, speed = measure.generate(net, items, sampling(cfg, seed))
     answers = [group[0] for group in answers]
@@ -180,6 +179,7 @@ def main(argv=None):
     records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, counts = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
+    log.say_counts("test", counts)
     scorers, second, notes, prints = {}, cfg.evaluation.reward_checkpoint, [], {}
     if second:
         if cfg.reward.checkpoint and model.adapter_fingerprint(second) == model.adapter_fingerprint(

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import base, checkpoint, data, dist, log, lora, model, resume, reward_model, synthetic
+from common import pictures as pictures_of_a_report
 
 # what may differ between two equal runs
 CLOCK = {"seconds", "tokens_per_second", "pairs_per_second", "reference_seconds", "peak_memory_gb"}
@@ -56,6 +57,7 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
             os.environ.update(environment)
             if not pictures:
                 log.plot_curves = log.plot_reliability = lambda *what: what[-1].write_bytes(b"")
+                pictures_of_a_report.save = lambda *what: []
             body(main, argv)
             status = 0
         except SystemExit as error:
