@@ -1,4 +1,4 @@
-"""run_experiment.sh with stand-ins for python, torchrun and nvidia-smi on PATH: what it starts, in which order, where."""
+"""run_experiment.sh with stand-ins for python, torchrun and nvidia-smi on PATH: what it starts, in which order."""
 
 import os
 import re
