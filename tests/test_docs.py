@@ -1,0 +1,44 @@
+"""What docs/ names exists: functions, tests, files behind links. (README.md has its commands run by .ci/run.)"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("docs/*.md"), ROOT / "data" / "README.md"])
+
+
+def names(path):
+    """Top-level functions, classes and constants of a Python file."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        found |= {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
+        found |= {target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert all(link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists() for link in links), links
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_functions_and_tests_that_are_named_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for module, name in re.findall(r"`(\w+)\.(\w+)[`(]", text):
+        files = [path for path in (ROOT / "common" / f"{module}.py", ROOT / f"{module}.py") if path.is_file()]
+        if files and name not in ("py", "md"):
+            assert name in names(files[0]), f"{page}: {module}.{name}"
+    for name in re.findall(r"`(?:tests/)?(test_\w+\.py)", text):
+        assert (ROOT / "tests" / name).is_file(), f"{page}: {name}"
+
+
+def test_every_row_of_the_table_names_a_test():
+    rows = [
+        line for line in (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
+    ]
+    assert len(rows) > 40 and all(row.count("|") == 5 for row in rows)
+    assert all("test_" in row or "the same" in row for row in rows[1:])
