@@ -51,7 +51,7 @@ done
 
 # --- environment
 if [ -n "${VIRTUAL_ENV-}${CONDA_PREFIX-}" ]; then
-    python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "transformers", "peft"))))' ||
+    python -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ("torch", "transformers", "peft"))))' ||
         fail "the active environment lacks packages: pip install -r $PWD/requirements.txt, or deactivate it"
 else
     installed=.venv/requirements.installed # a copy, put there once everything is installed
