@@ -33,7 +33,7 @@ def test_functions_and_tests_that_are_named_exist(page):
     keys = config.flatten(config.load_config())
     for module, name in re.findall(r"`(\w+)\.(\w+)[`(]", text):
         files = [path for path in (ROOT / "common" / f"{module}.py", ROOT / f"{module}.py") if path.is_file()]
-        if files and name not in ("py", "md", "json", "yml") and f"{module}.{name}" not in keys:
+        if files and name not in ("py", "md", "json", "jsonl", "yml") and f"{module}.{name}" not in keys:
             assert name in names(files[0]), f"{page}: {module}.{name}"
     for name in re.findall(r"`(?:tests/)?(test_\w+\.py)", text):
         assert (ROOT / "tests" / name).is_file(), f"{page}: {name}"
