@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -125,12 +126,12 @@ def reset_peak_memory():
 def provenance(**facts):
     """What run.json holds: command, git commit, versions, machine, and what the script adds (hashes, counts)."""
     root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
+    git = shutil.which("git")  # a container may have none
+    words = [git, "describe", "--always", "--dirty"]
+    found = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False).stdout.strip() if git else ""
     return {
         "command": sys.argv,
-        "commit": git.stdout.strip() or None,
+        "commit": found or None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()} {platform.system()}",

@@ -39,10 +39,10 @@ def write(folder, text):
 
 def refusal(call, *args):
     """The message of the UserError that the call must raise: one line, within a second."""
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock's: other tests run beside
     with pytest.raises(UserError) as caught:
         call(*args)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
