@@ -26,22 +26,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import base, chat, checkpoint, comparison, config, data, decoder, dist, experience, gemma, log, lora
+from common import base, chat, checkpoint, comparison, config, data, decoder, dist, experience, gemma, log, lora, losses
 
 # isort: split
-from common import (
-    losses,
-    manifest,
-    measure,
-    metrics,
-    model,
-    report,
-    resume,
-    reward_model,
-    rewards,
-    rollouts,
-    stats,
-)
+from common import manifest, measure, metrics, model, reference, report, resume, reward_model, rewards, rollouts, stats
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
@@ -53,7 +41,8 @@ JOBS = (
 BEST_OF = 4
 SHOWN = 6  # items side by side in the report
 HEADLINES = {"safety": ("judge", "reward", "loss_per_byte"), "clinical": ("rougeL",), "conala": ("bleu",)}
-SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, rewards, reward_model, rollouts)
+SOURCES = (chat, data, decoder, experience, gemma, lora, losses, measure, metrics, model, reference, reward_model)
+SOURCES += (rewards, rollouts)  # what decides an answer and its scores
 
 
 def require(cfg):
@@ -69,6 +58,9 @@ def parse_systems(words):
         if not sign or not source or not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"--checkpoints: expected NAME=CHECKPOINT, got {word!r:.80}")
         systems.setdefault(name, []).append(source)
+    counts = {len(sources) for sources in systems.values()} - {1}
+    if len(counts) > 1:
+        raise UserError(f"--checkpoints: systems have {sorted(counts)} seeds; give each of them one, or equally many")
     return systems
 
 
@@ -78,35 +70,38 @@ def locate(source):
     if not (folder / "adapter_config.json").is_file():
         return base.resolve(source), None
     try:
-        name = str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        found = json.loads((folder / "adapter_config.json").read_text())
+        name = str(found["base_model_name_or_path"])
+        if found.get("task_type") == "SEQ_CLS":
+            raise UserError(f"--checkpoints: {folder} is a reward model, not a policy")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'adapter_config.json'}: names no base_model_name_or_path ({error!r})") from error
     return base.resolve(name), folder
 
 
-def evaluate(net, tokenizer, records, cfg, scorers=None, others=None, seed=None):
+def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     """Score `net` (of common.model.load; its active adapter) on records -> {"metrics": {name: cell}, "lines", "speed"}.
 
     scorers: {metric: function (records, answers as ids) -> (n,)}; others: {"kl_base": (net, adapter or None), ...}.
     Without them: no reward, no KL. A cell is {"value", "low", "high", "n"}, a line that of common.measure.
     """
     require(cfg)
-    evaluation, seed = cfg.evaluation, cfg.seed if seed is None else seed
+    evaluation = cfg.evaluation
     longest = cfg.training.max_seq_length - evaluation.max_new_tokens
     items, _ = measure.items(records, tokenizer, longest, evaluation.max_items, cfg.seed)
     net.eval()
-    answers, speed = measure.generate(net, items, sampling(cfg, seed))
+    answers, speed = measure.generate(net, items, sampling(cfg))
     answers = [group[0] for group in answers]
     lines = measure.text_lines(cfg.task, items, answers, tokenizer, scorers or {})
-    stats = measure.model_stats(net, others or {}, items, answers, tokenizer, cfg.training.max_seq_length)
-    lines = measure.merge(lines, stats)
+    more = measure.model_stats(net, others or {}, items, answers, tokenizer, cfg.training.max_seq_length)
+    lines = measure.merge(lines, more)
     found = {name: comparison.cell([lines], name, evaluation.draws) for name in lines[0]["stats"]}
     return {"metrics": {name: cell for name, cell in found.items() if cell}, "lines": lines, "speed": speed}
 
 
-def sampling(cfg, seed):
+def sampling(cfg):
     evaluation = cfg.evaluation
-    return {"seed": seed, "max_new_tokens": evaluation.max_new_tokens, "temperature": evaluation.temperature,
+    return {"seed": cfg.seed, "max_new_tokens": evaluation.max_new_tokens, "temperature": evaluation.temperature,
             "top_p": evaluation.top_p}  # fmt: skip
 
 
@@ -114,8 +109,11 @@ def cached(path, key, make):
     """What make() returns (JSON), from `path` where it was left under the same key; written whole or not at all."""
     found = None
     if dist.is_main() and path.is_file():
-        lines = log.read_records(path)
-        found = lines if lines and lines[0].get("key") == key else None
+        try:
+            lines = log.read_records(path)
+            found = lines if lines and lines[0].get("key") == key else None
+        except (ValueError, AttributeError):
+            say(f"{path} is damaged: asking anew")
     if dist.any_rank(found is not None):
         head, *lines = dist.gather_rows(found or [])
         say(f"{path.stem}: answered before")
@@ -131,21 +129,30 @@ def cached(path, key, make):
 
 
 def best_of(home, tokenizer, items, cfg, scorers):
-    """Lines of the base's best answer by the optimised reward among the first n samples, for n = 2, 4, ... BEST_OF."""
-    answers, _ = measure.generate(home, items, sampling(cfg, cfg.seed), BEST_OF)
+    """Lines of the base's best answer by the optimised reward among the first n samples, n = 2 and BEST_OF.
+
+    Always at temperature 1 and over the whole distribution: of equal answers none is the best, and the KL is only then
+    log n - (n - 1) / n (Stiennon et al. 2020). Where the reward reads the reference it is an oracle, and is called so.
+    """
+    whole = sampling(cfg) | {"temperature": 1.0, "top_p": 1.0}
+    oracle = " (oracle)" if task_reads_references(cfg) else ""
+    answers, _ = measure.generate(home, items, whole, BEST_OF)
     records = [item["record"] for item in items for _ in range(BEST_OF)]
     mine, rewards_found = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records)).double()
     flat = [ids for group in answers for ids in group]
     rewards_found[mine] = scorers["reward"]([records[i] for i in mine], [flat[i] for i in mine]).double().cpu()
     table, found = dist.sum_tensor(rewards_found).view(-1, BEST_OF), {}
-    n = 2
-    while n <= BEST_OF:
+    for n in (2, BEST_OF):
         picked = table[:, :n].argmax(1).tolist()
         lines = measure.text_lines(cfg.task, items, [g[i] for g, i in zip(answers, picked)], tokenizer, scorers)
-        found[f"base, best of {n}"] = measure.merge(lines, {"kl_base_sequence": measure.mean(
+        found[f"base, best of {n}{oracle}"] = measure.merge(lines, {"kl_base_sequence": measure.mean(
             [np.log(n) - (n - 1) / n] * len(items))})  # fmt: skip
-        n *= 2
     return found
+
+
+def task_reads_references(cfg):
+    """Does the optimised reward see the answer that it should lead to?"""
+    return cfg.reward.function is not None or (cfg.task != "safety" and cfg.reward.type != "trainable")
 
 
 @command
@@ -160,17 +167,20 @@ def main(argv=None):
     if not job.checkpoints:
         raise UserError("--checkpoints: name what to compare, as base=CHECKPOINT sft=CHECKPOINT ...")
     require(cfg)
-    systems, task = parse_systems(job.checkpoints), cfg.task
+    systems, task, sheet = parse_systems(job.checkpoints), cfg.task, out / "human_eval.csv"
+    if job.human_eval and not 2 <= len(systems) <= 4:
+        raise UserError(f"--human_eval: raters compare 2 to 4 systems, these are {len(systems)}")
     device = model.pick_device(cfg.device)
     dtype = model.pick_dtype(cfg.model.dtype, device)
     resume.prepare(device)
     places = {(name, k): locate(source) for name, sources in systems.items() for k, source in enumerate(sources)}
     home_folder = places["base", 0][0] if "base" in systems else base.resolve(cfg.model.base_checkpoint)
     home_print = base.fingerprint(home_folder)
+    words = checkpoint.sha256(home_folder / "tokenizer.json")
+    for (name, _), (folder, _) in places.items():
+        if checkpoint.sha256(folder / "tokenizer.json") != words:
+            raise UserError(f"--checkpoints: {name} has another tokenizer than the base: not the same items")
     dist.init(device, cfg.training.timeout)
-    if dist.is_main():
-        log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
-    dist.barrier()
 
     # --- the base in memory, its judges, the items
     home, tokenizer = model.load(home_folder, device, dtype)
@@ -201,29 +211,39 @@ def main(argv=None):
         scorers["reward"] = lambda *both: scored(*both)[0]
         prints["reward"] = [scored.about, json.loads(json.dumps(cfg.reward, default=vars))]
     lora.use(home, None)
-    shared = [home_print, prints, task, vars(cfg.evaluation) | {"draws": None}, cfg.seed, cfg.training.max_seq_length,
-              str(dtype), resume.fingerprint([item["record"] for item in items]),
-              [checkpoint.sha256(Path(module.__file__)) for module in SOURCES]]  # fmt: skip
+    if dist.is_main():
+        log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
+    dist.barrier()
+    decoding = vars(cfg.evaluation) | {"draws": None}
+    shared = [home_print, words, prints, task, decoding, cfg.seed, cfg.training.max_seq_length, str(dtype),
+              resume.fingerprint([item["record"] for item in items]),
+              [checkpoint.sha256(file) for file in (__file__, *(module.__file__ for module in SOURCES))]]  # fmt: skip
 
     # --- every system, one at a time
     found, speed, runs = {}, {}, {}
     for (name, k), (folder, adapter) in places.items():
         runs[name, k] = comparison.history(systems[name][k])
-        start = config.load_config(runs[name, k][-1] / "config.yml").model.adapter if runs[name, k] else None
-        own = folder.resolve() != home_folder.resolve()
-        key = resume.fingerprint([*shared, base.fingerprint(folder) if own else None, k,
-                                  model.adapter_fingerprint(adapter), model.adapter_fingerprint(start)])  # fmt: skip
+        last = config.load_config(runs[name, k][-1] / "config.yml") if runs[name, k] else None
+        own, learned = folder.resolve() != home_folder.resolve(), last is not None and last.training.mode == "rl"
+        start = last.model if learned else None
+        origin = base.resolve(start.base_checkpoint) if learned and own and not start.adapter else home_folder
+        key = resume.fingerprint([*shared, base.fingerprint(folder) if own else None, learned,
+                                  base.fingerprint(origin) if origin != home_folder else None,
+                                  model.adapter_fingerprint(adapter),
+                                  model.adapter_fingerprint(start.adapter if learned else None)])  # fmt: skip
 
-        def answer(name=name, k=k, folder=folder, adapter=adapter, start=start, own=own):
+        def answer(name=name, k=k, folder=folder, adapter=adapter, start=start, own=own, origin=origin):
             net = model.load(folder, device, dtype)[0] if own else home
             others = {"kl_base": (home, None)}
-            if start and not own:
-                model.load_adapter(home, f"reference-{name}-{k}", start, trainable=False)
-                others["kl_reference"] = (home, f"reference-{name}-{k}")
+            if start:  # what RL started from and was held to
+                frozen = home if origin == home_folder else model.load(origin, device, dtype)[0]
+                if start.adapter:
+                    model.load_adapter(frozen, f"reference-{name}-{k}", start.adapter, trainable=False)
+                others["kl_reference"] = (frozen, f"reference-{name}-{k}" if start.adapter else None)
             if adapter:
                 model.load_adapter(net, f"{name}-{k}", adapter, trainable=False)
             with lora.using(net, f"{name}-{k}" if adapter else None):
-                result = evaluate(net, tokenizer, records, cfg, scorers, others, cfg.seed + k)
+                result = evaluate(net, tokenizer, records, cfg, scorers, others)
             return result["lines"], result["speed"]
 
         lines, speed[name] = cached(out / "items" / f"{name}-{k}.jsonl", key, answer)
@@ -234,7 +254,7 @@ def main(argv=None):
     for name, texts in metrics.floors(task, [item["record"] for item in items]).items():
         answers = [[*chat.encode_text(tokenizer, text), chat.END_OF_TURN] for text in texts]
         floors[name] = measure.merge(measure.text_lines(task, items, answers, tokenizer, scorers), {})
-    if "base" in systems and "reward" in scorers:
+    if places.get(("base", 0), (None, True))[1] is None and "reward" in scorers:
         key = resume.fingerprint([*shared, "best", BEST_OF])
         make = functools.partial(best_of, home, tokenizer, items, cfg, scorers)
         lines, _ = cached(out / "items" / "base-best.jsonl", key, lambda: (list(make().items()), None))
@@ -243,9 +263,10 @@ def main(argv=None):
     # --- tables
     draws, both = cfg.evaluation.draws, found | {name: [lines] for name, lines in floors.items()}
     table = comparison.cells(both, draws)
-    headline = next(name for name in HEADLINES[task] if name in table)
+    headline = next((name for name in HEADLINES[task] if name in table), next(iter(table)))
     order = [headline, *(name for name in table if name != headline)]
-    kl = {name: table.get("kl_base_sequence", {}).get(name) for name in both}
+    costs = {name: comparison.cost(runs[name, 0]) for name in systems}
+    notes += remarks(cfg, systems, costs, floors, second)
     results = {
         "task": task, "items": len(items), "draws": draws, "systems": list(systems), "headline": headline,
         "seeds": {name: len(sources) for name, sources in systems.items()},
@@ -255,16 +276,16 @@ def main(argv=None):
         "pairs": comparison.pairs(found, order, draws),
         "wins": comparison.wins(found, headline) if metrics.METRICS[headline].kind != "corpus" else [],
         "frontier": [
-            {"system": name, "seed": k, "kl": value["value"]}
-            | {m: comparison.cell([lines], m, 100)["value"] for m in ("reward", "judge") if m in table}
+            {"system": name, "seed": k, "kl": comparison.value(lines, "kl_base_sequence")}
+            | {m: comparison.value(lines, m) for m in ("reward", "judge") if m in table}
             for name, seeds in both.items() for k, lines in enumerate(seeds)
-            if kl[name] and (value := comparison.cell([lines], "kl_base_sequence", 100))
+            if comparison.value(lines, "kl_base_sequence") is not None
         ],
         "by_seed": {
-            m: {name: [comparison.cell([lines], m, 100)["value"] for lines in found[name]]
+            m: {name: [comparison.value(lines, m) for lines in found[name]]
                 for name in systems if name in table[m]} for m in order
         },
-        "cost": {name: comparison.cost(runs[name, 0]) for name in systems},
+        "cost": costs,
         "extra_cost": {
             title: comparison.cost([Path(folder).resolve().parent])
             for title, folder in (("reward model", cfg.reward.checkpoint), ("second reward model", second))
@@ -282,16 +303,36 @@ def main(argv=None):
     if dist.is_main():
         log.write_json(out / "results.json", results)
         report.write(out, results, {name: comparison.curve(runs[name, 0]) for name in systems if runs[name, 0]})
-        if job.human_eval:
+        if job.human_eval and sheet.exists() and manifest.key_path(sheet).exists():
+            say(f"{sheet} is there already and may have been rated: kept")
+        elif job.human_eval:
             texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in found.items()}
             asked = [{"task": task, "prompt": line["prompt"], "reference": item["record"]["reference"] or ""}
                      for item, line in zip(items, next(iter(found.values()))[0])]  # fmt: skip
-            manifest.write(asked, texts, out / "human_eval.csv", seed=cfg.seed)
+            manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
         for name, row in results["cells"][headline].items():
             say(f"{headline} of {name}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
         say(f"wrote {out}/report.md, report.html, results.json and items/")
     dist.barrier()
     return {"headline": headline, "cells": results["cells"], "pairs": results["pairs"], "folder": str(out)}
+
+
+def remarks(cfg, systems, costs, floors, second):
+    """What a reader of the tables should know, in sentences."""
+    spent, said = {name: cost["tokens"] for name, cost in costs.items() if cost}, []
+    if spent and max(spent.values()) > 1.05 * min(spent.values()):
+        said.append("The systems did not cost the same: "
+                    + ", ".join(f"{name} {tokens:,} tokens" for name, tokens in spent.items()) + ".")  # fmt: skip
+    if any(len(sources) > 1 for sources in systems.values()):
+        said.append("Cost and learning curves are those of each system's first seed.")
+    if cfg.evaluation.temperature != 1 or cfg.evaluation.top_p < 1:
+        said.append("Answers were not drawn from the policy itself, so the KL along them is no expectation under it.")
+    if second:
+        said.append("No policy was optimised against the judge's scores, but SFT may have learned the answers that the "
+                    "judge learned to prefer.")  # fmt: skip
+    if any(name.endswith("(oracle)") for name in floors):
+        said.append("The best of several answers was picked by a reward that reads the reference: an upper bound.")
+    return said
 
 
 def judge_worth(score, items, tokenizer):
@@ -329,11 +370,11 @@ def examples(found, headline, seed):
                 "answers": {name: line["answer"] for name, line in lines.items()},
                 "scores": {name: line["scores"].get(headline) for name, line in lines.items()}}  # fmt: skip
 
-    by = "reward" if all("reward" in line["scores"] for line in found[names[0]][0]) else headline
     top = []
-    for name in names[1:]:
-        order = sorted(range(count), key=lambda i: -(found[name][0][i]["scores"].get(by) or -np.inf))
-        top += [row(i) | {"system": name, by: found[name][0][i]["scores"].get(by)} for i in order[:2]]
+    for name in names[1:] if all("reward" in line["scores"] for line in found[names[0]][0]) else []:
+        scores = [line["scores"].get("reward", -np.inf) for line in found[name][0]]
+        order = sorted(range(count), key=lambda i: -scores[i])
+        top += [row(i) | {"system": name, "reward": scores[i]} for i in order[:2]]
     return {"samples": [row(i) for i in sorted(experience.shuffled(count, f"shown/{seed}")[:SHOWN])], "top": top}
 
 

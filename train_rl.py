@@ -262,8 +262,9 @@ def main(argv=None):
     if online:  # rows are sampled once, then trained rl.num_ppo_epochs times
         answers = rl.rollout_size * rl.max_new_tokens
         pace = rl.group_size * (answers + rl.num_ppo_epochs * (source.pace + answers))
-    if critic and rl.critic_warmup >= steps:
-        raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {steps} steps to the policy")
+    about = expected_steps(0, steps, 0, budget, pace)
+    if critic and rl.critic_warmup >= about:
+        raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {about} steps to the policy")
     peaks = {"policy": training.learning_rate if rl.learning_rate is None else rl.learning_rate,
              "critic": rl.critic_learning_rate}  # fmt: skip
     if job.explain:

@@ -28,7 +28,7 @@ import evaluate
 import train_reward
 import train_rl
 import train_sft
-from common import base, checkpoint, config, data, dist, log, model, rewards
+from common import base, checkpoint, config, data, dist, log, measure, model, rewards
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
@@ -92,7 +92,9 @@ def settings(cfg, flags, fingerprint):
     kept |= {key: str(value) for key, value in flags.items()}
     folder = kept.get("dataset_path") or (None if cfg.debug else Path(__file__).parent / "data" / cfg.task)
     files = [Path(folder) / f"{split}.jsonl" for split in ("train", "val")] if folder else []
-    return kept | {"base": fingerprint, "data": [checkpoint.sha256(path) for path in files if path.is_file()]}
+    judge, hashes = kept["reward.checkpoint"], [checkpoint.sha256(path) for path in files if path.is_file()]
+    trained = judge and (Path(judge) / "adapter_config.json").is_file()
+    return kept | {"base": fingerprint, "data": hashes, "score": model.adapter_fingerprint(judge) if trained else None}
 
 
 @command
@@ -122,8 +124,14 @@ def main(argv=None):
     if len(plan) == 1 and not arms:  # a single stage is its script's own run
         return MAINS[plan[0][1]](argv)
 
+    base_folder = base.resolve(cfg.model.base_checkpoint)
+    if arms:  # what the comparison will need, before anything is trained
+        records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
+        longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
+        measure.items(records, base.load_tokenizer(base_folder), longest, cfg.evaluation.max_items, cfg.seed)
+
     # --- distributed, run folder, the config that all stages read
-    fingerprint = base.fingerprint(base.resolve(cfg.model.base_checkpoint))
+    fingerprint = base.fingerprint(base_folder)
     dist.init(model.pick_device(cfg.device), cfg.training.timeout)
     log.on_exit(dist.end)  # one group for all stages
     if dist.is_main():
@@ -139,7 +147,10 @@ def main(argv=None):
         alone = {} if mode == "sft" else {"training.packing": "false", "training.last_turn_only": "false"}
         flags = {"training.mode": mode} | alone | own | {"logging.output_dir": out, "logging.run_name": name}
         about, final = settings(cfg, flags, fingerprint), out / name / "final"
-        done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+        try:
+            done = json.loads(done_file.read_text())
+        except (OSError, ValueError):  # none yet, or damaged: each script then sees for itself that it is done
+            done = {}
         if dist.any_rank(dist.is_main() and done.get(name) == about and final.is_dir() and checkpoint.verify(final)):
             say(f"stage {number} of {len(plan)}, {name}: finished before")
             continue

@@ -17,9 +17,12 @@ def cell(runs, name, draws):
     if found is None or not np.isfinite(metrics.value(name, found.sum((0, 1)))):
         return None
     value, low, high = stats.interval(found, lambda sums: metrics.value(name, sums), draws)
-    counting = int((found[0, :, -1] > 0).sum())
-    if metrics.METRICS[name].kind == "rate" and len(runs) == 1:
-        low, high = stats.wilson(found[0, :, 0].sum(), counting)
+    kind, counting = metrics.METRICS[name].kind, int((found[0, :, -1] > 0).sum())
+    if kind == "corpus":
+        counting = found.shape[1]
+    if kind == "rate":  # of several seeds the wider of both, as the bootstrap has no width at 0 and 1
+        least, most = stats.wilson(value * counting, counting)
+        low, high = (least, most) if len(runs) == 1 else (min(low, least), max(high, most))
     return {"value": value, "low": low, "high": high, "n": counting}
 
 
@@ -60,18 +63,28 @@ def pairs(systems, names, draws):
 
 
 def wins(systems, name):
-    """Win rates by metric `name` of every later system against each earlier, over items and seeds; ties half."""
+    """Win rates by metric `name` of every later system against each earlier; ties half.
+
+    An item is won by the higher score; of several seeds, by the higher mean of them, so that n stays the items'.
+    """
     order, rows = list(systems), []
     better = metrics.METRICS[name].better
     for a, b in ((a, b) for i, b in enumerate(order) for a in order[i + 1 :]):
-        count = max(len(systems[a]), len(systems[b]))
-        both = [[line for k in range(count) for line in systems[s][k % len(systems[s])]] for s in (a, b)]
-        kept = [(x, y) for x, y in zip(*both) if name in x["scores"] and name in y["scores"]]
+        both = [list(zip(*systems[system])) for system in (a, b)]  # an item's lines under all seeds
+        kept = [item for item in zip(*both) if all(name in line["scores"] for side in item for line in side)]
         if kept:
-            columns = [[better * line["scores"][name] for line in side] for side in zip(*kept)]
-            lengths = [[line["tokens"] for line in side] for side in zip(*kept)]
+            columns = [[better * np.mean([line["scores"][name] for line in each]) for each in side]
+                       for side in zip(*kept)]  # fmt: skip
+            lengths = [[np.mean([line["tokens"] for line in each]) for each in side] for side in zip(*kept)]
             rows.append({"a": a, "b": b, "by": name} | stats.win_rate(*columns, *lengths))
     return rows
+
+
+def value(lines, name):
+    """Metric `name` over the lines of one run, or None without a value."""
+    found = stack([lines], name)
+    found = np.nan if found is None else float(metrics.value(name, found.sum((0, 1))))
+    return found if np.isfinite(found) else None
 
 
 def history(source):

@@ -72,11 +72,18 @@ def text_lines(task, items, answers, tokenizer, scorers):
     stats["length"] = mean([len(ids) for ids in answers])
     stats["stops"] = mean([bool(ids) and ids[-1] in chat.STOP_TOKENS for ids in answers])
     return [
-        {"id": record["id"], "prompt": record["prompt"][-1]["content"], "answer": text, "tokens": len(ids),
+        {"id": record["id"], "prompt": dialogue(record["prompt"]), "answer": text, "tokens": len(ids),
          "stopped": bool(ids) and ids[-1] in chat.STOP_TOKENS,
          "stats": {name: [float(x) for x in stats[name][i]] for name in metrics.METRICS if name in stats}}
         for i, (record, text, ids) in enumerate(zip(records, texts, answers))
     ]  # fmt: skip
+
+
+def dialogue(turns):
+    """The prompt as a person reads it: the text of a single turn, else every turn behind who said it."""
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
 
 
 def mean(values):
@@ -114,7 +121,9 @@ def _preferences(net, records, tokenizer, limit):
         found = [record | {"response": record["reference"] or record["response"]} for record in records]
         rows, _ = data.encode_records(found, tokenizer, limit, last_turn_only=True)
         names = [row["id"] for row in rows]
-    each = len(rows) // max(1, len(names))  # rows an item
+    if not rows:
+        return {}
+    each = len(rows) // len(names)  # rows an item
     cuts = data.micro_batches(range(dist.rank(), len(names), dist.world_size()),
                               [sum(len(row["ids"]) for row in rows[i * each : (i + 1) * each])
                                for i in range(len(names))], TOGETHER)  # fmt: skip

@@ -5,6 +5,7 @@ cannot tell the systems apart and how large a difference would have had to be.
 """
 
 from pathlib import Path
+from statistics import NormalDist
 
 from common import markup, pictures
 from common.markup import ARROWS, finite, shown
@@ -126,8 +127,10 @@ def _summary(results):
             continue
         line = f"Not significant: {pair['a']} against {pair['b']}: {_difference(pair, digits)}"
         if None not in (finite(pair.get("low")), finite(pair.get("high"))):
-            half = shown((pair["high"] - pair["low"]) / 2, digits)
-            line += f": these data cannot tell them apart; a difference of about {half} could have been seen"
+            z = NormalDist().inv_cdf
+            needed = (pair["high"] - pair["low"]) / 2 / 1.96 * (z(1 - 0.025 / len(pairs)) + z(0.8))
+            line += (": these data cannot tell them apart; a true difference of about "
+                     f"{shown(needed, digits)} would be seen four times in five")  # fmt: skip
         said.append(line + ".")
     if seeds and max(seeds.values()) == 1:
         said.append("Each arm was trained with one seed, so the intervals cover the choice of items only.")

@@ -70,7 +70,37 @@ def test_one_seed_meets_every_seed_and_two_never_meet_three():
     rows = comparison.pairs(systems, ["judge", "stops"], 200)
     assert [(row["a"], row["b"]) for row in rows["judge"]] == [("sft", "base"), ("rl", "base")]
     assert {row["test"] for row in rows["stops"]} == {"randomisation"}  # McNemar has no seeds
-    assert [row["wins"] + row["ties"] + row["losses"] for row in comparison.wins(systems, "judge")] == [60, 90, 90]
+    assert [row["wins"] + row["ties"] + row["losses"] for row in comparison.wins(systems, "judge")] == [30, 30, 30]
+
+
+def test_seeds_that_only_repeat_the_items_teach_nothing_more():
+    """Three copies of the same answers: the intervals of rates and win rates stay those of one."""
+    one, two = ({"base": [system(0, 0.0)] * n, "sft": [system(1, 0.3)] * n} for n in (1, 3))
+    assert comparison.wins(one, "judge") == comparison.wins(two, "judge")
+    few, many = (comparison.cell(systems["sft"], "stops", 400) for systems in (one, two))
+    assert few["value"] == many["value"] and many["low"] <= few["low"] and many["high"] >= few["high"]
+    always = [[line(i, stops=1) for i in range(20)]] * 3
+    assert comparison.cell(always, "stops", 100)["low"] == pytest.approx(stats.wilson(20, 20)[0])
+
+
+def test_luck_with_seeds_is_seldom_taken_for_a_difference():
+    """Two equal paradigms whose seeds differ more than their items: p < 0.05 far less often than by items alone."""
+    rng, found = np.random.default_rng(0), {1: 0, 3: 0}
+    for _ in range(60):
+        draw = {name: [[line(i, judge=x) for i, x in enumerate(shift + rng.normal(size=40))]
+                       for shift in rng.normal(0, 0.5, 3)] for name in ("a", "b")}  # fmt: skip
+        pooled = {name: comparison.stack(runs, "judge").mean(0, keepdims=True) for name, runs in draw.items()}
+        value = functools.partial(metrics.value, "judge")
+        found[1] += stats.compare(pooled["b"], pooled["a"], value, 200)[3] < 0.05
+        found[3] += comparison.pairs(draw, ["judge"], 200)["judge"][0]["p"] < 0.05
+    assert found[3] < 0.5 * found[1] and found[1] > 20, found
+
+
+def test_bleu_counts_every_item():
+    cells = comparison.cells(
+        {"a": [[line(i) | {"stats": {"bleu": [2.0, 2, 2, 1, 0, 0, 2, 1, 0, 0]}} for i in range(4)]]}, 50
+    )
+    assert cells["bleu"]["a"]["n"] == 4
 
 
 def test_wins_turn_round_where_less_is_better():

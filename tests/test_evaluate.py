@@ -100,18 +100,21 @@ def test_its_files_hold_what_it_says(done):
 def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):
     folder, argv, result = done
     shutil.copytree(folder, tmp_path / "run")
-    for name in ("human_eval.csv", "human_eval.key.csv"):
-        (tmp_path / "run" / name).unlink()
+    damaged = tmp_path / "run" / "items" / "rl-0.jsonl"
+    damaged.write_text(damaged.read_text()[:-20])
     argv = [tmp_path if word == folder.parent else word for word in argv]
 
     def body(main, argv):
-        evaluate.evaluate = None  # would fail if it were called
+        asked, once = [], evaluate.evaluate
+        evaluate.evaluate = lambda *rest: asked.append(1) or once(*rest)
         runs.call(main, argv)
+        assert len(asked) == 1  # the damaged one
 
     status, out, err = run(tmp_path, argv, body)
     assert status == 0, err
     again = json.loads(out.partition("RESULT ")[2])
-    assert out.count("answered before") == 4 and again["cells"] == result["cells"] and again["pairs"] == result["pairs"]
+    assert out.count("answered before") == 3 and "rl-0.jsonl is damaged" in out and "kept" in out
+    assert again["cells"] == result["cells"] and again["pairs"] == result["pairs"]
     # another decoding is another question
     changed = [6 if before == "--evaluation.max_new_tokens" else word for before, word in zip(["", *argv], argv)]
     changed = [word for word in changed if not str(word).startswith(("sft=", "rl=", "--human"))]
@@ -150,6 +153,30 @@ def test_human_evaluation_from_sheets_to_results(tmp_path, done):
     refused(tmp_path, [*argv[:-1], tmp_path / "none.csv"], "none.csv")
 
 
+def test_two_ranks_say_what_one_says(tmp_path, settings, adapters, tiny_folder):
+    flags = ["--evaluation.max_items", 5, "--checkpoints", f"base={tiny_folder}", f"sft={adapters[0]}"]
+    train(tmp_path, [*settings(tmp_path, *flags), "--logging.run_name", "one"])
+    done = runs.ranks(MAIN, tmp_path, [*settings(tmp_path, *flags), "--logging.run_name", "two"])
+    assert [status for status, *_ in done] == [0, 0] and [out.count("wrote") for _, out, _ in done] == [1, 0], done
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for key in ("cells", "pairs", "wins", "samples"):
+        assert json.dumps(one[key]) == json.dumps(two[key]), key
+
+
+def test_other_tasks_and_records_without_any_answer(tmp_path, settings, tiny_folder):
+    for task, name in (("conala", "bleu"), ("clinical", "rougeL")):
+        data = write_data(tmp_path / task, task, test=3)
+        flags = ["--task", task, "--dataset_path", data, "--evaluation.temperature", 0, "--logging.run_name", task]
+        train(tmp_path, settings(tmp_path, "--checkpoints", f"base={tiny_folder}", *flags))
+        results = json.loads((tmp_path / task / "results.json").read_text())
+        assert results["headline"] == name and "base, best of 4 (oracle)" in results["cells"][name]
+        assert "reads the reference" in " ".join(results["notes"])
+    empty = write_data(tmp_path / "empty", "safety", {"response": "", "rejected": ""}, test=2)
+    flags = ["--dataset_path", empty, "--logging.run_name", "empty"]
+    train(tmp_path, settings(tmp_path, "--checkpoints", f"base={tiny_folder}", *flags))
+    assert "loss_per_byte" not in json.loads((tmp_path / "empty" / "results.json").read_text())["cells"]
+
+
 def test_the_python_call(few, tiny_model, adapters):
     net, tokenizer = tiny_model
     sizes = {"max_items": 5, "max_new_tokens": 8, "draws": 100, "temperature": 1.0}
@@ -165,8 +192,12 @@ def test_bad_input_is_one_line(tmp_path, settings, adapters, tiny_folder, monkey
     base = f"base={tiny_folder}"
     refused(tmp_path, settings(tmp_path), "--checkpoints")
     refused(tmp_path, settings(tmp_path, "--checkpoints", "outputs/x"), "NAME=CHECKPOINT")
+    two, three = ([f"{name}={tiny_folder}"] * n for name, n in (("a", 2), ("b", 3)))
+    refused(tmp_path, settings(tmp_path, "--checkpoints", *two, *three), "seeds")
+    refused(tmp_path, settings(tmp_path, "--human_eval", "--checkpoints", base), "--human_eval")
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, f"sft={tmp_path}/nowhere"), "nowhere")
     judge = random_reward_model(tmp_path / "judge", tiny_folder)
+    refused(tmp_path, settings(tmp_path, "--checkpoints", base, f"sft={judge}"), "is a reward model")
     both = ["--evaluation.reward_checkpoint", judge, "--reward.type", "hybrid", "--reward.checkpoint", judge]
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, *both), "evaluation.reward_checkpoint")
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, "--evaluation.reward_checkpoint", adapters[0]),

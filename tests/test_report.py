@@ -145,7 +145,9 @@ def test_the_summary_says_what_differs_and_what_cannot_be_told_apart(whole):
     summary = whole[1].split("\n\n")[1]
     assert "sft and staged beat base significantly" in summary
     assert "staged is better than base: +0.50 [+0.30, +0.70], p <0.001." in summary.replace("&lt;", "<")  # turned
-    unsure = "p 0.47: these data cannot tell them apart; a difference of about 0.32 could have been seen."
+    unsure = (
+        "p 0.47: these data cannot tell them apart; a true difference of about 0.57 would be seen four times in five."
+    )
     assert f"Not significant: sft against rl: +0.12 [-0.20, +0.44], {unsure}" in summary
     assert f"Not significant: staged against sft: -0.12 [-0.44, +0.20], {unsure}" in summary
     assert summary.count("cannot tell them apart") == 4

@@ -169,7 +169,11 @@ def test_compare_equals_all_swaps_enumerated():
         exact = np.mean(np.array(gaps) >= gaps[0] - 1e-12)
         difference, low, high, p = stats.compare(a, b, ratio, 20000)
         assert abs(difference) == pytest.approx(gaps[0]) and low <= difference <= high
-        assert p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20000) + 1e-4)
+        room = 4 * math.sqrt(exact * (1 - exact) / 20000) + 1e-4
+        if seeds == 1:
+            assert p == pytest.approx(exact, abs=room)
+        else:  # and never surer than the interval over seeds and items is
+            assert p >= exact - room and (p < 0.05 or low <= 0 <= high)
 
 
 def test_compare_on_means_agrees_with_paired_bootstrap_and_is_antisymmetric():

@@ -154,7 +154,9 @@ def test_the_comparison_names_all_arms(compared):
     results = json.loads((out / "comparison" / "results.json").read_text())
     assert result["headline"] == "judge" == results["headline"]
     assert results["systems"] == ["base", "sft", "rl", "staged"] and len(results["pairs"]["judge"]) == 6
-    assert "kl_reference" in results["cells"] and list(results["cells"]["kl_reference"]) == ["staged"]
+    kl = results["cells"]["kl_reference"]  # RL from the base was held to the base, staged to the end of its SFT
+    assert list(kl) == ["rl", "staged"] and kl["rl"]["value"] == results["cells"]["kl_base"]["rl"]["value"] > 0
+    assert 0 < kl["staged"]["value"] != results["cells"]["kl_base"]["staged"]["value"]
     text = (out / "comparison" / "report.md").read_text()
     assert all(word in text for word in ("staged", "best of 4", "always refuse")) and "report.html" not in text
     assert lines(out / "staged-rl")[0]["eval/kl"] == 0
@@ -212,4 +214,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, settings):
     refused(tmp_path, settings(tmp_path, "--model.base_checkpoint", tmp_path / "nowhere"), "nowhere")
     refused(tmp_path, settings(tmp_path, "--training.no_such_key", 1), "no_such_key")
     refused(tmp_path, settings(tmp_path, "--rl.group_size", 1, *budget), "rl.group_size")
+    refused(tmp_path, settings(tmp_path, "--paradigms", "sft", "--dataset_path", tmp_path, *budget), "test.jsonl")
+    warm = ["--rl.critic_warmup", 2, "--reward.type", "heuristic", "--training.budget_tokens", 500]
+    status, _, err = run(tmp_path, settings(tmp_path, *warm, "--training.mode", "rl", algorithm="ppo"))
+    assert status == 2 and "rl.critic_warmup: 2 leaves none" in err, err
     assert not (tmp_path / "run" / "sft").exists()
