@@ -136,7 +136,8 @@ def best_of(home, tokenizer, items, cfg, scorers):
     """
     whole = sampling(cfg) | {"temperature": 1.0, "top_p": 1.0}
     oracle = " (oracle)" if task_reads_references(cfg) else ""
-    answers, _ = measure.generate(home, items, whole, BEST_OF)
+    with lora.using(home, None):  # the adapter that was loaded last is active
+        answers, _ = measure.generate(home, items, whole, BEST_OF)
     records = [item["record"] for item in items for _ in range(BEST_OF)]
     mine, rewards_found = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records)).double()
     flat = [ids for group in answers for ids in group]

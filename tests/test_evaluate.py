@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import evaluate
-from common import config, data, lora, manifest, metrics, model, stats
+from common import chat, config, data, lora, manifest, measure, metrics, model, stats
 from tests import runs
 from tests.runs import random_reward_model, write_data
 
@@ -95,6 +95,17 @@ def test_its_files_hold_what_it_says(done):
             np.array([line["scores"]["judge"] for line in lines(folder, f"{pair[side]}-0")]) for side in "ab"
         )
         assert pair["difference"] == pytest.approx((ours - theirs).mean())
+
+
+def test_the_best_of_several_answers_are_the_bare_bases(done, few, tiny_model):
+    net, tokenizer = tiny_model
+    items, _ = measure.items(data.load_split(few, "test"), tokenizer, 118, 12, 0)
+    sampling = {"seed": 0, "max_new_tokens": 10, "temperature": 1.0, "top_p": 1.0}
+    samples = measure.generate(net, items, sampling, 4)[0]
+    for name, rows in lines(done[0], "base-best"):
+        for line, group in zip(rows, samples):
+            texts = [chat.decode(tokenizer, ids) for ids in group]
+            assert line["answer"] in texts[: int(name.split()[-1])]
 
 
 def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):
