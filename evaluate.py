@@ -45,11 +45,6 @@ SOURCES = (chat, data, decoder, experience, gemma, lora, losses, measure, metric
 SOURCES += (rewards, rollouts)  # what decides an answer and its scores
 
 
-def require(cfg):
-    """UserError, before anything is computed, where a library that the task's metrics need is missing."""
-    metrics.require(cfg.task)
-
-
 def parse_systems(words):
     """["base=ID", "sft=DIR", ...] -> {name: [checkpoint of each seed]}"""
     systems = {}
@@ -85,18 +80,22 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     scorers: {metric: function (records, answers as ids) -> (n,)}; others: {"kl_base": (net, adapter or None), ...}.
     Without them: no reward, no KL. A cell is {"value", "low", "high", "n"}, a line that of common.measure.
     """
-    require(cfg)
-    evaluation = cfg.evaluation
-    longest = cfg.training.max_seq_length - evaluation.max_new_tokens
-    items, _ = measure.items(records, tokenizer, longest, evaluation.max_items, cfg.seed)
+    metrics.require(cfg.task)
+    longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
+    items, _ = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
+    lines, speed = ask(net, tokenizer, items, cfg, scorers or {}, others or {})
+    found = {name: comparison.cell([lines], name, cfg.evaluation.draws) for name in lines[0]["stats"]}
+    return {"metrics": {name: cell for name, cell in found.items() if cell}, "lines": lines, "speed": speed}
+
+
+def ask(net, tokenizer, items, cfg, scorers, others):
+    """One answer of `net` to each item -> (lines with all statistics, sampled tokens per second)."""
     net.eval()
     answers, speed = measure.generate(net, items, sampling(cfg))
     answers = [group[0] for group in answers]
-    lines = measure.text_lines(cfg.task, items, answers, tokenizer, scorers or {})
-    more = measure.model_stats(net, others or {}, items, answers, tokenizer, cfg.training.max_seq_length)
-    lines = measure.merge(lines, more)
-    found = {name: comparison.cell([lines], name, evaluation.draws) for name in lines[0]["stats"]}
-    return {"metrics": {name: cell for name, cell in found.items() if cell}, "lines": lines, "speed": speed}
+    lines = measure.text_lines(cfg.task, items, answers, tokenizer, scorers)
+    more = measure.model_stats(net, others, items, answers, tokenizer, cfg.training.max_seq_length)
+    return measure.merge(lines, more), speed
 
 
 def sampling(cfg):
@@ -167,7 +166,7 @@ def main(argv=None):
         return human_results(out, job.human_results, cfg.evaluation.draws)
     if not job.checkpoints:
         raise UserError("--checkpoints: name what to compare, as base=CHECKPOINT sft=CHECKPOINT ...")
-    require(cfg)
+    metrics.require(cfg.task)
     systems, task, sheet = parse_systems(job.checkpoints), cfg.task, out / "human_eval.csv"
     if job.human_eval and not 2 <= len(systems) <= 4:
         raise UserError(f"--human_eval: raters compare 2 to 4 systems, these are {len(systems)}")
@@ -244,8 +243,7 @@ def main(argv=None):
             if adapter:
                 model.load_adapter(net, f"{name}-{k}", adapter, trainable=False)
             with lora.using(net, f"{name}-{k}" if adapter else None):
-                result = evaluate(net, tokenizer, records, cfg, scorers, others)
-            return result["lines"], result["speed"]
+                return ask(net, tokenizer, items, cfg, scorers, others)
 
         lines, speed[name] = cached(out / "items" / f"{name}-{k}.jsonl", key, answer)
         found.setdefault(name, []).append(lines)

@@ -28,7 +28,7 @@ import evaluate
 import train_reward
 import train_rl
 import train_sft
-from common import base, checkpoint, config, data, dist, log, measure, model, rewards
+from common import base, checkpoint, config, data, dist, log, measure, metrics, model, rewards
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
@@ -120,7 +120,7 @@ def main(argv=None):
     if any(stage == "rl" for _, stage, _ in plan):  # before hours of SFT
         train_rl.check(cfg.rl, cfg.rl.algorithm != "dpo")
     if arms:
-        evaluate.require(cfg)
+        metrics.require(cfg.task)
     if len(plan) == 1 and not arms:  # a single stage is its script's own run
         return MAINS[plan[0][1]](argv)
 

@@ -154,7 +154,7 @@ def truncate_log(path, step):
                 kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
         if path.exists():
             temp.write_bytes(b"".join(kept))
-            _fsync(temp)
+            fsync(temp)
             os.replace(temp, path)
     except OSError as error:
         temp.unlink(missing_ok=True)
@@ -184,7 +184,7 @@ def _commit(final, facts, needed):
         if os.path.lexists(final):  # a folder cannot be renamed over another: the old one steps aside
             os.rename(final, old)
         os.rename(temp, final)
-        _fsync(final.parent)
+        fsync(final.parent)
         _settle(old)
     except BaseException as error:
         shutil.rmtree(temp, ignore_errors=True)
@@ -203,11 +203,11 @@ def _seal(folder, facts):
         name = path.relative_to(folder).as_posix()
         _plain_file(folder, name).chmod(folder.stat().st_mode & 0o666)  # safetensors' 0600 would lock out a server
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        _fsync(path)
+        fsync(path)
     manifest = {"version": VERSION, **facts, "files": files}
     (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1), encoding="utf-8")
     for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _fsync(path)
+        fsync(path)
 
 
 def _settle(stray):
@@ -241,7 +241,8 @@ def _digest(manifest):
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _fsync(path):
+def fsync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

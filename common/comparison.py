@@ -1,5 +1,6 @@
 """Systems against each other on the same items: cells with intervals, paired tests, win rates; what each one cost."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,10 @@ def pairs(systems, names, draws):
 
     p: paired randomisation, for a rate under one seed exact McNemar; p_holm: adjusted for the pairs of the metric.
     """
-    order, table = list(systems), {}
+    table = {}
     for name in names:
         rows = []
-        for a, b in ((a, b) for i, b in enumerate(order) for a in order[i + 1 :]):
+        for b, a in itertools.combinations(systems, 2):
             ours, theirs = (stack(systems[system], name) for system in (a, b))
             if ours is None or theirs is None or len({len(ours), len(theirs), 1}) > 2:
                 continue
@@ -67,9 +68,8 @@ def wins(systems, name):
 
     An item is won by the higher score; of several seeds, by the higher mean of them, so that n stays the items'.
     """
-    order, rows = list(systems), []
-    better = metrics.METRICS[name].better
-    for a, b in ((a, b) for i, b in enumerate(order) for a in order[i + 1 :]):
+    better, rows = metrics.METRICS[name].better, []
+    for b, a in itertools.combinations(systems, 2):
         both = [list(zip(*systems[system])) for system in (a, b)]  # an item's lines under all seeds
         kept = [item for item in zip(*both) if all(name in line["scores"] for side in item for line in side)]
         if kept:

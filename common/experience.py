@@ -32,18 +32,8 @@ def source(records, tokenizer, longest, size, most, seed):
     """
     found = {}
     for split, part in records.items():
-        counts, found[split] = {"records": len(part), "no_user_turn": 0, "prompt_too_long": 0}, []
-        for record in part:
-            if not chat.normalise(record["prompt"])[0]:
-                counts["no_user_turn"] += 1
-                continue
-            ids = chat.encode_prompt(tokenizer, record["prompt"])
-            if len(ids) > longest:
-                counts["prompt_too_long"] += 1
-            else:
-                found[split].append({"id": record["id"], "ids": ids, "record": record})
-        kept = counts | {"kept": len(found[split])}
-        say_counts(split, kept)
+        found[split], counts = fitting(part, tokenizer, longest)
+        say_counts(split, counts | {"kept": len(found[split])})
     train, val = found["train"], found["val"][:most]
     if size < dist.world_size():
         raise UserError(f"rl.rollout_size: {size} prompts a step leave some of {dist.world_size()} ranks without one")
@@ -60,6 +50,21 @@ def source(records, tokenizer, longest, size, most, seed):
 
     pace = sum(len(prompt["ids"]) for prompt in train) / len(train) * size
     return SimpleNamespace(train=train, val=val, per_epoch=per_epoch, pace=pace, batch=batch, fingerprint=digest)
+
+
+def fitting(records, tokenizer, longest):
+    """([{"id", "ids", "record"}] of the prompts of at most `longest` tokens, {reason: how many were left out})."""
+    counts, found = {"records": len(records), "no_user_turn": 0, "prompt_too_long": 0}, []
+    for record in records:
+        if not chat.normalise(record["prompt"])[0]:
+            counts["no_user_turn"] += 1
+            continue
+        ids = chat.encode_prompt(tokenizer, record["prompt"])
+        if len(ids) > longest:
+            counts["prompt_too_long"] += 1
+        else:
+            found.append({"id": record["id"], "ids": ids, "record": record})
+    return found, counts
 
 
 def shuffled(count, key):

@@ -19,18 +19,9 @@ TOGETHER = 4096  # tokens a forward pass without gradient
 def items(records, tokenizer, longest, most, seed):
     """The records to answer: those whose prompt has at most `longest` tokens; `most` of them, drawn by `seed`.
 
-    -> ([{"record", "ids"}], {reason: how many were left out}). UserError if none is left.
+    -> ([{"id", "ids", "record"}], {reason: how many were left out}). UserError if none is left.
     """
-    counts, found = {"records": len(records), "no_user_turn": 0, "prompt_too_long": 0, "not_drawn": 0}, []
-    for record in records:
-        if not chat.normalise(record["prompt"])[0]:
-            counts["no_user_turn"] += 1
-            continue
-        ids = chat.encode_prompt(tokenizer, record["prompt"])
-        if len(ids) > longest:
-            counts["prompt_too_long"] += 1
-        else:
-            found.append({"record": record, "ids": ids})
+    found, counts = experience.fitting(records, tokenizer, longest)
     order = sorted(experience.shuffled(len(found), f"items/{seed}")[:most])
     counts["not_drawn"] = len(found) - len(order)
     if not order:

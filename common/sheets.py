@@ -12,6 +12,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+from common import checkpoint
 from common.log import UserError
 
 LONGEST = 2**31 - 1  # csv's own limit is 131,072 characters a cell; the largest that every platform takes
@@ -48,21 +49,13 @@ def save(files):
             os.replace(draft, target)
             placed.append(target)
         for folder in {path.parent for path in drafts}:
-            _fsync(folder)
+            checkpoint.fsync(folder)
     except BaseException as error:
         for path in (*drafts.values(), *placed):
             path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
         raise
-
-
-def _fsync(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def text_of(path):

@@ -273,16 +273,21 @@ def pairs_of(source, split, tokenizer):
     return data.encode_pairs(data.load_split(source, split), tokenizer, 128)[0]
 
 
+def random_adapter(net, name, seed, std=0.1):
+    """Give `net` an adapter that changes what it says."""
+    torch.manual_seed(seed)
+    lora.inject(net, name, 4, 8)
+    with torch.no_grad():
+        for key, p in lora.adapter_parameters(net, name).items():
+            if "lora_B" in key:
+                p.normal_(std=std)
+
+
 def random_reward_model(folder, base_folder):
     """The folder of a reward model with random weights."""
     folder.mkdir()
     net, tokenizer = model.load(base_folder, torch.device("cpu"), torch.float32)
-    torch.manual_seed(1)
-    lora.inject(net, "reward", 4, 8)
-    with torch.no_grad():
-        for name, p in lora.adapter_parameters(net, "reward").items():
-            if "lora_B" in name:
-                p.normal_(std=0.05)
+    random_adapter(net, "reward", 1, std=0.05)
     head = reward_model.new_head(net.config.hidden_size, net.device)
     about = {"base_checkpoint": "base", "base": base.fingerprint(base_folder), "mean": 0.1, "std": 2.0}
     reward_model.save(net, tokenizer, folder, "reward", head, about)

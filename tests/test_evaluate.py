@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import evaluate
-from common import chat, config, data, lora, manifest, measure, metrics, model, stats
+from common import chat, config, data, manifest, measure, metrics, model, stats
 from tests import runs
-from tests.runs import random_reward_model, write_data
+from tests.runs import random_adapter, random_reward_model, write_data
 
 ROOT = Path(evaluate.__file__).parent
 MAIN = evaluate.main
@@ -31,12 +31,7 @@ def adapters(tmp_path_factory, tiny_folder):
     out = tmp_path_factory.mktemp("adapters")
     for seed in (1, 2):
         net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
-        torch.manual_seed(seed)
-        lora.inject(net, "policy", 4, 8)
-        with torch.no_grad():
-            for name, p in lora.adapter_parameters(net, "policy").items():
-                if "lora_B" in name:
-                    p.normal_(std=0.1)
+        random_adapter(net, "policy", seed)
         (out / str(seed)).mkdir()
         model.save(net, tokenizer, out / str(seed), "policy", str(tiny_folder))
     return [out / "1", out / "2"]
@@ -116,8 +111,8 @@ def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):
     argv = [tmp_path if word == folder.parent else word for word in argv]
 
     def body(main, argv):
-        asked, once = [], evaluate.evaluate
-        evaluate.evaluate = lambda *rest: asked.append(1) or once(*rest)
+        asked, once = [], evaluate.ask
+        evaluate.ask = lambda *rest: asked.append(1) or once(*rest)
         runs.call(main, argv)
         assert len(asked) == 1  # the damaged one
 

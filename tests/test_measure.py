@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common import chat, lora, measure, metrics, model, synthetic
+from tests import runs
 
 SAMPLING = {"seed": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
 
@@ -14,12 +15,7 @@ SAMPLING = {"seed": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
     net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
-    torch.manual_seed(0)
-    lora.inject(net, "policy", 4, 8)
-    with torch.no_grad():
-        for name, p in lora.adapter_parameters(net, "policy").items():
-            if "lora_B" in name:
-                p.normal_(std=0.1)
+    runs.random_adapter(net, "policy", 0)
     return net, tokenizer
 
 
