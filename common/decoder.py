@@ -3,7 +3,8 @@
     x += norm(attention(norm(x)));  x += norm(mlp(norm(x)))     as in gemma.py, without gradients, from a cache
 
 Every row has its own length and its own stretch of the cache, and none holds a pad: rows of any lengths stand side by
-side, come (`admit`) and go (`select`) between two tokens. Linears that read the same input are one product.
+side, come (`admit`) and go (`select`) between two tokens. Linears that read the same input are one product. Rows may
+have an adapter each over one base, as in serving: they share the base's products.
 """
 
 from types import SimpleNamespace
@@ -17,17 +18,18 @@ from common import lora
 class Decoder:
     """Reads a model's weights once, with its active adapter, and holds the cache; the model stays as it is."""
 
-    def __init__(self, model, rows, slots, merge=True):
+    def __init__(self, model, rows, slots, merge=True, adapters=()):
         """Room for `rows` rows of `slots` tokens each.
 
         merge: the adapter is added to the weights in fp32 and the sum rounded to their dtype; otherwise it stays beside
         them as a thin product. A 4-bit base is dequantised here, and under autocast fp32 masters are cast here.
+        adapters: names of those that rows may take (`admit`) instead of the active one, which must then be None.
         """
         config, body, head = model.config, model.model, model.lm_head.weight
         kind = head.device.type
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         self.config, self.embed, self.head = config, body.embed_tokens, head.detach().to(self.dtype)
-        self.layers = [_layer(layer, merge, self.dtype) for layer in body.layers]
+        self.layers = [_layer(layer, merge, self.dtype, adapters) for layer in body.layers]
         self.norm, self.scale = _scale(body.norm), config.query_pre_attn_scalar**-0.5
         positions = torch.arange(slots, device=head.device)[:, None, None]
         angles = {kind: positions * getattr(body.rotary_emb, f"{kind}_inv_freq").float() for kind in config.layer_types}
@@ -36,10 +38,13 @@ class Decoder:
         self.keys = torch.zeros(shape, dtype=self.dtype, device=head.device)  # a masked slot must not hold a NaN
         self.values = torch.zeros_like(self.keys)
         self.lengths = []  # tokens of each row in flight
+        self.names = []  # and its adapter, None for the base as it was read
+        self.parts = {}  # {adapter: places of its tokens} in the product at hand
 
     @torch.no_grad()
-    def admit(self, prompts, copies):
+    def admit(self, prompts, copies, adapters=None):
         """Add copies[i] rows that begin with prompts[i] (ids), computed once -> hidden (rows, d) at their ends."""
+        adapters = adapters or [None] * len(prompts)
         lengths, device = [len(prompt) for prompt in prompts], self.head.device
         assert len(self.lengths) + sum(copies) <= self.keys.shape[1] and max(lengths) <= self.keys.shape[3], lengths
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
@@ -53,8 +58,10 @@ class Decoder:
                 row += n
             return torch.cat(outs)
 
+        self._share([name for name, length in zip(adapters, lengths) for _ in range(length)])
         hidden = self._run(tokens, positions, attend)[torch.tensor(lengths, device=device).cumsum(0) - 1]
         self.lengths += [length for length, n in zip(lengths, copies) for _ in range(n)]
+        self.names += [name for name, n in zip(adapters, copies) for _ in range(n)]
         return hidden.repeat_interleave(torch.tensor(copies, device=device), 0)
 
     @torch.no_grad()
@@ -72,6 +79,7 @@ class Decoder:
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
             return out.flatten(1, 2)
 
+        self._share(self.names)
         hidden = self._run(tokens, at, attend)
         self.lengths = [length + 1 for length in self.lengths]
         return hidden
@@ -94,7 +102,24 @@ class Decoder:
                 self.keys[:, new, :, :used] = self.keys[:, old, :, :used]
                 self.values[:, new, :, :used] = self.values[:, old, :, :used]
         self.lengths = [self.lengths[row] for row in order]
+        self.names = [self.names[row] for row in order]
         return order
+
+    def _share(self, names):
+        """Note which tokens go through which adapter."""
+        places = {name: [i for i, other in enumerate(names) if other == name] for name in {*names} - {None}}
+        every = slice(None)
+        self.parts = {name: every if len(at) == len(names) else torch.tensor(at, device=self.head.device)
+                      for name, at in places.items()}  # fmt: skip
+
+    def _linear(self, x, layer, kind):
+        """A layer's product of x (N, in), with what the adapters of its rows add."""
+        y = _product(x, layer.products[kind])
+        for name, rows in self.parts.items():
+            if name in layer.thin[kind]:
+                a, b = layer.thin[kind][name]
+                y[rows] += F.linear(F.linear(x[rows], a), b)
+        return y
 
     def _run(self, tokens, positions, attend):
         """The layers over tokens (N,) at positions (N,) -> (N, d); attend(layer's index, q, k, v, window)."""
@@ -104,15 +129,16 @@ class Decoder:
         for index, (layer, kind) in enumerate(zip(self.layers, config.layer_types)):
             window = config.sliding_window if kind == "sliding_attention" else None
             q, k, v = self._heads(_norm(x, layer.before_attention, eps), layer, *rotations[kind])
-            x = x + _norm(_product(attend(index, q, k, v, window).flatten(1), layer.out), layer.after_attention, eps)
-            gate, up = _product(_norm(x, layer.before_mlp, eps), layer.gate_up).chunk(2, -1)
-            x = x + _norm(_product(F.gelu(gate, approximate="tanh") * up, layer.down), layer.after_mlp, eps)
+            out = self._linear(attend(index, q, k, v, window).flatten(1), layer, "out")
+            x = x + _norm(out, layer.after_attention, eps)
+            gate, up = self._linear(_norm(x, layer.before_mlp, eps), layer, "gate_up").chunk(2, -1)
+            x = x + _norm(self._linear(F.gelu(gate, approximate="tanh") * up, layer, "down"), layer.after_mlp, eps)
         return _norm(x, self.norm, eps)
 
     def _heads(self, h, layer, cos, sin):
         """(N, d) -> q (N, heads, dim), k and v (N, groups, dim); q and k normed and rotated in fp32."""
         groups, dim = self.config.num_key_value_heads, self.config.head_dim
-        qkv = _product(h, layer.qkv).unflatten(1, (-1, dim))
+        qkv = self._linear(h, layer, "qkv").unflatten(1, (-1, dim))
         qk = F.rms_norm(qkv[:, :-groups].float(), (dim,), None, self.config.rms_norm_eps) * layer.heads
         a, b = qk.chunk(2, -1)
         qk = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(h.dtype)
@@ -141,15 +167,20 @@ def _causal_attention(q, k, v, scale, window):
     return out[0].transpose(0, 1)
 
 
-def _layer(layer, merge, dtype):
+def _layer(layer, merge, dtype, adapters):
     """One layer's products, and Gemma's 1 + w of its norms in fp32; that of q and k is (heads + groups, dim)."""
     attention, mlp = layer.self_attn, layer.mlp
     heads, groups = attention.config.num_attention_heads, attention.config.num_key_value_heads
+    linears = {
+        "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+        "out": [attention.o_proj],
+        "gate_up": [mlp.gate_proj, mlp.up_proj],
+        "down": [mlp.down_proj],
+    }
+    found = {kind: {name: thin(some, name, dtype) for name in adapters} for kind, some in linears.items()}
     return SimpleNamespace(
-        qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj], merge, dtype),
-        out=fuse([attention.o_proj], merge, dtype),
-        gate_up=fuse([mlp.gate_proj, mlp.up_proj], merge, dtype),
-        down=fuse([mlp.down_proj], merge, dtype),
+        products={kind: fuse(some, merge, dtype) for kind, some in linears.items()},
+        thin={kind: {name: pair for name, pair in pairs.items() if pair} for kind, pairs in found.items()},
         before_attention=_scale(layer.input_layernorm),
         after_attention=_scale(layer.post_attention_layernorm),
         before_mlp=_scale(layer.pre_feedforward_layernorm),
@@ -164,17 +195,30 @@ def fuse(linears, merge, dtype):
 
     With adapters that are not merged it is (W | B, A): y = (x, x A^T) (W | B)^T, one product as well.
     """
-    adapted = [m if isinstance(m, lora.LoraLinear) and m.active in m.lora_A else None for m in linears]
+    actives = [m.active if isinstance(m, lora.LoraLinear) else None for m in linears]
     bases = [lora.frozen_weight(m.base if isinstance(m, lora.LoraLinear) else m) for m in linears]
     if merge:
-        bases = [w if m is None else lora.merged_weight(m, m.active) for w, m in zip(bases, adapted)]
+        bases = [lora.merged_weight(m, name) if name else w for w, m, name in zip(bases, linears, actives)]
     bases = [w.detach().to(dtype) for w in bases]
     weight = torch.cat(bases) if len(bases) > 1 else bases[0]
-    if merge or not any(adapted):
-        return weight, None
-    a = [w[:0] if m is None else m.lora_A[m.active].to(dtype) for w, m in zip(bases, adapted)]
-    b = [w[:, :0] if m is None else (m.lora_B[m.active] * m.scale[m.active]).to(dtype) for w, m in zip(bases, adapted)]
-    return torch.cat([weight, torch.block_diag(*b)], 1), torch.cat(a)
+    beside = None if merge else thin(linears, actives[0], dtype)
+    return (weight, None) if beside is None else (torch.cat([weight, beside[1]], 1), beside[0])
+
+
+@torch.no_grad()
+def thin(linears, name, dtype):
+    """One adapter of linears that read the same input: A (sum of ranks, in) and B (sum of outs, sum of ranks) with its
+    scale, block by block; None where it adapts none of them."""
+    adapted = [m if isinstance(m, lora.LoraLinear) and name in m.lora_A else None for m in linears]
+    if not any(adapted):
+        return None
+    bases = [m.base if isinstance(m, lora.LoraLinear) else m for m in linears]
+    a = [torch.zeros(0, w.in_features) if m is None else m.lora_A[name] for w, m in zip(bases, adapted)]
+    b = [
+        torch.zeros(w.out_features, 0) if m is None else m.lora_B[name] * m.scale[name] for w, m in zip(bases, adapted)
+    ]
+    device = next(m for m in adapted if m is not None).lora_A[name].device
+    return torch.cat([t.to(device) for t in a]).to(dtype), torch.block_diag(*(t.to(device) for t in b)).to(dtype)
 
 
 def _product(x, linear):

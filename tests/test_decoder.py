@@ -128,7 +128,7 @@ def test_a_4_bit_base_is_dequantised_once(tiny_model):
     for merge in (True, False):
         dec = Decoder(net, 1, 16, merge)
         assert (dec.admit([text], [1])[0] - whole(net, text)[-1]).abs().max() < 1e-4, merge
-        assert all(layer.qkv[0].dtype == torch.float32 for layer in dec.layers)
+        assert all(layer.products["qkv"][0].dtype == torch.float32 for layer in dec.layers)
 
 
 def test_fp32_masters_decode_in_the_dtype_of_autocast():
