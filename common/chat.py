@@ -131,3 +131,31 @@ def decode(tokenizer, ids):
     """The text of a completion: cut at the first stop token, so no control token and no later turn is shown."""
     end = next((i for i, token in enumerate(ids) if token in STOP_TOKENS), len(ids))
     return tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+
+def streamer(tokenizer, stops=()):
+    """A function push(token, last=False) -> (text that is certain by now, has one of the texts `stops` come?).
+
+    All it returned, joined, is `decode` of all tokens, cut before the first of `stops`: half a character and what may
+    become a stop text are held back until the next token, or the last (None if there is no token with it), decides.
+    """
+    ids, start, known, held = [], 0, 0, ""
+
+    def push(token, last=False):
+        nonlocal start, known, held
+        if token is not None and token not in STOP_TOKENS:
+            ids.append(token)
+        # the window begins at a token that was shown before, as a text may depend on its neighbour in front
+        before, now = (tokenizer.decode(ids[start:end], skip_special_tokens=True) for end in (known, len(ids)))
+        if last or not now.endswith("\ufffd") or len(ids) - known > 8:
+            held += now[len(before) :]
+            start, known = known, len(ids)
+        found = [held.index(text) for text in stops if text in held]
+        if found:
+            return held[: min(found)], True
+        keep = max((n for text in stops for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        out = held if last else held[: len(held) - keep]
+        held = held[len(out) :]
+        return out, False
+
+    return push
