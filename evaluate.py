@@ -59,21 +59,6 @@ def parse_systems(words):
     return systems
 
 
-def locate(source):
-    """(folder of the base, folder of the adapter or None) of a checkpoint."""
-    folder = Path(source).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        return base.resolve(source), None
-    try:
-        found = json.loads((folder / "adapter_config.json").read_text())
-        name = str(found["base_model_name_or_path"])
-        if found.get("task_type") == "SEQ_CLS":
-            raise UserError(f"--checkpoints: {folder} is a reward model, not a policy")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'adapter_config.json'}: names no base_model_name_or_path ({error!r})") from error
-    return base.resolve(name), folder
-
-
 def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     """Score `net` (of common.model.load; its active adapter) on records -> {"metrics": {name: cell}, "lines", "speed"}.
 
@@ -173,7 +158,7 @@ def main(argv=None):
     device = model.pick_device(cfg.device)
     dtype = model.pick_dtype(cfg.model.dtype, device)
     resume.prepare(device)
-    places = {(name, k): locate(source) for name, sources in systems.items() for k, source in enumerate(sources)}
+    places = {(name, k): base.locate(source) for name, sources in systems.items() for k, source in enumerate(sources)}
     home_folder = places["base", 0][0] if "base" in systems else base.resolve(cfg.model.base_checkpoint)
     home_print = base.fingerprint(home_folder)
     words = checkpoint.sha256(home_folder / "tokenizer.json")

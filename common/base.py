@@ -62,6 +62,22 @@ def resolve(checkpoint):
     return _downloaded(checkpoint)
 
 
+def locate(source):
+    """(folder of the base, folder of the adapter or None) of a checkpoint: a run's final/ or any kind of base."""
+    folder = Path(source).expanduser()
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return resolve(source), None
+    try:
+        found = json.loads(path.read_text())
+        name = str(found["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: names no base_model_name_or_path ({error!r})") from error
+    if found.get("task_type") == "SEQ_CLS":
+        raise UserError(f"{folder} is a reward model, not a policy")
+    return resolve(name), folder
+
+
 def _downloaded(repo):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
