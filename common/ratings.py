@@ -5,13 +5,16 @@ and, where wanted, order (the slots as this rater saw them, "B/A/C"), harmless_1
 to 5 best, of the preferred answer), comment, seconds. Case and spaces in preferred and order do not matter.
 """
 
+import errno
+import fcntl
 import json
 import math
+import os
 from pathlib import Path
 
-from common import sheets
+from common import checkpoint, sheets
 from common.human import SCORES
-from common.log import UserError
+from common.log import UserError, say
 
 COLUMNS = ("rater_id", "item_id", "preferred", "order", *SCORES, "comment", "seconds")
 
@@ -85,3 +88,33 @@ def _slots(row, column, slots):
             f"{column} {row[column]!r}: slots of {'/'.join(slots)}, joined by / , or none where none is best"
         )
     return found
+
+
+def append(path, row):
+    """Add a rating to a .jsonl file as one line and wait until the disk has it; after OSError the file is as before."""
+    data, new = json.dumps(row, ensure_ascii=False).encode() + b"\n", not Path(path).exists()
+    with open(path, "ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+    if new:
+        checkpoint.fsync(Path(path).parent)
+
+
+def reopen(path, entries):
+    """All ratings of a file that `append` made; none if there is no file. A last line that was cut off is dropped."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        os.truncate(path, len(whole))
+        say(f"{path}: the last line was cut off and is dropped ({len(data) - len(whole)} bytes)")
+    return read_ratings(path, entries) if whole else []
