@@ -114,27 +114,33 @@ function begin(answer) {
   answer.node.ariaBusy = "true";
 }
 
-// Add to an answer, and follow it down the page unless the reader has scrolled away.
 function show(answer, piece) {
-  const page = document.documentElement, follow = page.scrollHeight - page.clientHeight - page.scrollTop < 60;
   answer.text += piece;
-  answer.shown.appendData(piece);
-  if (follow) page.scrollTop = page.scrollHeight;
+  follow(() => answer.shown.appendData(piece));
 }
 
 function finish(answer, note) {
   answer.node.ariaBusy = "false";
   answer.kept = answer.text !== "";
-  answer.note.textContent = answer.kept ? note : `No text · ${note}`;
+  follow(() => (answer.note.textContent = answer.kept ? note : `No text · ${note}`));
 }
 
 function fail(answer, words) {
   answer.node.ariaBusy = "false";
   answer.failed = true;
   answer.note.classList.add("bad");
-  answer.note.textContent = words;
-  answer.again.hidden = false;
+  follow(() => {
+    answer.note.textContent = words;
+    answer.again.hidden = false;
+  });
   announce(words);
+}
+
+// Make a change, and keep the end of the page in sight unless the reader has scrolled away from it.
+function follow(change) {
+  const page = document.documentElement, near = page.scrollHeight - page.clientHeight - page.scrollTop < 60;
+  change();
+  if (near) page.scrollTop = page.scrollHeight;
 }
 
 function busy(yes) {
@@ -160,7 +166,7 @@ function send() {
   }
   get("prompt").value = get("state").textContent = "";
   const turn = addTurn(prompt, models);
-  turn.node.scrollIntoView({ block: "end" });
+  scrollTo(0, document.documentElement.scrollHeight);
   run(turn, models);
 }
 

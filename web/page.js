@@ -32,10 +32,9 @@ let asked = null; // one form, however many requests wait for it
 function askToken(refused) {
   asked ??= new Promise((resolve) => {
     const words = refused ? "The server refused the token. Type the right one:" : "This server asks for its token:";
-    const field = element("input", { type: "password", required: true, autocomplete: "off" });
-    Object.assign(field, { pattern: "[!-~]+", title: "Letters, digits and signs, no spaces" }); // what a header can hold
-    const label = element("label", {}, words, field), button = element("button", { className: "main" }, "Continue");
-    const form = element("form", { className: "card ask" }, label, button);
+    const field = element("input", { type: "password", required: true, autocomplete: "off", pattern: "[!-~]+" });
+    const button = element("button", { className: "main" }, "Continue");
+    const form = element("form", { className: "card ask" }, element("label", {}, words, field), button);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       sessionStorage.setItem("token", field.value);
@@ -48,7 +47,7 @@ function askToken(refused) {
   return asked;
 }
 
-// fetch with the token, asked for as long as the server refuses it; no answer (in 15 s, without a signal) is an Error.
+// fetch with the token, asked for as long as it is refused. No answer is an Error, after 15 s if no signal is given.
 export async function request(path, { signal, ...options } = {}) {
   for (;;) {
     const token = sessionStorage.getItem("token"), headers = { "Content-Type": "application/json" };
@@ -72,11 +71,10 @@ export async function json(response) {
 
 // Resolves when the model is there; until then show(words) says what is missing.
 export async function whenReady(show) {
-  const words = { ok: "", loading: "The model is loading …", failed: "The model cannot be loaded: see the server's log." };
-  for (;;) {
-    const status = await request("/health").then((found) => found.json()).then((said) => said.status, () => null);
-    show(words[status] ?? "The server does not answer.");
-    if (status === "ok") return;
-    await new Promise((resolve) => setTimeout(resolve, 1000));
-  }
+  const words = { ok: "", loading: "The model is loading …", failed: "The model cannot be loaded: see its log." };
+  const status = await request("/health").then((found) => found.json()).then((said) => said.status, () => null);
+  show(words[status] ?? "The server does not answer.");
+  if (status === "ok") return;
+  await new Promise((resolve) => setTimeout(resolve, 1000));
+  await whenReady(show);
 }

@@ -26,7 +26,7 @@ async function begin(name) {
   sessionStorage.setItem("rater", name);
   get("who").hidden = true;
   get("bar").hidden = false;
-  get("name").textContent = name;
+  get("leave").textContent = `Not ${name}?`;
   progress(Object.keys(rated).length);
   next(-1);
 }
@@ -142,7 +142,7 @@ function tell(problem) {
   const one = numbers.length === 1 ? `Answer ${numbers[0]} is best` : `Answers ${numbers.join(" and ")} tie`;
   const words = get("none").checked ? "None is better" : numbers.length ? one : "Nothing chosen yet";
   const state = !chosen().preferred ? "" : isSaved() ? " · saved" : " · not saved yet";
-  get("chosen").className = problem ? "bad" : isSaved() ? "good" : "";
+  get("chosen").className = problem ? "bad" : state === " · saved" ? "good" : "";
   get("chosen").textContent = problem ?? words + state;
 }
 
@@ -181,7 +181,8 @@ function key(event) {
 function scale([name, title, meaning]) {
   const row = ["", 1, 2, 3, 4, 5].map((value) => {
     const radio = element("input", { type: "radio", name, value, checked: value === "" });
-    return element("label", {}, radio, element("span", {}, `${value || "no score"}`));
+    if (!value) radio.ariaLabel = "no score";
+    return element("label", {}, radio, `${value || "–"}`);
   });
   const legend = element("legend", {}, `${title} `, element("small", {}, meaning));
   return element("fieldset", { className: "scale" }, legend, ...row);
