@@ -1,5 +1,6 @@
 """A small driver of Chromium for tests: its DevTools protocol over --remote-debugging-pipe, standard library only."""
 
+import base64
 import fcntl
 import json
 import os
@@ -7,70 +8,91 @@ import select
 import signal
 import tempfile
 import time
-from pathlib import Path
+import urllib.parse
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = "/usr/bin/chromium"
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe""".split()
-KEYS = {"Enter": ("Enter", 13, "\r"), "ArrowLeft": ("ArrowLeft", 37, ""), "ArrowRight": ("ArrowRight", 39, "")}
-KEYS |= {"?": ("Slash", 191, "?"), **{str(i): (f"Digit{i}", 48 + i, str(i)) for i in range(10)}}
+    --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe about:blank""".split()
+KEYS = {"Enter": ("Enter", 13, "\r"), "ArrowLeft": ("ArrowLeft", 37, ""), "ArrowRight": ("ArrowRight", 39, ""),
+        "Tab": ("Tab", 9, ""), "?": ("Slash", 191, "?")}  # fmt: skip
+KEYS |= {str(i): (f"Digit{i}", 48 + i, str(i)) for i in range(10)}
 
 
 class Browser:
-    """One page. `seen` holds every message about console, log, exceptions and requests: see `complaints`."""
+    """One page at a time, made by `fresh`. `seen` holds its events: console, log, exceptions, requests."""
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (there, self.write), (self.read, back) = os.pipe(), os.pipe()
         ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (there, back)]  # clear of the 3 and 4 to be made
-        log = (os.POSIX_SPAWN_OPEN, 2, self.folder.name + "/log", os.O_WRONLY | os.O_CREAT, 0o600)
-        actions = [log, *((os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, (3, 4)))]
-        argv = [str(CHROMIUM), *FLAGS, f"--user-data-dir={self.folder.name}/profile", "about:blank"]
-        self.pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsid=True)
+        actions = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+        actions += [(os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, (3, 4))]
+        argv = [CHROMIUM, f"--user-data-dir={self.folder.name}", *FLAGS]
+        self.pid = os.posix_spawn(CHROMIUM, argv, os.environ, file_actions=actions, setsid=True)
         for fd in (there, back, *ends):
             os.close(fd)
-        self.buffer, self.last, self.session, self.seen, self.answers = b"", 0, None, [], {}
-        targets = self.send("Target.getTargets")["targetInfos"]
-        target = next(one["targetId"] for one in targets if one["type"] == "page")
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
+        self.buffer, self.last, self.session, self.context, self.answers = b"", 0, {}, None, {}
+        self.seen, self.canned = [], {}
+
+    def fresh(self):
+        """A new page that shares nothing with the one before."""
+        self.session, before = {}, self.context
+        self.context = self.send("Target.createBrowserContext")["browserContextId"]
+        page = self.send("Target.createTarget", url="about:blank", browserContextId=self.context)["targetId"]
+        if before:
+            self.send("Target.disposeBrowserContext", browserContextId=before)
+        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]}
+        self.seen, self.canned = [], {}
+        for domain in ("Page", "Runtime", "Log", "Network", "Accessibility", "Fetch"):  # Fetch: every request is asked for
             self.send(f"{domain}.enable")
 
-    def send(self, method, timeout=30, **params):
-        """The result of a command; TimeoutError or RuntimeError with what the browser said."""
+    def post(self, method, **params):
         self.last += 1
-        message = {"id": self.last, "method": method, "params": params}
-        message |= {"sessionId": self.session} if self.session else {}
+        message = {"id": self.last, "method": method, "params": params, **self.session}
         os.write(self.write, json.dumps(message).encode() + b"\0")
-        end = time.monotonic() + timeout
-        while self.last not in self.answers:
+        return self.last
+
+    def send(self, method, timeout=30, **params):
+        """The result of a command; TimeoutError, or RuntimeError with what the browser said."""
+        number, end = self.post(method, **params), time.monotonic() + timeout
+        while number not in self.answers:
             if not select.select([self.read], [], [], max(0, end - time.monotonic()))[0]:
                 raise TimeoutError(f"{method}: no answer in {timeout} s")
             self.listen()
-        answer = self.answers.pop(self.last)
-        if "error" in answer:
+        if "error" in (answer := self.answers.pop(number)):
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
     def listen(self):
-        """Take in what has come: answers by their id, events into `seen`."""
         if not (data := os.read(self.read, 1 << 20)):
-            raise RuntimeError("the browser has ended: " + Path(self.folder.name, "log").read_text()[-2000:])
+            raise RuntimeError("the browser has ended")
         *whole, self.buffer = (self.buffer + data).split(b"\0")
         for message in map(json.loads, whole):
             if "id" in message:
                 self.answers[message["id"]] = message
-            else:
-                self.seen.append(message)
+                continue
+            self.seen.append(message)
+            if message["method"] == "Fetch.requestPaused":
+                about = message["params"]
+                canned = self.canned.get(urllib.parse.urlsplit(about["request"]["url"]).path)
+                method = "Fetch.fulfillRequest" if canned else "Fetch.continueRequest"
+                self.post(method, requestId=about["requestId"], **(canned or {}))
+
+    def fulfil(self, path, status, body, **headers):
+        """Answer requests of `path` in the server's place, until it is taken from `canned`."""
+        named = [{"name": name.replace("_", "-"), "value": value} for name, value in headers.items()]
+        body = base64.b64encode(body.encode()).decode()
+        self.canned[path] = {"responseCode": status, "responseHeaders": named, "body": body}
 
     def run(self, script):
         """The value of a script, awaited; RuntimeError if it throws."""
-        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        asked = {"expression": script, "awaitPromise": True, "returnByValue": True, "userGesture": True}
+        found = self.send("Runtime.evaluate", **asked)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"]["exception"].get("description", script))
         return found["result"].get("value")
 
-    def wait(self, script, timeout=20):
+    def wait(self, script, timeout=30):
         """Until a script's value is true."""
         end = time.monotonic() + timeout
         while not self.run(f"!!({script})"):
@@ -92,5 +114,6 @@ class Browser:
     def close(self):
         os.killpg(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        os.close(self.write), os.close(self.read)
+        os.close(self.write)
+        os.close(self.read)
         self.folder.cleanup()

@@ -121,7 +121,7 @@ function show(answer, piece) {
 
 function finish(answer, note) {
   answer.node.ariaBusy = "false";
-  answer.kept = answer.text !== "";
+  answer.kept = answer.text.trim() !== ""; // the server takes no empty turn
   follow(() => (answer.note.textContent = answer.kept ? note : `No text · ${note}`));
 }
 

@@ -169,13 +169,19 @@ function key(event) {
   if (typing || !get("keys").checked || get("item").hidden || get("help").open) return;
   if (event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
   if (event.key === "?") get("help").showModal();
-  else if (radio && digit) get("item").querySelector(`[name=${target.name}][value="${Number(digit) || ""}"]`)?.click();
+  else if (radio && digit) score(target.name, Number(digit) || "");
   else if (digit <= 4) choose(digit - 1, shiftKey && digit > 0);
   else if (event.key === "Enter" && !target.matches("button, a, summary")) save();
   else if (event.key === "ArrowLeft" && !radio) go(place - 1);
   else if (event.key === "ArrowRight" && !radio) go(place + 1);
   else return;
   event.preventDefault();
+}
+
+function score(name, value) {
+  const radio = get("item").querySelector(`[name=${name}][value="${value}"]`);
+  radio?.focus();
+  radio?.click();
 }
 
 function scale([name, title, meaning]) {
