@@ -31,6 +31,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,8 +139,7 @@ async def jobs_of(app, dialogues, asked, param):
         if characters > CONTEXT * longest:  # hopeless, and tokenising it would take its time
             raise Refused(400, f"{where} has {characters} characters, too many for {CONTEXT} tokens", where)
     try:
-        encode = functools.partial(chat.encode_prompt, tokenizer)
-        prompts = await asyncio.to_thread(lambda: [encode(turns) for turns in dialogues])
+        prompts = await asyncio.to_thread(lambda: [chat.encode_prompt(tokenizer, turns) for turns in dialogues])
     except ValueError as error:
         raise Refused(400, f"{param}: {str(error)[:200]}", param) from None
     jobs = []
@@ -211,9 +211,8 @@ async def texts_of(app, call, jobs, stops=()):
 
 async def whole_texts(app, call, jobs, stops=()):
     texts, ends = [""] * len(jobs), [None] * len(jobs)
-    async with contextlib.aclosing(texts_of(app, call, jobs, stops)) as found:
-        async for i, text, finish in found:
-            texts[i], ends[i] = texts[i] + text, finish
+    async for i, text, finish in texts_of(app, call, jobs, stops):
+        texts[i], ends[i] = texts[i] + text, finish
     return texts, ends
 
 
@@ -443,10 +442,12 @@ async def serve(app, device, dtype):
         app.stopping = True
         stop.set()
 
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    answer = functools.partial(connection, app)
-    server = await asyncio.start_server(answer, app.host, app.port, limit=httpd.HEAD_BYTES, backlog=128)
+        loop.add_signal_handler(number, on_signal, number)
+    loop.set_default_executor(ThreadPoolExecutor(2))  # tokenises, and writes ratings
+    how = {"limit": httpd.HEAD_BYTES, "backlog": 128}
+    server = await asyncio.start_server(functools.partial(connection, app), app.host, app.port, **how)
     host, port = server.sockets[0].getsockname()[:2]
     say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, loading {', '.join(app.models)}")
     loading, stopped = start_loading(app, device, dtype), asyncio.create_task(stop.wait())
@@ -478,7 +479,6 @@ def main(argv=None):
         )
     if token and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
         raise UserError("GEMMA_ALIGNMENT_TOKEN: 16 or more printable ASCII characters without spaces are needed")
-    device = model.pick_device(cfg.device)
     app = SimpleNamespace(
         host=job.host, port=job.port, token=token, models=sources, tokenizers={}, engine=None, created=int(time.time()),
         names={"localhost", job.host.lower(), socket.gethostname().lower()}, stopping=False,
@@ -490,6 +490,7 @@ def main(argv=None):
         app.rated = [shown(row) for row in ratings.reopen(app.ratings, app.items)]
         say(f"{len(app.items)} items to rate at /rate, {len(app.rated)} ratings in {app.ratings}")
     try:
+        device = model.pick_device(cfg.device)
         asyncio.run(serve(app, device, model.pick_dtype(cfg.model.dtype, device)))
     except OSError as error:
         if error.errno is None or app.engine:

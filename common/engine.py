@@ -7,6 +7,7 @@ request's text depends on its own seed and not on its neighbours, up to the roun
 al. 2022, "Orca": scheduling by iteration; draws as in common/rollouts.py).
 """
 
+import contextlib
 import threading
 from collections import deque
 from types import SimpleNamespace
@@ -47,7 +48,8 @@ class Engine:
             with lora.using(net, None):
                 adapters = [self.adapters[name] for name in names if self.adapters[name]]
                 decoder = Decoder(net, rows, slots, merge=False, adapters=adapters)
-            group = SimpleNamespace(decoder=decoder, rows=rows, running=[], hidden=decoder.head[:0], failures=0)
+            group = SimpleNamespace(decoder=decoder, rows=rows, failures=0)
+            group.running, group.entering, group.hidden = [], [], decoder.head[:0]
             self.groups |= dict.fromkeys(names, group)
         self.each = list({id(group): group for group in self.groups.values()}.values())
         self.queue, self.door, self.closed, self.alive = deque(), threading.Condition(), False, True
@@ -63,8 +65,7 @@ class Engine:
         with self.door:
             if not self.alive or self.closed:
                 raise RuntimeError("the engine has stopped")
-            room = self.limit + sum(group.rows - len(group.running) for group in self.each)
-            if len(self.queue) + len(requests) > room:
+            if sum(self.in_flight()) + len(requests) > self.limit + sum(group.rows for group in self.each):
                 raise Busy
             self.queue.extend(requests)
             self.door.notify()
@@ -78,7 +79,7 @@ class Engine:
 
     def in_flight(self):
         """(requests that decode, requests that wait)"""
-        return sum(len(group.running) for group in self.each), len(self.queue)
+        return sum(len(group.running) + len(group.entering) for group in self.each), len(self.queue)
 
     def close(self, seconds=5.0):
         """End the thread behind the step at hand; what is in flight gets no further token."""
@@ -96,14 +97,15 @@ class Engine:
                         self.door.wait()
                     if self.closed:
                         return
-                    entering = {id(group): self._next(group) for group in self.each}
+                    for group in self.each:
+                        group.entering = self._next(group)
                 for group in self.each:
-                    if group.running or entering[id(group)]:
-                        self._turn(group, entering[id(group)])
+                    if group.running or group.entering:
+                        self._turn(group)
         finally:
             with self.door:
                 self.alive = False
-                left = [*self.queue, *(one for group in self.each for one in group.running)]
+                left = [*self.queue, *(one for group in self.each for one in [*group.running, *group.entering])]
             for one in left:
                 _emit(one, None, RuntimeError("the engine has stopped"))
 
@@ -123,44 +125,44 @@ class Engine:
         self.queue = others
         return entering
 
-    def _turn(self, group, entering):
+    def _turn(self, group):
         """One token for every request of a group; an exception ends those requests, and PATIENCE of them the engine."""
-        members = [*group.running, *entering]
+        members = [*group.running, *group.entering]
         try:
-            self._advance(group, entering)
+            self._advance(group, group.decoder)
             group.failures = 0
         except Exception as error:
             group.failures += 1
             group.decoder.select([])
-            group.running, group.hidden = [], group.decoder.head[:0]
+            group.running, group.entering, group.hidden = [], [], group.decoder.head[:0]
             for one in members:
                 self.counts["failed"] += not one.done
                 _emit(one, None, error)
             if group.failures == PATIENCE:
                 raise
 
-    def _advance(self, group, entering):
-        decoder = group.decoder
-        if entering:
-            for one in entering:
+    def _advance(self, group, decoder):
+        if group.entering:
+            for one in group.entering:
                 one.uniforms = rollouts.uniforms(one.seed, 0, [0], one.max_tokens)[0]
                 self.counts["prompt_tokens"] += len(one.ids)
-            adapters = [self.adapters[one.model] for one in entering]
-            fresh = decoder.admit([one.ids for one in entering], [1] * len(entering), adapters)
-            group.hidden, group.running = torch.cat([group.hidden, fresh]), [*group.running, *entering]
+            adapters = [self.adapters[one.model] for one in group.entering]
+            fresh = decoder.admit([one.ids for one in group.entering], [1] * len(adapters), adapters)
+            group.hidden = torch.cat([group.hidden, fresh])
+            with self.door:
+                group.running, group.entering = [*group.running, *group.entering], []
         tokens = _draw(decoder.scores(group.hidden), group.running)
         alive = []
+        self.counts["tokens"] += len(tokens)
+        self.counts["steps"] += 1
         for row, (one, token) in enumerate(zip(group.running, tokens.tolist())):
             one.tokens.append(token)
             finish = "stop" if token in one.stop else "length" if len(one.tokens) == one.max_tokens else None
-            if not _emit(one, token, finish):
-                self.counts["cancelled"] += 1
-            elif finish:
-                self.counts["finished"] += 1
+            if one.cancelled or finish:
+                self.counts["cancelled" if one.cancelled else "finished"] += 1
             else:
                 alive.append(row)
-        self.counts["tokens"] += len(tokens)
-        self.counts["steps"] += 1
+            _emit(one, token, finish)
         order = decoder.select(alive)
         group.running = [group.running[row] for row in order]
         group.hidden = decoder.step(tokens[order]) if order else group.hidden[:0]
@@ -175,15 +177,11 @@ def _by_base(models):
 
 
 def _emit(one, token, finish):
-    """Hand a token or the end over, nothing behind the end; False if there is nobody left to take it."""
-    if one.done or one.cancelled:
-        return False
-    one.done = finish is not None
-    try:
-        one.emit(token, finish)
-    except RuntimeError:  # the server's loop has been closed
-        return False
-    return True
+    """Hand a token or the end over; nothing behind the end, and nothing to those who have left."""
+    if not one.done and not one.cancelled:
+        one.done = finish is not None
+        with contextlib.suppress(RuntimeError):  # the server's loop has been closed
+            one.emit(token, finish)
 
 
 def _draw(logits, requests):

@@ -88,8 +88,9 @@ def turns_of(messages):
         where, content = f"messages[{i}]", message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
             content = "".join(text_of(part.get("text"), f"{where}.content") for part in content)
-        role = {"developer": "system"}.get(message.get("role"), message.get("role")) if content else None
-        if role not in chat.ROLES if isinstance(role, str) else True:
+        role = str(message.get("role")) if content else None
+        role = "system" if role == "developer" else role  # OpenAI's newer name
+        if role not in chat.ROLES:
             raise Refused(400, f"{where} must have a role ({', '.join(chat.ROLES)}) and a text as content", where)
         turns.append({"role": role, "content": text_of(content, f"{where}.content")})
     if turns[-1]["role"] != "user":

@@ -43,7 +43,14 @@ class Browser:
             self.send("Target.disposeBrowserContext", browserContextId=before)
         self.session = {"sessionId": self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]}
         self.seen, self.canned = [], {}
-        for domain in ("Page", "Runtime", "Log", "Network", "Accessibility", "Fetch"):  # Fetch: every request is asked for
+        for domain in (
+            "Page",
+            "Runtime",
+            "Log",
+            "Network",
+            "Accessibility",
+            "Fetch",
+        ):  # Fetch: every request is asked for
             self.send(f"{domain}.enable")
 
     def post(self, method, **params):

@@ -18,7 +18,7 @@ from tests import runs
 from tests.browser import CHROMIUM, Browser
 
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM} is not installed")
-EVIL = "<img src=x onerror=\"window.hit=1\"></script><script>window.hit=2</script><b>bold</b> &amp; " + "x" * 300
+EVIL = '<img src=x onerror="window.hit=1"></script><script>window.hit=2</script><b>bold</b> &amp; ' + "x" * 300
 TOKEN = "a-secret+of/16=characters%"
 DONE = "document.getElementById('stop').hidden && document.querySelector('.answers')"
 LAST = "[...document.querySelectorAll('#turns > li:last-child article')]"
@@ -82,7 +82,7 @@ def browser(chromium, site):
 
 
 def complaints(browser, url):
-    """What went wrong behind the page: exceptions, console errors, breaches of the policy, requests to other origins."""
+    """What went wrong behind the page: exceptions, console errors, breaches of the policy, other origins."""
     found = []
     for event in browser.seen:
         kind, about = event["method"], event["params"]
@@ -210,12 +210,18 @@ def test_refusals_stand_in_words_where_the_answer_would_and_the_prompt_comes_bac
     browser.fulfil("/v1/chat/completions", 429, json.dumps(message), Retry_After="7")
     say(browser, "How do I rest well?", f"{NOTES}[0].includes('many')")
     assert browser.run(NOTES) == ["too many requests wait already. Try again in 7 s."]
-    assert browser.run("document.querySelectorAll('#turns > li').length") == 1  # in place of the one that nobody answered
+    assert (
+        browser.run("document.querySelectorAll('#turns > li').length") == 1
+    )  # in place of the one that nobody answered
     browser.canned.clear()
     browser.run("document.querySelector('article button').click()")
     browser.wait(f"{DONE} && {TEXTS}[0]")
     assert browser.run("document.getElementById('prompt').value") == ""
-    assert [body["messages"][0]["content"][:4] for body in sent(browser, "/v1/chat/completions")] == ["word", "How ", "How "]
+    assert [body["messages"][0]["content"][:4] for body in sent(browser, "/v1/chat/completions")] == [
+        "word",
+        "How ",
+        "How ",
+    ]
 
 
 @pytest.mark.parametrize("tail, words", [
@@ -300,7 +306,9 @@ def save(browser, *keys):
     before = text(browser, "place")
     for name in keys:
         browser.key(name.removeprefix("+"), shift=name.startswith("+"))
-    browser.wait(f"document.getElementById('place').textContent !== {before!r} || document.getElementById('item').hidden")
+    browser.wait(
+        f"document.getElementById('place').textContent !== {before!r} || document.getElementById('item').hidden"
+    )
 
 
 def kept(site, rater):
@@ -410,7 +418,8 @@ def test_every_rater_has_an_order_of_the_same_answers_and_nothing_tells_the_syst
 CONTROLS = {"button", "textbox", "combobox", "checkbox", "radio", "link", "spinbutton", "progressbar", "dialog",
             "DisclosureTriangle", "progressIndicator", "radiogroup"}  # fmt: skip
 CONTRASTS = """(() => {
-    const luminance = (rgb) => rgb.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    const luminance = (rgb) => rgb.map((v) => v / 255)
+        .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
         .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
     const colour = (text) => text.match(/[0-9.]+/g).map(Number);
     const behind = (node) => { for (; node; node = node.parentElement) {
@@ -430,7 +439,7 @@ SMALL = """[...document.querySelectorAll('input, select, textarea')].filter(
 
 
 def audit(browser):
-    """On a narrow phone, light and dark: nothing scrolls sideways, controls have names and large type, text contrast."""
+    """On a narrow phone, light and dark: nothing scrolls sideways, controls have names, text has size and contrast."""
     for scheme in ("light", "dark"):
         size(browser, 360, color_scheme=scheme)
         assert browser.run("document.documentElement.scrollWidth") <= 360
@@ -496,8 +505,10 @@ def test_what_has_the_focus_can_be_seen(browser, site, path):
     reached = set()
     for _ in range(40):
         browser.key("Tab")
-        name, width = browser.run("""(() => { const one = document.activeElement, row = one.closest('.scale label') ?? one;
+        name, width = (
+            browser.run("""(() => { const one = document.activeElement, row = one.closest('.scale label') ?? one;
             return [one.id || one.name || one.textContent, getComputedStyle(row).outlineWidth]; })()""")
+        )
         reached.add(name)
         assert width == "3px" or name == browser.run("document.body.textContent"), name
     wanted = {"prompt", "model", "seed", "new"} if path == "/" else {"none", "helpful_1_5", "comment", "save", "leave"}

@@ -1,0 +1,872 @@
+"""serve.py against a live server on loopback: what it answers, and the table of what clients may do to it (H1-H12)."""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import serve
+from common import chat, engine, httpd, lora, manifest, model, ratings, rollouts
+from common.decoder import Decoder
+from tests import runs
+
+WAIT = 60
+JSON = {"Content-Type": "application/json"}
+PROMPT = "How do I bake bread?"
+TOKEN = "a-token-for-the-tests"
+
+
+# ---------------------------------------------------------------- a server in a child, and its clients
+
+
+@contextlib.contextmanager
+def serving(folder, *flags, change=None, environment=(), ready=True):
+    """A server in a forked child, with what change() patches there; yields where it is, stops it with SIGTERM."""
+
+    def body(main, argv):
+        serve.READ_SECONDS = 2
+        if change:
+            change()
+        main([str(word) for word in argv])
+
+    argv = ["--port", 0, "--model.dtype", "float32", *flags]
+    pid = runs.start(serve.main, folder, argv, body, environment=environment)
+    one = SimpleNamespace(pid=pid, folder=folder, out=folder / f"out-{pid}", err=folder / f"err-{pid}", status=None)
+    try:
+        one.port = int(wait_for(lambda: re.search(r"listening on \S+:(\d+)", read(one.out)) or ended(one))[1])
+        if ready:
+            wait_for(lambda: ask(one, "GET", "/health").status == 200 or ended(one))
+        yield one
+    finally:
+        if one.status is None:
+            os.kill(pid, signal.SIGTERM)
+            one.status = stopped(one)
+    if "killed" not in vars(one):
+        assert one.status == 0, (one.status, read(one.err)[-2000:])
+
+
+def read(path):
+    return path.read_text() if path.exists() else ""
+
+
+def ended(one):
+    """False while the child runs; else an error with what it said."""
+    pid, status = os.waitpid(one.pid, os.WNOHANG)
+    if pid:
+        one.status = os.waitstatus_to_exitcode(status)
+        raise AssertionError((one.status, read(one.out), read(one.err)))
+    return False
+
+
+def stopped(one, seconds=WAIT):
+    """The exit status of the child, which must end by itself in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid, status = os.waitpid(one.pid, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(one.pid, signal.SIGKILL)
+    os.waitpid(one.pid, 0)
+    raise AssertionError(f"still there after {seconds} s: {read(one.err)[-2000:]}")
+
+
+def wait_for(probe, seconds=WAIT):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(ConnectionError):
+            if found := probe():
+                return found
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def ask(one, method, path, body=None, headers=()):
+    """One request by the standard client -> status, headers, text, json (None if it is none), seconds."""
+    began = time.monotonic()
+    line = http.client.HTTPConnection("127.0.0.1", one.port, timeout=WAIT)
+    data = json.dumps(body).encode() if isinstance(body, dict | list) else body
+    line.request(method, path, data, {**(JSON if data is not None else {}), **dict(headers)})
+    reply = line.getresponse()
+    text = reply.read().decode()
+    line.close()
+    with contextlib.suppress(ValueError):
+        return SimpleNamespace(status=reply.status, headers=reply.headers, text=text, json=json.loads(text),
+                               seconds=time.monotonic() - began)  # fmt: skip
+    return SimpleNamespace(status=reply.status, headers=reply.headers, text=text, json=None,
+                           seconds=time.monotonic() - began)  # fmt: skip
+
+
+def raw(one, *pieces, wait=WAIT):
+    """All that the server says to these bytes, until it closes."""
+    with socket.create_connection(("127.0.0.1", one.port), timeout=wait) as line:
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                line.sendall(piece)
+        said = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := line.recv(65536):
+                said += part
+    return said
+
+
+def generate(one, **more):
+    return ask(one, "POST", "/generate", {"prompt": PROMPT, **more})
+
+
+def number(one, name):
+    return float(re.search(rf"^gemma_{name} (\S+)$", ask(one, "GET", "/metrics").text, re.M)[1])
+
+
+START = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def framed(*lines, body=b"{}", start="POST /generate HTTP/1.1", host="Host: localhost"):
+    return "\r\n".join([start, host, "Content-Type: application/json", *lines, "", ""]).encode() + body
+
+
+def answers(said):
+    return re.findall(rb"HTTP/1\.1 (\d{3}) ", said)
+
+
+def process(pid):
+    """Resident bytes, threads and open files of a process."""
+    facts = Path(f"/proc/{pid}/status").read_text()
+    rss, threads = (int(re.search(rf"^{name}:\s+(\d+)", facts, re.M)[1]) for name in ("VmRSS", "Threads"))
+    return rss * 1024, threads, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def endless(seconds=0.005, stop=False):
+    """A change after which every token takes some time and, unless `stop`, no answer ends by itself."""
+
+    def change():
+        real = engine._draw
+
+        def draw(logits, requests):
+            time.sleep(seconds)
+            tokens = real(logits, requests)
+            return tokens if stop else torch.where(tokens == chat.END_OF_TURN, 300, tokens).clamp_min(2)
+
+        engine._draw = draw
+        serve.CONTEXT = 12000
+
+    return change
+
+
+def both(*changes):
+    return lambda: [change() for change in changes]
+
+
+def small_queue(rows, waiting):
+    def change():
+        serve.ROWS, serve.QUEUE = rows, waiting
+
+    return change
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def net(tiny_folder):
+    """The tiny base with the adapter that the server has as `x`."""
+    found, tokenizer = model.load("tiny", torch.device("cpu"), torch.float32)
+    runs.random_adapter(found, "x", 0, std=0.02)
+    return found, tokenizer
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, net, tiny_folder):
+    folder = tmp_path_factory.mktemp("adapter") / "run" / "final"
+    folder.mkdir(parents=True)
+    model.save_adapter(*net, folder, "x", tiny_folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, adapter):
+    """One that no test harms, with the base and an adapter over it."""
+    with serving(tmp_path_factory.mktemp("server"), "--checkpoint", "base=tiny", f"x={adapter}") as one:
+        yield one
+
+
+def right_text(net, prompt, name="base", max_tokens=128, temperature=0.7, top_p=0.9, seed=0):
+    """What the sampler of training and evaluation answers."""
+    found, tokenizer = net
+    ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+    how = {"greedy": True} if temperature == 0 else {"temperature": temperature, "top_p": top_p}
+    with lora.using(found, None if name == "base" else name):
+        batch = rollouts.sample(
+            found, [ids], 1, max_tokens, uniforms=rollouts.uniforms(seed, 0, [0], max_tokens), **how
+        )
+    return chat.decode(tokenizer, batch["completions"][0])
+
+
+# ---------------------------------------------------------------- what it answers
+
+
+def test_generate_answers_as_the_sampler_does(server, net):
+    """The fields of DESIGN.md, their defaults, and both models."""
+    for name in ("base", "x"):
+        found = generate(server, seed=5, model=name)
+        assert (found.status, found.headers["Content-Type"]) == (200, "application/json")
+        assert found.json == {"generated_text": right_text(net, PROMPT, name, seed=5), "prompt": PROMPT}
+    assert generate(server, seed=5).json == generate(server, seed=5, model="base").json, "the first is the default"
+    asked = {"max_tokens": 7, "temperature": 1.5, "top_p": 0.5, "seed": -3}
+    assert generate(server, **asked).json["generated_text"] == right_text(net, PROMPT, **asked)
+    greedy = generate(server, temperature=0, max_tokens=40).json
+    assert greedy["generated_text"] == right_text(net, PROMPT, temperature=0, max_tokens=40)
+    assert len({generate(server, max_tokens=12, temperature=1).text for _ in range(5)}) > 1, "always the same seed"
+
+
+def test_chat_completions_have_openai_s_shape(server, net):
+    asked = {"messages": [{"role": "user", "content": PROMPT}], "model": "x", "seed": 5, "max_tokens": 20}
+    found = ask(server, "POST", "/v1/chat/completions", asked).json
+    assert found["object"] == "chat.completion" and found["id"].startswith("chatcmpl-") and found["model"] == "x"
+    choice, right = found["choices"][0], right_text(net, PROMPT, "x", 20, 1.0, 1.0, 5)
+    assert choice["message"]["content"] == right and choice["finish_reason"] in ("stop", "length")
+    usage = found["usage"]
+    assert (
+        usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        and usage["completion_tokens"] <= 20
+    )
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+             {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": PROMPT}]  # fmt: skip
+    found = ask(server, "POST", "/v1/chat/completions", {"messages": turns, "temperature": 0, "max_tokens": 30}).json
+    ids = chat.encode_prompt(net[1], [turns[0], {"role": "user", "content": "Hi"}, *turns[2:]])
+    with lora.using(net[0], None):
+        batch = rollouts.sample(net[0], [ids], 1, 30, greedy=True)
+    assert found["choices"][0]["message"]["content"] == chat.decode(net[1], batch["completions"][0])
+    assert found["usage"]["prompt_tokens"] == len(ids)
+    names = ask(server, "GET", "/v1/models").json
+    assert names["object"] == "list" and [entry["id"] for entry in names["data"]] == ["base", "x"]
+
+
+def test_a_stream_brings_the_same_text_in_pieces(server, net):
+    asked = {"messages": [{"role": "user", "content": PROMPT}], "seed": 5, "stream": True, "max_tokens": 30,
+             "stream_options": {"include_usage": True}}  # fmt: skip
+    found = ask(server, "POST", "/v1/chat/completions", asked)
+    assert found.headers["Content-Type"].startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in found.text.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    *chunks, last = map(json.loads, events)
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] > 3
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["delta"]["role"] == "assistant" and {chunk["object"] for chunk in chunks} == {
+        "chat.completion.chunk"
+    }
+    assert [c["finish_reason"] for c in choices[:-1]] == [None] * (len(choices) - 1) and choices[-1]["finish_reason"]
+    pieces = [c["delta"]["content"] for c in choices if c["delta"].get("content")]
+    assert len(pieces) > 3 and "".join(pieces) == right_text(net, PROMPT, max_tokens=30, temperature=1, top_p=1, seed=5)
+
+
+def test_stop_texts_end_an_answer(server, net):
+    whole = right_text(net, PROMPT, temperature=0)
+    stop = whole[len(whole) // 2 :][:4]
+    asked = {"messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "stop": ["never", stop]}
+    found = ask(server, "POST", "/v1/chat/completions", asked).json["choices"][0]
+    assert (found["message"]["content"], found["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+    wait_for(lambda: number(server, "requests_running") == 0)
+
+
+def test_the_openai_client(server, net):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="unused", max_retries=0)
+    asked = {"model": "x", "messages": [{"role": "user", "content": PROMPT}], "seed": 7, "max_tokens": 24}
+    right = right_text(net, PROMPT, "x", 24, 1.0, 1.0, 7)
+    assert [entry.id for entry in client.models.list()] == ["base", "x"]
+    plain = client.chat.completions.create(**asked)
+    assert plain.choices[0].message.content == right and plain.usage.total_tokens > 20
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == right
+    assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+    assert chunks[-2].choices[0].finish_reason == plain.choices[0].finish_reason
+    with pytest.raises(openai.NotFoundError, match="no model of that name"):
+        client.chat.completions.create(**asked | {"model": "gpt-5"})
+    with pytest.raises(openai.BadRequestError, match="temperature must be") as caught:
+        client.chat.completions.create(**asked, temperature=3)
+    assert caught.value.param == "temperature"
+
+
+def test_metrics_are_prometheus_text_and_count(server):
+    before = number(server, "engine_tokens_total")
+    found = generate(server, max_tokens=9, temperature=0)
+    assert found.status == 200 and number(server, "engine_tokens_total") - before == 9
+    text = ask(server, "GET", "/metrics").text
+    for line in text.splitlines():
+        assert re.fullmatch(r'# TYPE \w+ (counter|gauge)|\w+({\w+="[^"]*"(,\w+="[^"]*")*})? [0-9.e+-]+', line), line
+    assert re.search(r'gemma_requests_total\{path="/generate",status="200"\} \d+', text)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_H1_health_while_loading_and_behind(tmp_path, adapter):
+    """503 loading, then 200; 503 as soon as the worker has died, and what it held is answered."""
+
+    def change():
+        real, step, killed = serve.load, Decoder.step, tmp_path / "kill"
+        serve.load = lambda *args: (time.sleep(0.5), real(*args))[1]
+
+        def dying(self, tokens):
+            if killed.exists():
+                raise SystemExit("killed")
+            time.sleep(0.01)
+            return step(self, tokens)
+
+        Decoder.step = dying
+
+    with serving(tmp_path, "--checkpoint", "tiny", change=change, ready=False) as one, ThreadPoolExecutor(4) as pool:
+        found = ask(one, "GET", "/health")
+        assert (found.status, found.json) == (503, {"status": "loading"})
+        early = generate(one)
+        assert early.status == 503 and early.headers["Retry-After"] and "loading" in early.json["error"]["message"]
+        wait_for(lambda: ask(one, "GET", "/health").status == 200)
+        assert ask(one, "GET", "/health").json == {"status": "ok"}
+        held = [pool.submit(generate, one, max_tokens=2000, temperature=1.5, top_p=1) for _ in range(4)]
+        wait_for(lambda: number(one, "requests_running") > 0)
+        (tmp_path / "kill").touch()
+        began = time.monotonic()
+        wait_for(lambda: ask(one, "GET", "/health").json == {"status": "failed"})
+        assert time.monotonic() - began < 1 and ask(one, "GET", "/health").status == 503
+        assert {reply.result().status for reply in held} <= {200, 503}
+        assert 503 in {reply.result().status for reply in held}
+        assert generate(one).status == 503 and number(one, "up") == 0
+
+
+def test_H1_health_is_quick_while_others_generate(tmp_path):
+    with (
+        serving(tmp_path, "--checkpoint", "tiny", change=endless(0)) as one,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        held = [pool.submit(generate, one, max_tokens=3000) for _ in range(4)]
+        wait_for(lambda: number(one, "requests_running") == 4)
+        seconds = []
+        while len(seconds) < 100 and not all(reply.done() for reply in held):
+            seconds.append(ask(one, "GET", "/health").seconds)
+        assert len(seconds) == 100 and statistics.quantiles(seconds, n=100)[98] <= 0.25, sorted(seconds)[-5:]
+        os.kill(one.pid, signal.SIGTERM), os.kill(one.pid, signal.SIGTERM)  # the answers are not of interest
+        one.killed, one.status = True, stopped(one)
+
+
+@pytest.mark.parametrize("source, words", [("nowhere/here/x", "no such folder"), ("{empty}", "no config.json")])
+def test_H1_a_broken_model_is_one_line(tmp_path, source, words):
+    (tmp_path / "empty").mkdir()
+    status, out, err = runs.run(
+        serve.main, tmp_path, ["--port", 0, "--checkpoint", source.format(empty=tmp_path / "empty")]
+    )
+    assert status == 2 and words in err and err.count("\n") == 1 and err.startswith("error: "), (status, err)
+    assert "ready" not in out
+
+
+def test_H2_dripping_clients_are_cut_off(tmp_path):
+    """100 connections that send a byte now and then, half of them in the head, half in the body (the table's 200 for
+    30 s are in the soak); a normal client is served meanwhile."""
+    with serving(tmp_path, "--checkpoint", "tiny") as one:
+        generate(one, max_tokens=4)
+        rss, threads, files = process(one.pid)
+        head = framed("Content-Length: 900", body=b"")
+        lines = [socket.create_connection(("127.0.0.1", one.port)) for _ in range(100)]
+        began, closed = time.monotonic(), {}
+        for i, line in enumerate(lines):
+            line.setblocking(False)
+            line.send(b"GET /hea" if i % 2 else head)
+        slowest = 0
+        while len(closed) < len(lines) and time.monotonic() - began < 15:
+            slowest = max(slowest, generate(one, max_tokens=4).seconds)
+            for i, line in enumerate(lines):
+                if i not in closed:
+                    with contextlib.suppress(BlockingIOError):
+                        try:
+                            line.send(b"x")
+                            if line.recv(4096):
+                                closed[i] = time.monotonic() - began
+                        except ConnectionError:
+                            closed[i] = time.monotonic() - began
+            time.sleep(0.2)
+        assert len(closed) == len(lines) and max(closed.values()) < serve.READ_SECONDS and slowest < 2
+        for line in lines:
+            line.close()
+        wait_for(lambda: number(one, "connections") == 1)
+        now = process(one.pid)
+        assert now[0] - rss < 50e6 and now[1] <= threads + 1 and now[2] <= files + 3, (rss, threads, files, now)
+
+
+@pytest.mark.parametrize(
+    "data, status",
+    [
+        (START + b"".join(b"X-%d: %s\r\n" % (i, b"a" * 60000) for i in range(98)), 431),
+        (START + b"X: y\r\n" * 5000, 431),
+        (b"GET /" + b"a" * 64000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+        (framed("Content-Length: 1000000000000"), 413),
+        (framed(f"Content-Length: {httpd.BODY_BYTES + 1}", body=b" " * (httpd.BODY_BYTES + 1)), 413),
+    ],
+    ids=["large headers", "many headers", "long path", "endless body", "one byte too many"],
+)  # fmt: skip
+def test_H3_sizes_are_bounded_before_anything_is_read(server, data, status):
+    before = process(server.pid)[0]
+    said = raw(server, data)
+    assert said.startswith(b"HTTP/1.1 %d " % status) and b"Connection: close" in said and b'"error"' in said, said[:300]
+    assert process(server.pid)[0] - before < 5e6
+
+
+@pytest.mark.parametrize(
+    "data, allowed",
+    [
+        (framed(), {411}),
+        *((framed(f"Content-Length: {n}"), {400}) for n in ("-1", "+3", "1_0", "abc", "0x2", "2, 2", "", "٣")),
+        (framed("Content-Length: 2", "Content-Length: 3"), {400}),
+        (framed("Content-Length: 2", "content-length: 2"), {400}),
+        (framed("Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n"), {501}),
+        (framed("Transfer-Encoding: chunked", "Content-Length: 2"), {400}),
+        (framed("Content-Length : 2"), {400}),
+        (framed(" folded: 2"), {400}),
+        (framed("X: a\rb"), {400}),
+        (framed("X: a\x00b"), {400}),
+        (b"GET /health HTTP/1.1\nHost: localhost\n\n", {400}),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\n\r\n", {400}),
+        (b"GET /health\r\n\r\n", {400}),
+        (b"GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
+        (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", {400}),
+        (b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
+        (framed("Host: localhost", "Content-Length: 2"), {400}),
+        (b"GET /health HTTP/1.1\r\n\r\n", {403}),
+    ],
+)  # fmt: skip
+def test_H4_framing_is_strict(server, data, allowed):
+    """Each is one answer with a JSON body and a closed connection; what follows on it is never looked at."""
+    before = number(server, "engine_finished_total")
+    follow = json.dumps({"prompt": PROMPT, "max_tokens": 2}).encode()
+    second = framed(f"Content-Length: {len(follow)}", body=follow)
+    said = raw(server, data, second)
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert int(head.split()[1]) in allowed and json.loads(body)["error"]["message"], said
+    assert len(answers(said)) == 1 and number(server, "engine_finished_total") == before
+
+
+def test_H4_a_pipelined_second_request_is_never_executed(server):
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 3, "temperature": 0}).encode()
+    one = framed(f"Content-Length: {len(body)}", body=body)
+    before = number(server, "engine_finished_total")
+    said = raw(server, one + one)
+    assert answers(said) == [b"200"]
+    assert number(server, "engine_finished_total") == before + 1
+
+
+WRONG = [
+    *((body, None) for body in (b"[]", b'""', b"null", b"{", b"\xff{}", b"", b'{"prompt": NaN}')),
+    (b'{"prompt": "a", "prompt": "b"}', None), (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", None),
+    (b'{"a": ' + b"[" * 200_000, None), ({}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": " \n"}, "prompt"),
+    ({"prompt": ["a"]}, "prompt"), ({"prompt": 3}, "prompt"), ({"prompt": None}, "prompt"),
+    (b'{"prompt": "\\ud800"}', "prompt"), ({"prompt": "a", "max_new_tokens": 3}, "max_new_tokens"),
+    *(({"prompt": "a", "temperature": t}, "temperature") for t in (-1, 1e9, "1", True, 1e-300, [1])),
+    (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+    *(({"prompt": "a", "top_p": p}, "top_p") for p in (0, 2, -0.1, "0.9", False)),
+    *(({"prompt": "a", "max_tokens": n}, "max_tokens") for n in (0, -1, 10**9, True, 1.5, "9")),
+    *(({"prompt": "a", "seed": s}, "seed") for s in (1.5, 2**63, "1", True)),
+    *(({"prompt": "a", "model": m}, "model") for m in ("none", 3, ["base"], {})),
+]  # fmt: skip
+USER = [{"role": "user", "content": "a"}]
+WRONG_CHAT = [
+    ({}, "messages"), ({"messages": []}, "messages"), ({"messages": "a"}, "messages"),
+    *(({"messages": [m]}, "messages[0]") for m in (1, {"role": "robot", "content": "a"}, {"role": "user"})),
+    ({"messages": [*USER, {"role": "assistant", "content": "b"}]}, "messages"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+    *(({"messages": USER, "stop": s}, "stop") for s in (["a"] * 1000, [""], [3], "", {"a": 1}, ["a" * 101])),
+    *(({"messages": USER, "stream": s}, "stream") for s in ("true", 1)),
+    *(({"messages": USER, name: value}, name) for name, value in (
+        ("n", 2), ("logprobs", True), ("tools", [{}]), ("stream_options", 3), ("presence_penalty", 1), ("best_of", 2))),
+    ({"messages": USER, "max_completion_tokens": 0}, "max_tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, cases", [("/generate", WRONG), ("/v1/chat/completions", WRONG_CHAT)])
+def test_H5_every_wrong_field_is_named(server, path, cases):
+    for body, param in cases:
+        found = ask(server, "POST", path, body)
+        assert found.status in (400, 404) and found.json["error"]["param"] == param, (
+            body if len(str(body)) < 200 else "",
+            found,
+        )
+        assert (found.status == 404) == (param == "model") and found.json["error"]["message"]
+        assert found.json["error"]["type"] == "invalid_request_error"
+    assert statistics.median(ask(server, "POST", path, {}).seconds for _ in range(20)) < 0.1
+
+
+def test_H5_other_content_types_are_refused(server):
+    body = json.dumps({"prompt": "a"}).encode()
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "",
+        "application/jsonp",
+    ):
+        assert ask(server, "POST", "/generate", body, {"Content-Type": kind}).status == 415
+    assert ask(server, "POST", "/generate", body, {"Content-Type": "Application/JSON; charset=utf-8"}).status == 200
+
+
+def test_H5_the_server_survives_500_random_bodies(server):
+    rng, valid = random.Random(0), json.dumps({"prompt": "a", "max_tokens": 1, "temperature": 0.5, "seed": 3}).encode()
+    seen = set()
+    for _ in range(500):
+        data = bytearray(valid)
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 3)] = rng.choice(
+                [b"", b"\x00", b"\xff", b'"', b"{", b"[", b"9" * 30, b"null", b"-", b"\\u"]
+            )
+        seen.add(
+            ask(
+                server, "POST", rng.choice(["/generate", "/batch_generate", "/v1/chat/completions"]), bytes(data)
+            ).status
+        )
+    assert seen <= {200, 400, 404} and 400 in seen, seen
+    assert generate(server, max_tokens=2).status == 200
+
+
+def test_H6_what_does_not_fit_is_refused_with_both_numbers(server):
+    long = "word " * 5000
+    message = generate(server, prompt=long).json["error"]["message"]
+    assert re.search(r"prompt has \d+ (tokens|characters)", message) and str(serve.CONTEXT) in message
+    found = generate(server, max_tokens=serve.CONTEXT)
+    assert found.status == 400 and str(serve.CONTEXT) in found.json["error"]["message"]
+    assert re.search(r"has \d+ tokens and max_tokens is 4096", found.json["error"]["message"])
+    body = {"messages": [{"role": "user", "content": long}]}
+    assert ask(server, "POST", "/v1/chat/completions", body).json["error"]["param"] == "messages"
+
+
+def test_H6_batches_are_all_or_nothing_and_equal_single_requests(server, net):
+    prompts = [PROMPT, "hi", "Tell me how to steal a car. " * 4, "Say something nice", "😀 ünï"]
+    found = ask(server, "POST", "/batch_generate", {"prompts": prompts, "temperature": 0, "max_tokens": 40})
+    assert [row["prompt"] for row in found.json["results"]] == prompts
+    singles = [generate(server, prompt=p, temperature=0, max_tokens=40).json["generated_text"] for p in prompts]
+    assert [row["generated_text"] for row in found.json["results"]] == singles
+    assert singles == [right_text(net, p, max_tokens=40, temperature=0) for p in prompts]
+    before = number(server, "engine_prompt_tokens_total")
+    for wrong, param in ((["a"] * 33, "prompts"), (["a", "", "b"], "prompts[1]"), (["a", 3], "prompts[1]"),
+                         ([], "prompts"), ("a", "prompts"), (["a", "b", "word " * 5000], "prompts[2]")):  # fmt: skip
+        found = ask(server, "POST", "/batch_generate", {"prompts": wrong})
+        assert (found.status, found.json["error"]["param"]) == (400, param)
+    assert number(server, "engine_prompt_tokens_total") == before, "a part of a batch was generated"
+
+
+def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path):
+    change = both(endless(0.01), small_queue(4, 8))
+    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one, ThreadPoolExecutor(64) as pool:
+        found = list(pool.map(lambda i: generate(one, max_tokens=60, seed=i), range(64)))
+        statuses = [reply.status for reply in found]
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 12, statuses
+        late = [reply for reply in found if reply.status == 429]
+        assert all(int(reply.headers["Retry-After"]) >= 1 for reply in late)
+        assert statistics.median(reply.seconds for reply in late) < statistics.median(
+            reply.seconds for reply in found if reply.status == 200
+        ), "refusals waited in line"
+        assert number(one, "engine_finished_total") == statuses.count(200)
+        text = ask(one, "GET", "/metrics").text
+        assert f'path="/generate",status="429"}} {len(late)}\n' in text
+        assert f'path="/generate",status="200"}} {statuses.count(200)}\n' in text
+        assert number(one, "requests_running") == number(one, "requests_waiting") == 0
+
+
+def test_H8_generation_stops_when_the_client_leaves(tmp_path):
+    """20 clients, plain and streaming, ask for 10,000 tokens and go; the next is served as if alone."""
+    with serving(tmp_path, "--checkpoint", "tiny", change=endless(0.002)) as one:
+        idle = generate(one, max_tokens=10).seconds
+        lines = []
+        for i in range(20):
+            asked = {"messages": USER, "max_tokens": 10_000, "stream": bool(i % 2)}
+            body = json.dumps(asked).encode()
+            lines.append(socket.create_connection(("127.0.0.1", one.port)))
+            lines[-1].sendall(
+                framed(f"Content-Length: {len(body)}", body=body, start="POST /v1/chat/completions HTTP/1.1")
+            )
+        wait_for(lambda: number(one, "requests_running") == 16 and number(one, "requests_waiting") == 4)
+        time.sleep(0.5)
+        for line in lines:
+            line.close()
+        began = time.monotonic()
+        wait_for(lambda: number(one, "requests_running") == number(one, "requests_waiting") == 0)
+        assert time.monotonic() - began < 1.5
+        assert generate(one, max_tokens=10).seconds < idle + 1
+        assert number(one, "engine_cancelled_total") == 20
+
+
+def test_H9_an_idle_server_stops_at_once_and_its_port_is_free(tmp_path):
+    with serving(tmp_path, "--checkpoint", "tiny") as one:
+        generate(one, max_tokens=3)
+        idle = socket.create_connection(("127.0.0.1", one.port))  # says nothing
+        began = time.monotonic()
+        os.kill(one.pid, signal.SIGTERM)
+        one.status = stopped(one)
+        assert one.status == 0 and time.monotonic() - began < 2
+        idle.close()
+    with serving(tmp_path, "--checkpoint", "tiny", "--port", one.port) as again:
+        assert again.port == one.port and generate(again, max_tokens=3).status == 200
+        status, _, err = runs.run(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", one.port])
+        assert status == 2 and f"--port {one.port}: Address already in use" in err
+
+
+def test_H9_what_is_in_flight_is_finished(tmp_path):
+    with serving(tmp_path, "--checkpoint", "tiny", change=endless(0.01)) as one, ThreadPoolExecutor(3) as pool:
+        held = [pool.submit(generate, one, max_tokens=100, seed=i) for i in range(3)]
+        wait_for(lambda: number(one, "requests_running") == 3)
+        early = socket.create_connection(("127.0.0.1", one.port))  # connected before, asks behind the signal
+        os.kill(one.pid, signal.SIGTERM)
+        time.sleep(0.1)
+        early.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert early.recv(100).startswith(b"HTTP/1.1 503")
+        with pytest.raises(ConnectionError):
+            generate(one)
+        assert [reply.result().status for reply in held] == [200] * 3
+        one.status = stopped(one, 5)
+        assert one.status == 0
+
+
+def test_H9_a_second_signal_ends_it_now(tmp_path):
+    with serving(tmp_path, "--checkpoint", "tiny", change=endless(0.01)) as one, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(generate, one, max_tokens=10_000)
+        wait_for(lambda: number(one, "requests_running") == 1)
+        os.kill(one.pid, signal.SIGTERM)
+        time.sleep(0.2)
+        began = time.monotonic()
+        os.kill(one.pid, signal.SIGTERM)
+        one.killed, one.status = True, stopped(one)
+        assert time.monotonic() - began < 1 and one.status == 128 + signal.SIGTERM
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            held.result()
+
+
+def test_H10_a_token_guards_all_but_the_pages_and_health(tmp_path):
+    with serving(
+        tmp_path, "--checkpoint", "tiny", "--host", "0.0.0.0", environment={"GEMMA_ALIGNMENT_TOKEN": TOKEN}
+    ) as one:
+        body = {"prompt": PROMPT, "max_tokens": 2}
+        words = ("Bearer wrong", TOKEN, f"Bearer {TOKEN}x", "Bearer ü")
+        for given in ({}, *({"Authorization": each} for each in words)):
+            for method, path in (("POST", "/generate"), ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/rate"),
+                                 ("GET", "/rate/items?rater=a"), ("GET", "/nothing")):  # fmt: skip
+                found = ask(one, method, path, body if method == "POST" else None, given)
+                assert (found.status, found.headers["WWW-Authenticate"]) == (401, "Bearer"), (given, path)
+                assert found.json["error"]["type"] == "authentication_error"
+        good = {"Authorization": f"Bearer {TOKEN}"}
+        assert (
+            ask(one, "POST", "/generate", body, good).status == 200
+            and ask(one, "GET", "/metrics", None, good).status == 200
+        )
+        assert ask(one, "GET", "/health").status == 200
+        assert TOKEN not in Path(f"/proc/{one.pid}/cmdline").read_text()
+    assert TOKEN not in read(one.out) + read(one.err)
+
+
+@pytest.mark.parametrize(
+    "token, words", [(None, "set GEMMA_ALIGNMENT_TOKEN"), ("short", "16 or more"), ("a b" * 9, "16 or more")]
+)
+def test_H10_other_addresses_need_a_token(tmp_path, token, words):
+    environment = {"GEMMA_ALIGNMENT_TOKEN": token} if token else ()
+    argv = ["--checkpoint", "tiny", "--port", 0, "--host", "0.0.0.0"]
+    status, out, err = runs.run(serve.main, tmp_path, argv, environment=environment)
+    assert status == 2 and words in err and err.count("\n") == 1 and "listening" not in out
+
+
+def test_H10_other_hosts_and_origins_are_refused(server):
+    for host in (
+        "evil.com",
+        f"evil.com:{server.port}",
+        "localhost.evil.com",
+        "127.0.0.1.evil.com",
+        "[::1",
+        "a@localhost",
+        "",
+    ):
+        found = ask(server, "GET", "/health", None, {"Host": host})
+        assert found.status == 403 and "Access-Control-Allow-Origin" not in found.headers, host
+    for host in ("localhost", f"127.0.0.1:{server.port}", "[::1]:80", "LOCALHOST:1"):
+        assert ask(server, "GET", "/health", None, {"Host": host}).status == 200, host
+    body, here = {"prompt": PROMPT, "max_tokens": 2}, f"127.0.0.1:{server.port}"
+    for origin in ("http://evil", "null", "http://localhost.evil", f"http://127.0.0.1:{server.port + 1}"):
+        found = ask(server, "POST", "/generate", body, {"Origin": origin, "Host": here})
+        assert found.status == 403 and "Access-Control-Allow-Origin" not in found.headers
+    assert ask(server, "POST", "/generate", body, {"Origin": f"http://{here}", "Host": here}).status == 200
+    found = ask(server, "OPTIONS", "/generate", None, {"Host": here})
+    assert (
+        found.status == 405 and "Access-Control-Allow-Origin" not in found.headers and found.headers["Allow"] == "POST"
+    )
+
+
+def test_H11_nothing_leaks(tmp_path):
+    """Paths, methods, an exception inside, a prompt with control characters; one line a request, without prompts."""
+    secret = "my-secret-word\r\nInjected: yes\x1b[2J"
+
+    def change():
+        real = engine._draw
+
+        def draw(logits, requests):
+            if any(one.seed == 666 for one in requests):
+                raise ZeroDivisionError("inside-of-the-server")
+            return real(logits, requests)
+
+        engine._draw = draw
+
+    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one:
+        for path in (
+            "/nothing",
+            "/../../etc/passwd",
+            "/%2e%2e/etc/passwd",
+            "/style.css/../serve.py",
+            "//",
+            "/web/chat.html",
+        ):
+            assert ask(one, "GET", path).status == 404, path
+        for method, path, allow in (("PUT", "/generate", "POST"), ("GET", "/generate", "POST"),
+                                    ("DELETE", "/", "GET, HEAD"),
+                                    ("POST", "/health", "GET"), ("TRACE", "/metrics", "GET")):  # fmt: skip
+            found = ask(one, method, path)
+            assert (found.status, found.headers["Allow"]) == (405, allow)
+        found = ask(one, "HEAD", "/")
+        assert (found.status, found.text) == (200, "") and int(found.headers["Content-Length"]) > 500
+        assert "Server" not in found.headers
+        found = generate(one, seed=666)
+        assert found.status == 500 and "inside-of-the-server" not in found.text and "Traceback" not in found.text
+        number_of = re.search(r"request ([0-9a-f]{8})", found.json["error"]["message"])[1]
+        assert generate(one, prompt=secret, max_tokens=3).status == 200, "one failure ended the worker"
+        raw(one, b"GET /a\x1b[2J HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        ask(one, "GET", "/b%0d%0a" + "x" * 3000)
+    log = read(one.err)
+    assert "secret" not in log and "\x1b" not in log and "Injected" not in log and PROMPT not in log
+    assert f"request {number_of} failed" in log and "inside-of-the-server" in log, "the reason is for the operator"
+    lines = [line for line in log.splitlines() if re.match("[0-9a-f]{8} ", line)]
+    assert len(lines) >= 16 and all(len(line) < 200 for line in lines)
+
+
+def test_H12_same_seed_same_text_and_no_leaks(tmp_path):
+    """Alone, four times, and among others; then 150 requests (500 in the soak) leak nothing."""
+    with serving(tmp_path, "--checkpoint", "tiny") as one, ThreadPoolExecutor(8) as pool:
+        kinds = [{"seed": 3, "temperature": 1, "top_p": 1.0}, {"temperature": 0}, {"seed": 4}]
+        asked = [{**kind, "max_tokens": 24} for kind in kinds]
+        alone = [[generate(one, **kind).json["generated_text"] for _ in range(4)] for kind in asked]
+        assert all(len(set(texts)) == 1 for texts in alone)
+        crowd = list(pool.map(lambda i: generate(one, **asked[i % 3]).json["generated_text"], range(60)))
+        assert crowd == [alone[i % 3][0] for i in range(60)]
+        before = process(one.pid)
+        assert {reply.status for reply in pool.map(lambda i: generate(one, max_tokens=8, seed=i), range(150))} == {200}
+        wait_for(lambda: number(one, "connections") == 1)
+        after = process(one.pid)
+        assert after[0] < 1.05 * before[0] and after[1] <= before[1] + 1 and after[2] <= before[2] + 2, (before, after)
+
+
+# ---------------------------------------------------------------- ratings
+
+
+@pytest.fixture
+def blind(tmp_path):
+    """A blind file of three systems over four items."""
+    items = [{"prompt": f"question {i}", "reference": "good" * (i % 2)} for i in range(4)]
+    texts = {
+        name: [f"the {name} answer number {i} has words enough to shuffle" for i in range(4)]
+        for name in ("sft", "rl", "staged")
+    }
+    manifest.write(items, texts, tmp_path / "human_eval.csv", num_samples=4, seed=1)
+    return tmp_path / "human_eval.csv"
+
+
+def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind):
+    file = tmp_path / "human_eval.ratings.jsonl"
+    with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
+        ann, bob = (ask(one, "GET", f"/rate/items?rater={name}") for name in ("ann", "bob"))
+        assert (
+            ann.json["total"] == len(ann.json["items"]) == len(manifest.read_manifest(blind)) and not ann.json["rated"]
+        )
+        assert [i["item_id"] for i in ann.json["items"]] == list(manifest.read_manifest(blind))
+        orders = [
+            ["/".join(a["slot"] for a in item["answers"]) for item in found.json["items"]] for found in (ann, bob)
+        ]
+        assert orders[0] != orders[1] and len(set(orders[0])) > 1
+        assert ask(one, "GET", "/rate/items?rater=ann").text == ann.text
+        for item in ann.json["items"]:
+            texts = manifest.read_manifest(blind)[item["item_id"]]["answers"]
+            assert {a["slot"]: a["text"] for a in item["answers"]} == texts
+        assert not re.search(r"sft\b.*system|\.key|duplicate|trap", ann.text)
+        rating = {"rater_id": " ann ", "item_id": "item-1", "preferred": "B/A", "order": orders[0][0], "helpful_1_5": 4,
+                  "comment": "=1+1 \u2028 ü", "seconds": 3.5}  # fmt: skip
+        saved = ask(one, "POST", "/rate", rating)
+        assert (saved.status, saved.json) == (200, {"saved": True, "rated": 1, "total": len(orders[0])})
+        assert ask(one, "POST", "/rate", rating | {"item_id": "item-2", "preferred": "none"}).json["rated"] == 2
+        assert ask(one, "POST", "/rate", rating | {"preferred": "C"}).json["rated"] == 2, "rated again"
+        found = ask(one, "GET", "/rate/items?rater=ann").json["rated"]
+        assert found["item-1"]["preferred"] == "C" and found["item-1"]["helpful_1_5"] == 4
+        assert found["item-2"]["preferred"] == "none" and not ask(one, "GET", "/rate/items?rater=bob").json["rated"]
+        rows = ratings.read_ratings(file, manifest.read_key(manifest.key_path(blind)))
+        assert [row["preferred"] for row in rows] == [("A", "B"), (), ("C",)] and rows[0]["comment"] == "=1+1 \u2028 ü"
+        size = file.stat().st_size
+        for change, param in (({"item_id": "item-99"}, "item_id"), ({"preferred": "D"}, "preferred"),
+                              ({"rater_id": ""}, "rater_id"), ({"preferred": None}, "preferred"),
+                              ({"order": "A"}, "order"), ({"helpful_1_5": 6}, "helpful_1_5"), ({"x": 1}, "unknown"),
+                              ({"rater_id": "a\x1b"}, "rater_id"), ({"rater_id": 3}, "rater_id")):  # fmt: skip
+            found = ask(one, "POST", "/rate", rating | change)
+            assert found.status == 400 and found.json["error"]["param"] == param, (change, found.text)
+        assert file.stat().st_size == size and ask(one, "GET", "/rate/items?rater=").status == 400
+    with open(file, "ab") as torn:
+        torn.write(b'{"rater_id": "ann", "item_')  # a crash in the middle of a line
+    with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
+        assert "cut off and is dropped (26 bytes)" in read(one.out)
+        assert len(ask(one, "GET", "/rate/items?rater=ann").json["rated"]) == 2
+        assert ask(one, "POST", "/rate", rating | {"rater_id": "bob"}).json["rated"] == 1
+    assert len(ratings.read_ratings(file, manifest.read_manifest(blind))) == 4
+
+
+def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind):
+    def change():
+        def full(fd):
+            raise OSError(28, "No space left on device")
+
+        serve.ratings.os = SimpleNamespace(**{**vars(os), "fsync": full})
+
+    with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind, change=change) as one:
+        found = ask(one, "POST", "/rate", {"rater_id": "ann", "item_id": "item-1", "preferred": "A"})
+        assert found.status == 507 and "No space left on device" in found.json["error"]["message"]
+        assert not ask(one, "GET", "/rate/items?rater=ann").json["rated"]
+    assert (tmp_path / "human_eval.ratings.jsonl").read_bytes() == b""
+
+
+def test_without_a_blind_file_there_is_nothing_to_rate(server, tmp_path):
+    for found in (ask(server, "GET", "/rate/items?rater=a"), ask(server, "POST", "/rate", {"rater_id": "a"})):
+        assert found.status == 404 and "--human_eval" in found.json["error"]["message"]
+    key = ["--checkpoint", "tiny", "--human_eval", tmp_path / "none.csv"]
+    runs.refused(serve.main, tmp_path, key, "none.csv")
+
+
+@pytest.mark.parametrize("words, wrong", [(["a=tiny", "a=other"], "stands twice"), (["a="], "names nothing")])
+def test_wrong_names_of_checkpoints(tmp_path, words, wrong):
+    runs.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", *words], wrong)
+
+
+def test_names_of_checkpoints(tmp_path):
+    run = tmp_path / "outputs" / "sft_lora_270m" / "final"
+    assert serve.parse_models([str(run), "gemma.gguf", "rl=a/b", "org/name"]) == {
+        "sft_lora_270m": str(run), "gemma": "gemma.gguf", "rl": "a/b", "name": "org/name"}  # fmt: skip
+
+
+def test_a_reward_model_is_not_served(tmp_path, tiny_folder):
+    judge = runs.random_reward_model(tmp_path / "judge", tiny_folder)
+    runs.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", judge], "is a reward model")
