@@ -1,0 +1,106 @@
+"""The long forms of the rows that a server's clients cause: H2, H7, H8 and H12, for tests/faults/soak.py.
+
+python -m tests.faults.clients            these rows alone; exit status 1 unless all held
+"""
+
+import random
+import socket
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests import test_serve as web
+
+
+def server_rows(folder, trials=50):
+    """[(id, what, trials, passed, seconds, remark)] of each row below."""
+    found = []
+    for row, (what, function, count) in {
+        "H2": ("200 dripping connections, 10 s for a request", drips, 1),
+        "H7": ("64 requests at once on a queue of 8", crowds, max(1, trials // 5)),
+        "H8": ("20 clients leave at random moments", leavers, max(1, trials // 5)),
+        "H12": ("requests of random seeds: texts as alone, no leak", repeats, 10 * trials),
+    }.items():
+        place, began = folder / row, time.monotonic()
+        place.mkdir()
+        try:
+            passed, remark = function(place, count)
+        except AssertionError as error:
+            passed, remark = 0, str(error)[:200]
+        found.append((row, what, count, passed, time.monotonic() - began, remark))
+        print(*found[-1], file=sys.stderr, flush=True)
+    return found
+
+
+def drips(folder, trials):
+    web.READ_SECONDS = 10
+    with web.serving(folder, "--checkpoint", "tiny") as one:
+        web.generate(one, max_tokens=4)
+        before = web.process(one.pid)
+        closed, slowest = web.drip(one, 200, 0.5)
+        after = web.process(one.pid)
+    held = len(closed) == 200 and max(closed) <= 10.5 and slowest <= 2  # 0.5: how often we look
+    held = held and after[0] - before[0] < 50e6 and after[1] <= before[1] + 1
+    return int(held), (f"closed after at most {max(closed):.1f} s, others answered in {slowest:.2f} s, "
+                       f"{(after[0] - before[0]) / 1e6:+.1f} MB, {after[1] - before[1]:+d} threads")  # fmt: skip
+
+
+def crowds(folder, trials):
+    passed, refused, change = 0, 0, web.both(web.endless(0.005), web.small_queue(4, 8))
+    with web.serving(folder, "--checkpoint", "tiny", change=change) as one, ThreadPoolExecutor(64) as pool:
+        for _ in range(trials):
+            before = web.number(one, "engine_finished_total")
+            found = list(pool.map(lambda i: web.generate(one, max_tokens=30, seed=i), range(64)))
+            good = sum(reply.status == 200 for reply in found)
+            late = [reply for reply in found if reply.status == 429 and int(reply.headers["Retry-After"]) >= 1]
+            refused += len(late)
+            passed += (
+                good >= 12 and good + len(late) == 64 and web.number(one, "engine_finished_total") == before + good
+            )
+    return passed, f"{refused} of {64 * trials} refused with Retry-After, all others answered"
+
+
+def leavers(folder, trials):
+    passed, longest, dice = 0, 0.0, random.Random(0)
+    with web.serving(folder, "--checkpoint", "tiny", change=web.endless(0.002)) as one:
+        idle = max(web.generate(one, max_tokens=10).seconds for _ in range(3))
+        for _ in range(trials):
+            lines = [socket.create_connection(("127.0.0.1", one.port)) for _ in range(20)]
+            for i, line in enumerate(lines):
+                body = web.json.dumps({"messages": web.USER, "max_tokens": 10_000, "stream": bool(i % 2)}).encode()
+                start = "POST /v1/chat/completions HTTP/1.1"
+                line.sendall(web.framed(f"Content-Length: {len(body)}", body=body, start=start))
+            web.wait_for(lambda: web.number(one, "requests_running") == 16)
+            time.sleep(dice.uniform(0, 0.5))
+            for line in lines:
+                line.close()
+            began = time.monotonic()
+            web.wait_for(lambda: web.number(one, "requests_running") == web.number(one, "requests_waiting") == 0)
+            longest = max(longest, time.monotonic() - began)
+            passed += time.monotonic() - began < 1.5 and web.generate(one, max_tokens=10).seconds < idle + 1
+    return passed, f"idle again after at most {longest:.2f} s"
+
+
+def repeats(folder, trials):
+    dice = random.Random(0)
+    kinds = [
+        {"seed": dice.randrange(2**40), "temperature": dice.choice([0, 0.7, 1.0]), "max_tokens": 16} for _ in range(10)
+    ]
+    with web.serving(folder, "--checkpoint", "tiny") as one, ThreadPoolExecutor(8) as pool:
+        right = [web.generate(one, **kind).json["generated_text"] for kind in kinds]
+        list(pool.map(lambda i: web.generate(one, **kinds[i % 10]), range(60)))
+        before = web.process(one.pid)
+        found = list(pool.map(lambda i: web.generate(one, **kinds[i % 10]).json["generated_text"], range(trials)))
+        web.wait_for(lambda: web.number(one, "connections") == 1)
+        after = web.process(one.pid)
+    passed = sum(text == right[i % 10] for i, text in enumerate(found))
+    drift, threads, files = after[0] / before[0] - 1, after[1] - before[1], after[2] - before[2]
+    assert abs(drift) < 0.05 and threads <= 1 and files <= 2, (drift, threads, files)
+    return passed, f"{drift:+.1%} memory, {threads:+d} threads, {files:+d} files"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        sys.exit(any(row[2] != row[3] for row in server_rows(Path(place))))
