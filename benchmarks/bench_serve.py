@@ -172,8 +172,8 @@ def main():
         f"--tokens {args.tokens} --requests {args.requests} --rounds {args.rounds}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}; a LoRA fine-tune of Gemma "
-        f"3 270M, {args.clients} clients at once with {args.requests} requests of at most {args.tokens} tokens, one that "
-        "streams, one that polls /health; medians, rounds in brackets.",
+        f"3 270M, {args.clients} clients at once with {args.requests} requests of at most {args.tokens} tokens, one "
+        "that streams, one that polls /health; medians, rounds in brackets.",
         "",
         "| dtype | generate, tokens/s | served, tokens/s | ratio | first token alone, s | under load, s (longest) | "
         "p99 of /health, ms | texts as alone |",
