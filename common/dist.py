@@ -1,12 +1,33 @@
-"""torchrun: form the group, sum over ranks, add up gradients. Everything is the identity in a single process."""
+"""torchrun: form the group, sum over ranks, add up gradients. Everything is the identity in a single process.
 
+A rank that fails says so in the group's store, and every other ends with its words, whatever it was doing. A rank that
+waits for longer than training.timeout names those that it waits for, and ends the run in the same way.
+"""
+
+import contextlib
 import datetime
 import json
 import os
+import threading
+import time
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+POLL = 0.5  # seconds between two looks at what the other ranks say
+GRACE = 2.0  # seconds for a rank to end by itself, with words of its own, after another has failed
+
+_group = SimpleNamespace(store=None, timeout=0, since=None, ended=None, listener=None)
+
+
+class RankError(Exception):
+    """The group is broken: another rank hangs, has ended or has failed. One line says which and why."""
+
+    def __init__(self, words, status=1):
+        super().__init__(words)
+        self.status = int(status)
 
 
 def rank():
@@ -32,32 +53,99 @@ def init(device, timeout):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    limit = datetime.timedelta(seconds=timeout)
+    number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        int(os.environ["WORLD_SIZE"]),
-        is_master=os.environ["RANK"] == "0" and not agent_store,
-        timeout=limit,
-    )
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=limit,
-    )
+    where, limit = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), datetime.timedelta(seconds=timeout)
+    try:
+        store = dist.TCPStore(*where, size, is_master=number == 0 and not agent_store, timeout=limit)
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
+        barrier()  # NCCL connects at the first use
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise RankError(f"not all of {size} ranks joined within training.timeout, {timeout} s: {first}") from error
+    _group.store, _group.timeout, _group.ended = store, timeout, threading.Event()
+    _group.listener = threading.Thread(target=_listen, args=(store.clone(), agent_store), daemon=True)
+    _group.listener.start()
 
 
 def end():
+    if _group.store is not None:
+        _group.ended.set()
+        _group.listener.join()  # in a call of the store it must not meet the end of the interpreter
+        _group.store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def fail(words, status):
+    """Tell the other ranks why this one is about to end with `status`; they end too. The first word counts."""
+    if _group.store is not None:
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            if not _group.store.check(["failed"]):
+                _group.store.set("failed", f"{status} {words}")
+
+
+def _listen(store, agent_store):
+    """End this process when another rank has failed, or its own main thread is stuck in a collective that the backend
+    does not end. A thread of its own: the main one may hang, or compute for long."""
+    words = None
+    while words is None and not _group.ended.wait(POLL):
+        since = _group.since
+        try:
+            if store.check(["failed"]):
+                words = store.get("failed").decode()  # status and words
+            elif since is not None and time.monotonic() - since > _group.timeout + POLL:
+                words = _absent(store, True)
+                store.set("failed", words)
+        except RuntimeError:
+            if agent_store:  # torchrun has died: go on without, the lock of the run folder holds off its successor
+                return
+            words = "1 rank 0 has ended"
+    if words is not None and not _group.ended.wait(GRACE):
+        status, _, words = words.partition(" ")
+        os.write(2, f"error: {words}\n".encode())
+        os._exit(int(status))
+
+
+def _absent(store, late):
+    """Why a collective broke, as a status and one line: what another rank has said, else who did not take part."""
+    names = [f"waiting/{number}" for number in range(world_size())]
+    try:
+        store.set(names[rank()], "")
+        time.sleep(2 * POLL)  # for the others, whose connections broke with this one's
+        if store.check(["failed"]):
+            return store.get("failed").decode()
+        who = ", ".join(str(number) for number, name in enumerate(names) if not store.check([name]))
+    except RuntimeError:  # the store went with rank 0
+        who = ""
+    who = f"rank {who}" if who else "another rank"
+    if late:
+        return f"1 {who} hangs or is busy: the others have waited for {_group.timeout} s (training.timeout)"
+    return f"1 {who} has ended: see what it said"
+
+
+@contextlib.contextmanager
+def _together():
+    """Around a collective: the backend's error becomes a RankError."""
+    _group.since = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        if _group.store is None:
+            raise
+        late = "imed out" in str(error) or "timeout" in str(error)
+        status, _, words = _absent(_group.store, late).partition(" ")
+        raise RankError(words, status) from error
+    finally:
+        _group.since = None
+
+
 def barrier():
     if dist.is_initialized():
-        dist.barrier()
+        with _together():
+            dist.barrier()
 
 
 def sum_all(*values):
@@ -66,8 +154,9 @@ def sum_all(*values):
         return [float(v) for v in values]
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    with _together():
+        dist.all_reduce(total)
+        return total.tolist()  # where NCCL waits
 
 
 def sum_tensor(values):
@@ -75,8 +164,9 @@ def sum_tensor(values):
     if world_size() == 1:
         return values
     total = values.to("cuda" if dist.get_backend() == "nccl" else "cpu", torch.float64, copy=True)
-    dist.all_reduce(total)
-    return total.cpu()
+    with _together():
+        dist.all_reduce(total)
+        return total.cpu()
 
 
 def gather_rows(rows):
@@ -87,7 +177,8 @@ def gather_rows(rows):
     text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)
     sizes = [int(size) for size in sum_all(*(len(text) * (r == rank()) for r in range(world_size())))]
     parts = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in sizes]
-    dist.all_gather(parts, F.pad(text, (0, max(sizes) - len(text))))
+    with _together():
+        dist.all_gather(parts, F.pad(text, (0, max(sizes) - len(text))))
     return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].cpu().numpy()))]
 
 
@@ -113,6 +204,7 @@ def sum_gradients(parameters):
     if world_size() == 1:
         return
     flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    dist.all_reduce(flat)
+    with _together():
+        dist.all_reduce(flat)
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         parameter.grad.copy_(grad.view_as(parameter))

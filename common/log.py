@@ -45,6 +45,11 @@ def command(main):
             _refuse(f"out of memory: lower --training.micro_batch_tokens ({str(error)[:120]})", error)
         except OSError as error:  # a full disk, a folder that may not be written
             _refuse(f"{error.strerror or error}: {error.filename or ''}", error)
+        except dist.RankError as error:  # no bad input, and no bug of this rank
+            _refuse(str(error), error, error.status)
+        except Exception as error:
+            dist.fail(f"another rank failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", 1)
+            raise
         finally:
             while len(_closing) > depth:
                 _closing.pop()()
@@ -54,9 +59,11 @@ def command(main):
     return wrapped
 
 
-def _refuse(message, error):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2) from error
+def _refuse(message, error, status=2):
+    words = " ".join(message.split())
+    print(f"error: {words}", file=sys.stderr)
+    dist.fail(words, status)
+    raise SystemExit(status) from error
 
 
 def say(message):

@@ -62,7 +62,7 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 1
-            sys.stderr.write(f"{error.code}\n" * (status == 1))
+            sys.stderr.write("" if isinstance(error.code, int) else f"{error.code}\n")
         except BaseException:
             traceback.print_exc()
         finally:
@@ -98,12 +98,16 @@ def refused(main, folder, argv, *words):
     return err
 
 
-def ranks(main, folder, argv, bodies=(call, call)):
-    """Two ranks as torchrun would start them, forked: [(status, stdout, stderr), ...]."""
+def start_ranks(main, folder, argv, bodies=(call, call)):
+    """Two ranks as torchrun would start them, forked; returns their pids."""
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     places = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    pids = [start(main, folder, argv, body, place) for body, place in zip(bodies, places)]
-    return [finish(folder, pid) for pid in pids]
+    return [start(main, folder, argv, body, place) for body, place in zip(bodies, places)]
+
+
+def ranks(main, folder, argv, bodies=(call, call)):
+    """[(status, stdout, stderr), ...] of start_ranks."""
+    return [finish(folder, pid) for pid in start_ranks(main, folder, argv, bodies)]
 
 
 def train_ranks(main, folder, argv):

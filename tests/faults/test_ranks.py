@@ -1,0 +1,154 @@
+"""What one rank does to the others (R11, R12 and the like): it hangs, returns, fails or dies; none of them waits long.
+
+Ranks are forked from the warmed parent; those that torchrun starts are in tests/faults/deaths.py.
+"""
+
+import datetime
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+import evaluate
+import train_sft
+from common import dist, rewards
+from common.log import UserError
+from tests import runs
+
+TIMEOUT = 2  # training.timeout
+SLACK = 6  # seconds more that a busy machine may need, of which 3 pass until a hung rank has heard of it
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return runs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=12, val=4, test=4)
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    return runs.settings(tiny_folder, few, "--training.timeout", TIMEOUT)
+
+
+def together(main, folder, argv, bodies, limit):
+    """Two ranks that must both have ended `limit` seconds after one did `act` -> [(status, out, err), ...]."""
+    pids = runs.start_ranks(main, folder, argv, bodies)
+    mark, end = folder / "mark", time.monotonic() + 60
+    while not mark.exists():
+        assert time.monotonic() < end, [runs.finish(folder, kill(pid)) for pid in pids]
+        time.sleep(0.02)
+    end, done = time.monotonic() + limit, {}
+    while len(done) < len(pids) and time.monotonic() < end:
+        for pid in set(pids) - set(done):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                done[pid] = runs.finish(folder, pid)
+        time.sleep(0.02)
+    late = {pid: runs.finish(folder, kill(pid)) for pid in pids if pid not in done}
+    assert not late, (late, done)
+    return [done[pid] for pid in pids]
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def marked(folder, act):
+    def marking():
+        (folder / "mark").touch()
+        act()
+
+    return marking
+
+
+def hang():
+    while True:
+        time.sleep(3600)
+
+
+def leave():
+    os._exit(0)
+
+
+def check_hang(folder, argv, number, body):
+    bodies = [body, body]
+    bodies[number] = lambda main, argv: runs.at_step(2, marked(folder, hang))(lambda argv: body(main, argv), argv)
+    for status, _, err in together(train_sft.main, folder, argv, bodies, TIMEOUT + SLACK):
+        assert status == 1 and err.count("\n") == 1, err
+        assert f"rank {number} hangs or is busy: the others have waited for 2 s (training.timeout)" in err, err
+
+
+def test_r12_a_rank_that_hangs_ends_the_run(tmp_path, settings):
+    check_hang(tmp_path, settings(tmp_path), 1, lambda main, argv: main([str(word) for word in argv]))
+
+
+def test_r12_a_backend_that_goes_on_waiting_is_ended(tmp_path, settings):
+    """As NCCL may, which cannot be tried here: the backend's own limit is an hour. It is rank 0 that hangs."""
+
+    def patient(main, argv):
+        real = torch.distributed.init_process_group
+
+        def init_process_group(*args, timeout, **more):
+            return real(*args, timeout=datetime.timedelta(hours=1), **more)
+
+        torch.distributed.init_process_group = init_process_group
+        main([str(word) for word in argv])
+
+    check_hang(tmp_path, settings(tmp_path), 0, patient)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_r12_a_rank_that_leaves_ends_the_run_at_once(tmp_path, settings, number):
+    bodies = [runs.call, runs.call]
+    bodies[number] = runs.at_step(2, marked(tmp_path, leave))
+    argv = settings(tmp_path, "--training.timeout", 120)
+    found = together(train_sft.main, tmp_path, argv, bodies, SLACK)
+    status, _, err = found[1 - number]
+    assert found[number][0] == 0 and status == 1, found
+    last = err.splitlines()[-1]  # before it torch's own words about the store, where that went with rank 0
+    assert re.fullmatch(f"error: (rank {number}|another rank) has ended.*", last) and "Traceback" not in err, err
+
+
+def test_a_rank_that_never_comes_ends_the_start(tmp_path, settings):
+    def absent(main, argv):
+        (tmp_path / "mark").touch()
+
+    argv = settings(tmp_path)
+    (status, _, err), _ = together(train_sft.main, tmp_path, argv, (runs.call, absent), 2 * TIMEOUT + SLACK)
+    assert status == 1 and "not all of 2 ranks joined within training.timeout, 2 s" in err, err
+
+
+def test_a_bug_on_one_rank_is_told_to_the_others(tmp_path, settings):
+    def act():
+        raise ValueError("a bug")
+
+    body = runs.at_step(2, marked(tmp_path, act))
+    first, second = together(train_sft.main, tmp_path, settings(tmp_path), (runs.call, body), SLACK)
+    assert first[0] == 1 and first[2] == "error: another rank failed: ValueError: a bug\n", first
+    assert "Traceback" in second[2], second
+
+
+def test_a_score_that_fails_on_one_rank_ends_the_evaluation_at_once(tmp_path, few, tiny_folder):
+    """The others end with its words, long before training.timeout."""
+
+    def body(main, argv):
+        def make(*args):
+            def score(records, answers):
+                if dist.rank() == 1:
+                    (tmp_path / "mark").touch()
+                    raise UserError("no score for this")
+                return torch.zeros(len(records)), [{}] * len(records)
+
+            score.about = None
+            return score
+
+        rewards.make = make
+        runs.call(main, argv)
+
+    argv = ["--debug", "--model.base_checkpoint", tiny_folder, "--dataset_path", few, "--reward.type", "heuristic"]
+    argv += ["--evaluation.max_new_tokens", 8, "--evaluation.draws", 100, "--logging.output_dir", tmp_path]
+    argv += ["--checkpoints", f"base={tiny_folder}"]
+    for status, _, err in together(evaluate.main, tmp_path, argv, (body, body), SLACK):
+        assert status == 2 and err == "error: no score for this\n", (status, err)
