@@ -78,9 +78,11 @@ def find(run_dir, choice):
 def go_on(run_dir, choice, state, steps, free=FREE_TO_CHANGE):
     """Fill `state` from the step folder to resume from, if there is one -> (folder, tensors) or (None, {}).
 
-    UserError where `state["facts"]` differ from the saved ones in more than `free`, or the run is already past `steps`.
+    UserError where `state["facts"]` differ from the saved ones in more than `free`, or from those of another rank, or
+    the run is already past `steps`.
     """
     found = find(run_dir, choice)
+    agree(state["facts"] | {"training.resume": found and found.name})
     if not found:
         return None, {}
     tensors, saved = checkpoint.load_step(found)
@@ -92,6 +94,18 @@ def go_on(run_dir, choice, state, steps, free=FREE_TO_CHANGE):
     state |= saved | {"facts": state["facts"]}
     say(f"resuming {run_dir} at step {state['step']} of {steps}")
     return found, tensors
+
+
+def agree(facts):
+    """UserError on all ranks unless they have the same facts: a machine of its own may have other files."""
+    first, *others = dist.gather_rows([{key: str(value) for key, value in facts.items()}])
+    for number, other in enumerate(others if dist.world_size() > 1 else (), 1):
+        odd = [key for key in first | other if first.get(key) != other.get(key) and not key.startswith("logging.")]
+        if odd:
+            words = [f"{key} is {str(first.get(key))[:40]} on rank 0, {str(other.get(key))[:40]} on rank {number}"
+                     for key in odd[:3]]  # fmt: skip
+            raise UserError(f"the ranks would not train the same: {'; '.join(words)}; every machine needs the same "
+                            "command, data and base, and to resume the same files in logging.output_dir")  # fmt: skip
 
 
 def bring(folder, path):

@@ -6,6 +6,7 @@ Ranks are forked from the warmed parent; those that torchrun starts are in tests
 import datetime
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -152,3 +153,30 @@ def test_a_score_that_fails_on_one_rank_ends_the_evaluation_at_once(tmp_path, fe
     argv += ["--checkpoints", f"base={tiny_folder}"]
     for status, _, err in together(evaluate.main, tmp_path, argv, (body, body), SLACK):
         assert status == 2 and err == "error: no score for this\n", (status, err)
+
+
+def test_machines_that_do_not_share_a_folder_may_train_but_not_resume(tmp_path, settings):
+    def elsewhere(main, argv):
+        at = argv.index("--logging.output_dir") + 1
+        runs.call(main, [*argv[:at], tmp_path / "elsewhere", *argv[at + 1 :]])
+
+    argv = settings(tmp_path, "--training.save_interval", 1, "--training.max_steps")
+    done = runs.ranks(train_sft.main, tmp_path, [*argv, 2], (runs.call, elsewhere))
+    assert [status for status, *_ in done] == [0, 0] and not (tmp_path / "elsewhere").exists(), done
+    before = runs.snapshot(tmp_path / "run")
+    for status, _, err in runs.ranks(train_sft.main, tmp_path, [*argv, 4], (runs.call, elsewhere)):
+        assert status == 2 and err.count("\n") == 1, err
+        assert "training.resume is step-000002 on rank 0, None on rank 1" in err and "logging.output_dir" in err, err
+    assert runs.snapshot(tmp_path / "run") == before
+
+
+def test_machines_with_other_data_do_not_train(tmp_path, settings, few):
+    other = shutil.copytree(few, tmp_path / "other")
+    shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
+
+    def another(main, argv):
+        at = argv.index("--dataset_path") + 1
+        runs.call(main, [*argv[:at], other, *argv[at + 1 :]])
+
+    for status, _, err in runs.ranks(train_sft.main, tmp_path, settings(tmp_path), (runs.call, another)):
+        assert status == 2 and "the ranks would not train the same: dataset_path is" in err and "; data is" in err, err
