@@ -39,7 +39,12 @@ def cached(key, shape, compute):
 def pair_logprobs(net, pairs, cuts):
     """Summed log-probs of both answers (pairs, 2) fp64, chosen first; `cuts` are this rank's micro-batches of rows."""
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for rows in cuts:
+    for number in range(max(dist.gather_rows([len(cuts)]))):
+        if number % 16 == 0:
+            dist.barrier()  # so that ranks do not drift apart by more than these: training.timeout counts it
+        if number >= len(cuts):
+            continue
+        rows = cuts[number]
         tokens, mask = data.collate_pairs([pairs[i] for i in rows], net.device)
         found[rows] = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1).cpu().double().view(-1, 2)
     return dist.sum_tensor(found)
