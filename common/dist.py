@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+import uuid
 from types import SimpleNamespace
 
 import torch
@@ -46,8 +47,7 @@ def is_main():
 def init(device, timeout):
     """Join torchrun's process group (gloo on CPU, NCCL on CUDA); a hung rank ends the run after `timeout` seconds.
 
-    After a restart by `--max-restarts` the agent's store still holds the dead workers' addresses, so every attempt
-    writes under a prefix of its own. Does nothing without torchrun, or when the group exists.
+    Does nothing without torchrun, or when the group exists.
     """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
@@ -58,7 +58,7 @@ def init(device, timeout):
     where, limit = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), datetime.timedelta(seconds=timeout)
     try:
         store = dist.TCPStore(*where, size, is_master=number == 0 and not agent_store, timeout=limit)
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(_agree(dist.PrefixStore("attempt", store), number, size, timeout), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
         barrier()  # NCCL connects at the first use
@@ -68,6 +68,29 @@ def init(device, timeout):
     _group.store, _group.timeout, _group.ended = store, timeout, threading.Event()
     _group.listener = threading.Thread(target=_listen, args=(store.clone(), agent_store), daemon=True)
     _group.listener.start()
+
+
+def _agree(store, number, size, timeout):
+    """A name that the ranks of this attempt have in common with no earlier one.
+
+    After a restart by `--max-restarts` the agent's store still holds the dead workers' addresses, so every attempt
+    writes under a prefix of its own. The count of restarts cannot be it: each machine's agent counts its own. Rank 0
+    draws a name; it holds once it has answered with what every other rank has drawn, which a dead rank 0 cannot.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + timeout
+    if number == 0:
+        store.set("name", mine)
+    while time.monotonic() < until:
+        name = store.get("name").decode()
+        if number:
+            store.set(f"{name}/{number}", mine)
+            if store.check([f"{name}/all"]) and mine in store.get(f"{name}/all").decode():
+                return name
+        elif store.check(keys := [f"{name}/{other}" for other in range(1, size)]):
+            store.set(f"{name}/all", b" ".join(store.get(key) for key in keys))
+            return name
+        time.sleep(0.05)
+    raise RuntimeError("a rank is missing")
 
 
 def end():
