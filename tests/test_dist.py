@@ -4,6 +4,8 @@ Both begin at the same weights with the same rows, so all that may differ is the
 """
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -141,3 +143,16 @@ def test_patience_and_budget_end_one_rank_and_two_at_the_same_step(tmp_path, set
     one, two = one_and_two(tmp_path, settings, "sft", "--training.max_steps", 20, *flags)
     ends = [lines(folder / "run")[-1]["step"] for folder in (one, two)]
     assert ends[0] == ends[1] and ends[0] in steps, ends
+
+
+def test_an_attempt_has_a_name_of_its_own_whatever_the_dead_left_in_the_store():
+    store, names = torch.distributed.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            others = [pool.submit(dist._agree, store, rank, 3, 10) for rank in (1, 2)]
+            time.sleep(0.2)  # they read the name of the dead rank 0 first
+            names.append(dist._agree(store, 0, 3, 10))
+            assert {other.result() for other in others} == {names[-1]}
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="a rank is missing"):
+        dist._agree(store, 2, 3, 0.2)
