@@ -28,7 +28,7 @@ import torch
 from common import base, chat, checkpoint, config, data, dist, explain, log, lora, losses, model
 
 # isort: split
-from common import preferences, resume, reward_model, stats
+from common import preferences, resume, reward_model, stats, watch
 from common import rewards as heuristics
 from common.log import UserError, command, say, say_counts
 from common.schedule import learning_rate
@@ -193,7 +193,8 @@ def main(argv=None):
         "model": fingerprint,
         "data": resume.fingerprint([[p["id"], p["margin"], p["chosen"], p["rejected"]] for p in train + val]),
     }
-    state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts}
+    state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "norms": {},
+             "facts": facts}  # fmt: skip
     state["about"] = {"base_checkpoint": base_name, "base": facts["model"], "task": cfg.task, "mean": 0.0, "std": 1.0}
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
@@ -294,6 +295,9 @@ def main(argv=None):
                    "tokens_seen": state["tokens_seen"], "tokens_per_second": seen / seconds,
                    "pairs_per_second": len(chosen) / seconds, "seconds": seconds,
                    "peak_memory_gb": log.peak_memory_gb(device)}  # fmt: skip
+        for words in watch.spikes(state["norms"], record):
+            record["warning"] = words
+            say(f"step {step}: {words}")
         if dist.is_main():
             log.write_record(metrics_file, record)
             send(record)

@@ -295,7 +295,7 @@ def main(argv=None):
 
     # --- resume: the newest folder that verifies, with the same config, data, tokenizer and number of ranks
     state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts,
-             "memory": {"first": [], "last": []}, "said": []}  # fmt: skip
+             "memory": {"first": [], "last": []}, "said": [], "norms": {}}  # fmt: skip
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
     dist.barrier()
@@ -424,6 +424,7 @@ def main(argv=None):
             record |= experience.record(batch) | {"updates": updates, "seconds_update": time.perf_counter() - made}
             watch.remember(state["memory"], record)
             warnings += watch.hacking(state["memory"], cfg.reward.normalize_rewards) + watch.sampler(record, dtype)
+        warnings += watch.spikes(state["norms"], record)
         seconds = time.perf_counter() - started
         record |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / source.per_epoch,
                    "tokens_seen": state["tokens_seen"], "tokens_per_second": seen / seconds, "seconds": seconds,

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from common import base, checkpoint, config, data, dist, explain, log, lora, model, resume
+from common import base, checkpoint, config, data, dist, explain, log, lora, model, resume, watch
 from common.log import UserError, command, say, say_counts
 from common.schedule import expected_steps, learning_rate
 
@@ -122,7 +122,8 @@ def main(argv=None):
         "model": base.fingerprint(base_folder),
         "data": resume.fingerprint([[e["id"], e["ids"], e["mask"]] for e in train + val]),
     }
-    state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "facts": facts}
+    state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "norms": {},
+             "facts": facts}  # fmt: skip
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
     dist.barrier()
@@ -220,6 +221,9 @@ def main(argv=None):
         record |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / per_epoch, "supervised_tokens": num_tokens,
                    "tokens_seen": state["tokens_seen"], "tokens_per_second": seen / seconds, "seconds": seconds,
                    "peak_memory_gb": log.peak_memory_gb(device)}  # fmt: skip
+        for words in watch.spikes(state["norms"], record):
+            record["warning"] = words
+            say(f"step {step}: {words}")
         if dist.is_main():
             log.write_record(metrics_file, record)
             send(record)

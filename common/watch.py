@@ -8,6 +8,7 @@ a run and prove nothing: read the samples.
 import itertools
 import math
 import re
+import statistics
 
 import torch
 
@@ -21,6 +22,7 @@ LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct b
 
 ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats a token between sampler and trainer, on average
 HALF = 0.5  # of an adapter that reaches weights it is merged into
+SPIKE, RECENT, FEWEST = 10.0, 32, 4  # times the median norm of so many steps; no word before there are a few
 COLLAPSE = 0.5  # nats a token: chosen answers that became this much less likely
 COLLAPSED = ("the chosen answers themselves became {:.2f} nats a token less likely than at the start: DPO pushes both "
              "answers down, the rejected one faster, and what it pushes up instead is unknown; lower rl.learning_rate, "
@@ -31,6 +33,23 @@ def collapse(record):
     """DPO's: held-out chosen answers that lost more than COLLAPSE."""
     change = record.get("eval/chosen_change", 0.0)
     return [COLLAPSED.format(-change)] if change < -COLLAPSE else []
+
+
+def spikes(norms, record):
+    """Gradients whose norm, before clipping, is more than SPIKE times the median of the steps before.
+
+    norms: {name: list of floats}, which is JSON; the record's are added. A step without a gradient does not count.
+    """
+    said = []
+    for name in ("grad_norm", "critic_grad_norm"):
+        if record.get(name):
+            before, norm = norms.get(name, []), record[name]
+            usual = statistics.median(before) if len(before) >= FEWEST else math.inf
+            if norm > SPIKE * usual:
+                said.append(f"{name} was {norm:.4g} before clipping, over {SPIKE:g} times the usual {usual:.4g}: "
+                            "look at the rows of this step, or lower training.max_grad_norm")  # fmt: skip
+            norms[name] = [*before, norm][-RECENT:]
+    return said
 
 
 def sampler(record, dtype):
