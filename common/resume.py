@@ -119,7 +119,7 @@ def begin(run_dir, step, config_text, facts):
     """Leave in the run folder, on the main rank, what a run starts with: config.yml, run.json, the log up to `step`."""
     if dist.is_main():
         checkpoint.truncate_log(run_dir / "metrics.jsonl", step - 1)
-        (run_dir / "config.yml").write_text(config_text)
+        log.write(run_dir / "config.yml", config_text)
         short = {key: value for key, value in facts.items() if "." not in key}
         log.write_json(run_dir / "run.json", log.provenance(facts=short))
 
@@ -174,13 +174,14 @@ def load_optimizer(optimizer, named, tensors):
 def stop_signals(grace=0.0):
     """Catch SIGTERM and SIGINT; the function returned tells whether one came. A second one exits at once.
 
-    Those within `grace` seconds of the first do not count: torchrun repeats to its workers a Ctrl-C that the
+    Under torchrun those within `grace` seconds of the first do not count: it repeats to its workers a Ctrl-C that the
     terminal sent them already. Outside the main thread nothing is caught and the function returned says False. When the
     running command (log.command) ends, the handlers before are put back.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: False
     asked, (reader, writer) = [], os.pipe()
+    grace = grace if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def watch():
         # A Python handler waits for the running bytecode to end, and loss.backward() is one: two signals in it would

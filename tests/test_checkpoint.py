@@ -587,7 +587,8 @@ def test_r13_second_signal_within_one_long_call(tmp_path):
     assert status == 130 and seconds < 1
 
 
-def test_r13_grace_for_repeated_signals(tmp_path):
+def test_r13_grace_for_repeated_signals(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert signalled(tmp_path, [signal.SIGINT, signal.SIGINT, signal.SIGTERM], finish_step, grace=5)[0] == 7
 
 
