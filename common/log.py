@@ -84,22 +84,30 @@ def progress(total, done):
     return tqdm(total=total, initial=done, unit="step", disable=hidden, dynamic_ncols=True, smoothing=0.1)
 
 
+def write(path, text, mode="w"):
+    """Write a text file; UserError names it and the room on its disk, which an error of the system alone does not."""
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        needed, free = len(text.encode()), shutil.disk_usage(Path(path).parent).free
+        raise UserError(f"cannot write {path}: {error.strerror} ({needed} bytes needed, {free} free)") from error
+
+
 def write_record(path, record):
     """Append one JSON line; floats keep every bit. A value that is not finite becomes null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")
+    write(path, json.dumps(clean) + "\n", "a")
 
 
 def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_records(path, records):
     """Append JSON lines, on the main rank; none leave no file."""
     if dist.is_main() and records:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "a")
 
 
 def read_records(path):
