@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from common import chat, tiny
+from common.checkpoint import MANIFEST, verify
 from common.log import UserError, say
 
 HUB_FILES = [
@@ -56,6 +57,8 @@ def resolve(checkpoint):
     if path.suffix == ".gguf":
         return _converted_gguf(path)
     if path.is_dir():
+        if (path / MANIFEST).is_file():  # a run's: a flipped bit would go unseen
+            verify(path)
         return path
     if path.exists() or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1:
         raise UserError(f"model.base_checkpoint: no such folder or .gguf file: {checkpoint}")

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import chat, data, lora, model, rewards
+from common import chat, checkpoint, data, lora, model, rewards
 from common.log import UserError, write_json
 
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
@@ -91,6 +91,8 @@ def load(net, name, folder, fingerprint):
         Path(folder),
         next(iter(lora.lora_modules(net).values())).active if lora.lora_modules(net) else None,
     )
+    if (folder / checkpoint.MANIFEST).is_file():  # of a run: a flipped bit would go unseen
+        checkpoint.verify(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         about = json.loads((folder / "reward.json").read_text())
