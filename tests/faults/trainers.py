@@ -1,0 +1,57 @@
+"""The trainers as the fault tests and soak.py drive them: short runs of the tiny base, with dropout and epoch edges."""
+
+import train_reward
+import train_rl
+import train_sft
+import train_staged
+from tests import runs
+
+KINDS = ("sft", "reward", "dpo", "grpo", "ppo")
+MAINS = {"sft": train_sft.main, "reward": train_reward.main, "staged": train_staged.main}
+PAIRS = ["--training.micro_batch_tokens", 256]
+SIZES = ["--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8, "--rl.minibatches", 2]
+SIZES += ["--rl.num_ppo_epochs", 1, "--rl.critic_warmup", 1, "--evaluation.max_items", 5]
+SIZES += ["--evaluation.max_new_tokens", 8, "--evaluation.draws", 100, "--reward.type", "heuristic"]
+RATES = ["--rl.max_steps", "null", "--rl.learning_rate", "null"]
+
+
+def main_of(kind):
+    return MAINS.get(kind, train_rl.main)
+
+
+def write_data(folder, kind):
+    """Twenty records: with four a step, epochs begin at steps 5, 10, 15."""
+    return runs.write_data(folder, "conala" if kind == "sft" else "safety", train=20, val=6)
+
+
+def settings(kind, base_folder, source):
+    """A function (output folder, *more flags) -> the flags of a short run of a trainer, see runs.settings."""
+    if kind == "sft":
+        return runs.settings(base_folder, source)
+    if kind == "staged":
+        return staged_settings(base_folder, source)
+    if kind == "reward":
+        return runs.settings(base_folder, source, "--training.mode", "reward", *PAIRS)
+    flags = ["--training.mode", "rl", "--rl.algorithm", kind, *RATES]
+    online = [*SIZES, "--rl.critic_learning_rate", 1e-3]
+    return runs.settings(base_folder, source, *flags, *(PAIRS if kind == "dpo" else online))
+
+
+def staged_settings(base_folder, source):
+    """The same for train_staged.py: SFT, then GRPO, three steps each."""
+
+    def flags(folder, *more):
+        sizes = [*SIZES, "--rl.algorithm", "grpo", "--rl.minibatches", 1, "--rl.max_steps", 3]
+        sizes += ["--training.max_steps", 3, "--training.batch_size", 4, "--training.eval_interval", 50]
+        where = ["--model.base_checkpoint", base_folder, "--dataset_path", source, "--logging.output_dir", folder]
+        more = ["--training.save_interval", 2, "--logging.run_name", "run", *more]
+        return ["--debug", "--training.mode", "staged", *sizes, *where, *more]
+
+    return flags
+
+
+def same_files(run_dir, other, names=("samples.jsonl", "held_out.jsonl", "report.json")):
+    """What a run writes beside metrics and weights is the same to the byte, or in neither."""
+    for name in names:
+        found = [(folder / name).read_bytes() if (folder / name).exists() else None for folder in (run_dir, other)]
+        assert found[0] == found[1], name
