@@ -107,7 +107,8 @@ def main(argv=None):
     if job.explain:
         first = data.epoch_batches(row_lengths, training.batch_size, cfg.seed, 0)[0]
         shown = [train[i] for row in first for i in rows[row]]
-        return explain.show(shown, tokenizer, net, named, training.micro_batch_tokens)
+        with context:
+            return explain.show(shown, tokenizer, net, named, training.micro_batch_tokens)
 
     # --- optimizer: no weight decay on norms
     groups = [{"params": [p for p in named.values() if p.ndim > 1], "weight_decay": training.weight_decay},

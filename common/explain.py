@@ -1,14 +1,18 @@
 """What `--explain` shows: which tokens are trained, the checks on them, and the memory a step will take, by formula."""
 
 import itertools
+import math
 import shutil
 import sys
 
-from common import chat
+import torch
+
+from common import chat, dist, lora, model
 from common.log import UserError, say
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
-LIBRARIES = 0.5e9  # bytes of Python, torch and transformers before any weight
+LIBRARIES = 0.5e9  # bytes of Python, torch, transformers and Gemma's tokenizer before any weight
+TOKENIZER = 0.3e9  # bytes that reading Gemma's tokenizer leaves in the heap until the first step trims it
 
 
 def token_view(tokenizer, example, colour=True, limit=400):
@@ -41,45 +45,137 @@ def check_example(example):
     return wrong
 
 
-def activation_bytes_per_token(config, bytes_per_value, length):
-    """What the backward keeps of one token in all layers, in a sequence of `length` tokens (see common/gemma.py)."""
+def activation_bytes_per_token(config, bytes_per_value, length, full=False):
+    """What the backward keeps of one token in all layers, in a sequence of `length` tokens (see common/gemma.py).
+
+    full: the norms are trained as well, and transformers' own keep their input and what they normalised in fp32.
+    """
     heads, groups, d = (
         config.num_attention_heads * config.head_dim,
         config.num_key_value_heads * config.head_dim,
         config.hidden_size,
     )
-    norms = 4 * d + 2 * d  # inputs of the four norms, and of the adapters behind two of them
+    norms = 4 * d * (8 if full else bytes_per_value)  # inputs of the four norms
+    inputs = 2 * d  # of the adapters, or trained linears, behind two of them
     attention = (heads + groups) + (heads + 2 * groups) + heads  # before and after norm and rotation; the output
-    weights = config.num_attention_heads * min(length, length / 2 + 64)  # softmax, its upper half never made
     mlp = 4 * config.intermediate_size  # gate, up, the activation, and the input of down's adapter
-    return config.num_hidden_layers * (norms + attention + weights + mlp) * bytes_per_value
+    reach = {"full_attention": length, "sliding_attention": config.sliding_window + 127}  # keys of a block of 128 rows
+    keys = sum(min(length, length / 2 + 64, reach[kind]) for kind in config.layer_types)  # the upper half is never made
+    each = norms + (inputs + attention + mlp) * bytes_per_value
+    return config.num_hidden_layers * each + config.num_attention_heads * keys * bytes_per_value  # and the softmax
 
 
-def memory_plan(net, trainable, tokens, length, logits=True):
-    """[(what, bytes)] of a step of `tokens` tokens, the longest of `length`: what holds the memory at its peak.
+def linears(config):
+    """Numbers in the four products of one layer, as rollouts fuse them: {"qkv", "o_proj", "gate_up", "down_proj"}."""
+    d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    return {"qkv": d * (heads + 2 * groups) * config.head_dim, "o_proj": heads * config.head_dim * d,
+            "gate_up": 2 * d * config.intermediate_size, "down_proj": config.intermediate_size * d}  # fmt: skip
 
-    `logits` is false for a reward model, which never meets the vocabulary.
+
+def memory_plan(net, trainable, batch, frozen=None, logits=True, decodes=()):
+    """{phase: [(what, bytes)]} of a step: "always", and for each phase what it holds beside that. docs/scaling.md.
+
+    batch: (tokens, longest length, are there more micro-batches) of a micro-batch; frozen: what holds the other roles,
+    if it is not `net`; logits: false for a reward model, which never meets the vocabulary; decodes: [(rows, slots)] of
+    rollouts and held-out answers. Autocast counts where it is switched on, as it does in the step.
     """
+    config, head, kind = net.config, net.lm_head.weight, net.lm_head.weight.device.type
+    full, cast, cpu = head.requires_grad, torch.is_autocast_enabled(kind), kind == "cpu"
+    width = 2 if cast else head.element_size()
+    numbers, body = sum(p.numel() for p in trainable), sum(linears(config).values()) * config.num_hidden_layers
+    tokens, length, more = batch
+    rows, copied = (256, 16) if cpu else (1024, 1024)  # of logits, and of their fp32 copy
+    chunk = config.vocab_size * (min(rows, tokens) * width + min(copied, tokens) * 4)
+    optimizer = [("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3)]
+    moments = [("Adam moments of what is trained, fp32", numbers * 4 * 2)]
+    update = [*(optimizer if more or not full else moments)]  # a first micro-batch has no gradients of all weights yet
+    update += [("one chunk of logits", chunk)] if logits else []
+    update += [("the head's gradient and one chunk's part of it", head.numel() * (4 + width))] if full else []
+    update += [("weights cast to bf16", (body + head.numel()) * 2)] if cast else []
+    activations = tokens * activation_bytes_per_token(config, width, length, full)
+    update += [(f"activations of {tokens} tokens", activations),
+               ("the layer at work", tokens * 4 * config.intermediate_size * width)]  # fmt: skip
+    found = {"always": _held(net, frozen, body), "loading": _loading(net, body) if cpu else [], "update": update}
+    if full:
+        found["optimizer"] = [*optimizer, ("root and denominator of Adam's largest tensor", head.numel() * 4 * 2)]
+    if frozen is not None:
+        block = 6 * min(copied, tokens) * config.vocab_size * 4
+        both = 2 * min(rows, tokens) * config.vocab_size * head.element_size()
+        found["measuring the KL"] = [*optimizer, ("two chunks of logits", both), ("their distributions", block)]
+    if decodes:
+        found["sampling"] = optimizer + _sampling(net, decodes, width)
+    return found
+
+
+def _held(net, frozen, body):
+    """What is there from the first step to the last."""
+    found = [("libraries and tokenizer", LIBRARIES), ("weights", model.memory_bytes(net))]
+    if frozen is not None and frozen is not net:
+        found.append(("the frozen second copy, with what is on it", model.memory_bytes(frozen)))
+    head = net.lm_head.weight
+    if _in_4_bits(net) and head.device.type == "cpu" and head.dtype == torch.bfloat16:
+        found.append(("pages of the weight file behind the 4-bit linears, which the system may drop", body * 2))
+    return found
+
+
+def _loading(net, body):
+    """What reading a bf16 file takes until the first step."""
+    head = net.lm_head.weight
+    if head.dtype == torch.bfloat16:
+        return [("what reading the tokenizer leaves", TOKENIZER)]  # the weights are the file's own pages
+    dense = [("linears before they were 4-bit", body * head.element_size())] if _in_4_bits(net) else []
+    return [("the weight file", (body + head.numel()) * 2), *dense, ("what reading the tokenizer leaves", TOKENIZER)]
+
+
+def _sampling(net, decodes, width):
+    """decoder.Decoder's copy of the weights, its cache, and the logits of rollouts.sample."""
     config, head = net.config, net.lm_head.weight
-    numbers = sum(p.numel() for p in trainable)
-    rows, copied = (256, 16) if head.device.type == "cpu" else (1024, 1024)  # of logits, and of their fp32 copy
-    chunk = config.vocab_size * (min(rows, tokens) * head.element_size() + min(copied, tokens) * 4)
-    if head.requires_grad:  # full fine-tuning: the head's own gradient on its way to the embedding
-        chunk += head.numel() * 4
-    activations = tokens * activation_bytes_per_token(config, head.element_size(), length)
+    cpu, modules = head.device.type == "cpu", lora.lora_modules(net)
+    adapted = {name.rsplit(".", 1)[-1] for name, module in modules.items() if module.active in module.lora_A}
+    every = _in_4_bits(net) or width != head.element_size()  # dequantised or cast, so nothing is shared
+    copied = sum(n for name, n in linears(config).items() if every or name in adapted or "_proj" not in name)
+    weights = copied * config.num_hidden_layers + (head.numel() if width != head.element_size() else 0)
+    most = [(min(rows, 64 if cpu else 256), slots) for rows, slots in decodes]
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
+    at_once = max(min(rows, 32) if cpu else rows for rows, _ in most)
     return [
-        ("libraries", LIBRARIES),
-        ("weights", sum(p.numel() * p.element_size() for p in net.parameters())),
-        ("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3),
-        *([("one chunk of logits", chunk)] if logits else []),
-        (f"activations of {tokens} tokens", activations),
+        ("the sampler's copy of the weights", weights * width),
+        ("its keys and values", max(rows * slots for rows, slots in most) * slot),
+        ("logits of the rows", at_once * config.vocab_size * (width if cpu else width + 4)),
     ]
 
 
-def show(examples, tokenizer, net, named, budget, logits=True):
+def rollout_sizes(source, rl, evaluation):
+    """What memory_plan and show want to know of online RL: {"total": tokens of an update, "decodes"}, of one rank.
+
+    source: of experience.source; its longest prompts count, and every answer as if it ran to its limit.
+    """
+    longest = {split: max(len(prompt["ids"]) for prompt in getattr(source, split)) for split in ("train", "val")}
+    prompts = max(1, rl.rollout_size // dist.world_size())
+    mean = sum(len(prompt["ids"]) for prompt in source.train) / len(source.train)
+    total = math.ceil(prompts / rl.minibatches) * (mean + rl.group_size * rl.max_new_tokens)
+    return {"total": round(total), "decodes": [
+        (prompts * rl.group_size, longest["train"] + rl.max_new_tokens),
+        (math.ceil(len(source.val) / dist.world_size()), longest["val"] + evaluation.max_new_tokens),
+    ]}  # fmt: skip
+
+
+def _in_4_bits(net):
+    return any(hasattr(parameter, "quant_state") for parameter in net.parameters())
+
+
+def peak(plan):
+    """(bytes, phase) of the phase of a memory_plan that holds most."""
+    sums = {phase: sum(size for _, size in parts) for phase, parts in plan.items()}
+    always = sums.pop("always")
+    return max((always + size, phase) for phase, size in sums.items())
+
+
+def show(examples, tokenizer, net, named, budget, total=None, **plan):
     """Print the first batch as it will be trained and the memory plan; returns the number of examples shown.
 
-    UserError with the reason if an example breaks a rule of the format.
+    budget: tokens of a micro-batch; total: of a whole update where these examples are not all of it; plan: options of
+    memory_plan. UserError with the reason if an example breaks a rule of the format.
     """
     width, colour = shutil.get_terminal_size((100, 24)).columns, sys.stdout.isatty()
     for example in examples:
@@ -96,8 +192,15 @@ def show(examples, tokenizer, net, named, budget, logits=True):
     trainable = list(named.values())
     numbers = sum(p.numel() for p in trainable)
     say(f"trainable: {numbers:,} parameters in {len(trainable)} tensors, the first {next(iter(named))}")
-    tokens = min(budget, sum(len(example["ids"]) for example in examples))
-    plan = memory_plan(net, trainable, tokens, max(len(example["ids"]) for example in examples), logits)
-    for what, size in [*plan, ("estimated peak of a step", sum(size for _, size in plan))]:
-        say(f"{size / 1e9:8.2f} GB  {what}")
+    total = total or sum(len(example["ids"]) for example in examples)
+    longest = max(len(example["ids"]) for example in examples)
+    say_plan(memory_plan(net, trainable, (min(budget, total), longest, total > budget), **plan))
     return len(examples)
+
+
+def say_plan(plan):
+    for phase, parts in plan.items():
+        for what, size in parts:
+            say(f"{size / 1e9:8.2f} GB  {phase}: {what}")
+    size, phase = peak(plan)
+    say(f"{size / 1e9:8.2f} GB  estimated peak, in the phase `{phase}`")

@@ -1,0 +1,203 @@
+"""Memory by measurement beside memory by formula: short real runs of the trainers, each in a process of its own.
+
+    python benchmarks/memory.py --tokenizer FOLDER_OF_A_REAL_GEMMA_3 [--only 270m] [--limit_gb 9]
+
+Bases have the exact shapes of Gemma 3 270M and 1B and random weights, written once (bf16) beside the converted bases in
+the cache. A run is train_sft.py or train_rl.py itself, two steps, in a forked child. Measured is the highest resident
+memory, before the first step (`loading`) and from it to the end; computed is what the same command says with --explain.
+A run that would take more than the limit, or than is free, is left out and said to be. Results are kept as JSON lines,
+so an interrupted grid goes on where it was. Written to benchmarks/memory.md.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # the children are forks, which other threads would not survive
+
+import step_1b  # noqa: E402
+import torch  # noqa: E402
+
+import train_rl  # noqa: E402
+import train_sft  # noqa: E402
+from common import base as bases_of  # noqa: E402
+from common import explain, log, resume  # noqa: E402
+
+REPORT = Path(__file__).with_suffix(".md")
+STEPS, BOUND = 2, 0.15
+NARROW = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}  # where the 270M differs from the 1B
+WORDS = "soup house garden river music paper window letter bridge summer winter yellow green blue small quiet".split()
+# (algorithm, rows or pairs or completions a step, tokens of a row, new tokens of a completion)
+SIZES = {"270m": {"sft": (3, 256, 0), "dpo": (2, 160, 0), "grpo": (8, 96, 32), "ppo": (8, 96, 32)},
+         "1b": {"sft": (2, 192, 0), "dpo": (1, 160, 0), "grpo": (8, 80, 24), "ppo": (8, 80, 24)}}  # fmt: skip
+ALGORITHMS = ("sft", "dpo", "grpo", "ppo")
+GRID = [
+    *(("270m", "float32", peft, algorithm) for peft in ("lora", "qlora", "none") for algorithm in ALGORITHMS),
+    *(("270m", "bfloat16", peft, algorithm) for peft, algorithm in
+      (("lora", "sft"), ("qlora", "sft"), ("none", "sft"), ("lora", "grpo"), ("none", "grpo"))),
+    *(("1b", "bfloat16", peft, algorithm) for peft in ("lora", "qlora") for algorithm in ALGORITHMS),
+    ("1b", "float32", "none", "sft"),
+]  # fmt: skip
+LEAST = {("1b", "none"): 19}  # GB that a run takes by the formula, where that may be too much; others stay below 8
+
+
+def records(split, count, algorithm, length, new):
+    """Rows that fill `length` tokens: answers are cut there, and prompts of online RL leave room for `new` tokens."""
+    for i in range(count):
+        draw = random.Random(f"{split}/{i}")
+        prompt = length - new - 12 if new else length // 4
+        texts = [" ".join(draw.choice(WORDS) for _ in range(n)) for n in (prompt, length + 20, length + 20)]
+        turns = [{"role": "user", "content": texts[0]}]
+        yield {"id": f"{split}-{i}", "prompt": turns, "response": texts[1], "rejected": texts[2], "reference": texts[1]}
+
+
+def flags(case, base, work):
+    size, dtype, peft, algorithm = case
+    rows, length, new = SIZES[size][algorithm]
+    common = {"model.base_checkpoint": base, "model.dtype": dtype, "model.peft_type": peft, "dataset_path": work,
+              "training.max_steps": STEPS, "training.max_seq_length": length, "training.micro_batch_tokens": 4096,
+              "training.eval_interval": 1000, "training.save_interval": 1000, "logging.output_dir": work,
+              "device": "cpu"}  # fmt: skip
+    if algorithm == "sft":
+        more = {"training.batch_size": rows}
+    else:
+        more = {"training.mode": "rl", "rl.algorithm": algorithm, "evaluation.draws": 100}
+    if algorithm == "dpo":
+        more |= {"training.batch_size": rows}
+    elif new:
+        more |= {"rl.rollout_size": rows // 4, "rl.group_size": 4, "rl.max_new_tokens": new, "rl.num_ppo_epochs": 1,
+                 "rl.minibatches": 1, "rl.critic_warmup": 0, "evaluation.max_new_tokens": new,
+                 "reward.type": "heuristic"}  # fmt: skip
+    return [word for key, value in (common | more).items() for word in (f"--{key}", str(value))]
+
+
+def run_one(case, base):
+    """One run and then its plan -> {"loading", "steps": peaks in GB, "plan": {phase: GB}}."""
+    device, found, begin = torch.device("cpu"), {}, resume.begin
+
+    def first_step(*arguments):
+        found["loading"] = log.peak_memory_gb(device)
+        log.reset_peak_memory()
+        begin(*arguments)
+
+    def keep(plan):
+        parts = {phase: sum(size for _, size in of) / 1e9 for phase, of in plan.items()}
+        found["plan"] = {phase: parts["always"] + size for phase, size in parts.items() if phase != "always"}
+
+    resume.begin, explain.say_plan = first_step, keep
+    with tempfile.TemporaryDirectory() as work:
+        rows, length, new = SIZES[case[0]][case[3]]
+        for split, count in (("train", STEPS * rows), ("val", 1)):
+            lines = [json.dumps(record) for record in records(split, count, case[3], length, new)]
+            Path(work, f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        main = train_sft.main if case[3] == "sft" else train_rl.main
+        main(flags(case, base, work))
+        found["steps"] = log.peak_memory_gb(device)
+        main([*flags(case, base, work), "--explain"])
+    return found
+
+
+def write_bases(tokenizer):
+    """{size: folder} of the two random bases."""
+    wide, found = dict(step_1b.SHAPE), {}
+    for size, shape in (("1b", wide), ("270m", wide | NARROW)):
+        step_1b.SHAPE.update(shape)
+        target = bases_of.cache_dir() / f"random-{size}"
+        found[size] = str(bases_of.build_once(target, lambda folder: step_1b.write_random(folder, tokenizer)))
+    return found
+
+
+def in_child(function, *arguments):
+    """function(*arguments) in a forked child, whose memory is its own -> its result, or {"failed": the error}."""
+    with tempfile.TemporaryFile() as file:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                found = function(*arguments)
+            except BaseException as error:
+                found = {"failed": repr(error)}
+            file.write(json.dumps(found).encode())
+            file.flush()
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        file.seek(0)
+        return json.loads(file.read() or json.dumps({"failed": f"ended with status {status}"}))
+
+
+def free_gb():
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e9
+
+
+def report(results):
+    lines = [
+        "# Memory, measured and computed",
+        "",
+        "`python benchmarks/memory.py --tokenizer FOLDER_OF_A_REAL_GEMMA_3`",
+        "",
+        f"CPU, one thread, peak resident memory in GB; random weights of the exact shapes; {STEPS} steps. `tokens` is "
+        "rows x tokens of SFT, pairs x tokens of an answer with its prompt of DPO, completions x (prompt + new tokens) "
+        "of GRPO and PPO, four completions a prompt. `computed` is what `--explain` says of the same command, `phase` "
+        "where it has its peak. The ratio is computed / measured, of the higher of loading and steps.",
+        "",
+        "| | dtype | trained | algorithm | tokens | loading: measured | computed | steps: measured | computed | phase "
+        "| ratio of the peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for case, found in results.items():
+        size, dtype, peft, algorithm = case
+        rows, length, new = SIZES[size][algorithm]
+        shape = f"{rows} x ({length - new} + {new})" if new else f"{rows} x {length}"
+        start = f"| {size} | {dtype} | {'all' if peft == 'none' else peft} | {algorithm} | {shape} | "
+        if "plan" not in found:
+            lines.append(start + f"{found.get('left_out') or found['failed']} | | | | | |")
+            continue
+        plan = dict(found["plan"])
+        loading = plan.pop("loading")
+        phase = max(plan, key=plan.get)
+        ratio = max(loading, plan[phase]) / max(found["loading"], found["steps"])
+        ratios.append(ratio)
+        lines.append(start + f"{found['loading']:.2f} | {loading:.2f} | {found['steps']:.2f} | {plan[phase]:.2f} "
+                     f"| {phase} | {ratio:.2f}{'' if abs(ratio - 1) <= BOUND else ' (outside)'} |")  # fmt: skip
+    inside = sum(abs(ratio - 1) <= BOUND for ratio in ratios)
+    low, high = (min(ratios), max(ratios)) if ratios else (0, 0)
+    lines += ["", f"**{inside} of {len(ratios)} within {BOUND:.0%}; the ratios go from {low:.2f} to {high:.2f}.**"]
+    notes = REPORT.with_suffix(".notes.md")
+    REPORT.write_text("\n".join(lines) + "\n" + ("\n" + notes.read_text() if notes.exists() else ""))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder with Gemma's tokenizer.json")
+    parser.add_argument("--only", default="", help="run the cases whose name holds this, such as 1b or qlora-ppo")
+    parser.add_argument("--limit_gb", default=9, type=float)
+    parser.add_argument("--results", default="memory.jsonl", help="where results are kept from one call to the next")
+    args = parser.parse_args()
+    kept = Path(args.results)
+    known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    results = {tuple(line.pop("case")): line for line in known}
+    bases = in_child(write_bases, args.tokenizer)
+    for case in GRID:
+        name = "-".join(case)
+        if case in results or args.only not in name:
+            continue
+        least = LEAST.get((case[0], case[2]), 8)
+        if least > min(args.limit_gb, free_gb()):
+            results[case] = {"left_out": f"left out: about {least} GB by the formula, {free_gb():.0f} GB were free"}
+            continue
+        results[case] = in_child(run_one, case, bases[case[0]])
+        with kept.open("a") as file:
+            file.write(json.dumps({"case": case} | results[case]) + "\n")
+        print(name, json.dumps(results[case]), flush=True)
+    report({case: results[case] for case in GRID if case in results})
+
+
+if __name__ == "__main__":
+    main()
