@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from common import chat, explain, gemma, lora, model
@@ -130,6 +131,7 @@ LAYERS, D, MLP, HEADS, GROUP = 6, 128, 384, 4 * 32, 32
 LAYER = D * (HEADS + 2 * GROUP) + HEADS * D + 3 * D * MLP
 ADAPTERS = LAYERS * 8 * ((D + HEADS) + 2 * (D + GROUP) + (HEADS + D) + 3 * (D + MLP))  # rank 8 on all seven linears
 NORMS = LAYERS * (4 * D + 2 * 32) + D
+VOCABULARY = 16384  # of a model of the 1B's widths
 
 
 @pytest.fixture
@@ -180,6 +182,13 @@ def test_plan_of_all_weights_by_hand(tiny_model):
     assert totals(cast)["optimizer"] == totals(plan)["optimizer"]
 
 
+def wide(dtype):
+    """Three layers of the 1B's exact widths."""
+    shape = {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1}
+    config = Gemma3TextConfig(vocab_size=VOCABULARY, num_hidden_layers=3, head_dim=256, sliding_window=512, **shape)
+    return Gemma3ForCausalLM(config).to(dtype)
+
+
 def kept_bytes(net, tokens, lengths, context):
     """Bytes of all distinct memory that autograd keeps of a forward pass, without the weights: the oracle."""
     held, weights = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
@@ -198,18 +207,35 @@ def kept_bytes(net, tokens, lengths, context):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("full", [False, True])
 def test_activations_are_what_autograd_keeps(dtype, full):
-    """One layer of the 1B's exact widths; 2 % is left for what is not counted: norms' inverses, rotations, the end."""
-    shape = {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1}
-    config = Gemma3TextConfig(vocab_size=64, num_hidden_layers=3, head_dim=256, sliding_window=512, **shape)
-    net, length = Gemma3ForCausalLM(config).to(torch.float32 if full else dtype), 192
+    """2 % is left for what is not counted: norms' inverses, rotations, the end."""
+    net, length = wide(torch.float32 if full else dtype), 192
+    config = net.config
     if not full:
         lora.inject(net, "policy", 8, 16)
     context = model.compute_context(torch.device("cpu"), dtype, full)
-    found = kept_bytes(net, torch.arange(2 * length) % 64, [length, length], context)
+    found = kept_bytes(net, torch.arange(2 * length) % VOCABULARY, [length, length], context)
     width, cast = dtype.itemsize, full and dtype == torch.bfloat16
     computed = 2 * length * explain.activation_bytes_per_token(config, width, length, full)
     computed += sum(explain.linears(config).values()) * 3 * 2 if cast else 0
     assert found == pytest.approx(computed, rel=0.02), found / computed
+
+
+@pytest.mark.parametrize("trained", [None, "adapters", "all"])
+def test_flops_are_what_torch_counts(trained):
+    """A step of a model of the 1B's widths, by torch's own counter of matrix products; adapters' products aside."""
+    net, length, rank = wide(torch.float32), 192, 1
+    if trained != "all":
+        lora.inject(net, "policy", rank, 16)
+    tokens = torch.arange(2 * length).view(2, length) % VOCABULARY
+    mask = torch.ones(2, length - 1)
+    mask[:, :100] = 0
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained is not None):
+        loss = model.sequence_logprobs(net, tokens, mask).sum()
+        if trained:
+            loss.backward()
+    computed = explain.pass_flops(net.config, 2 * (length - 1), mask.sum().item(), length, trained)
+    assert computed["head"] > 0.1 * computed["body"] > computed["attention"] > 0
+    assert counter.get_total_flops() == pytest.approx(sum(computed.values()), rel=0.02)
 
 
 def test_rollouts_are_counted_over_this_rank():
