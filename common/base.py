@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from common import chat, tiny
+from common import chat, tiny, versions
 from common.checkpoint import MANIFEST, verify
 from common.log import UserError, say
 
@@ -51,6 +51,7 @@ def cache_dir():
 
 def resolve(checkpoint):
     """A local folder with config.json, safetensors and tokenizer for any kind of `model.base_checkpoint`."""
+    versions.check()
     if checkpoint == "tiny":
         return tiny.ensure(cache_dir())
     path = Path(checkpoint).expanduser()
