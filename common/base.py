@@ -21,14 +21,8 @@ from common import chat, tiny, versions
 from common.checkpoint import MANIFEST, verify
 from common.log import UserError, say
 
-HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "*.safetensors",
-    "*.index.json",
-]
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+             "*.safetensors", "*.index.json"]  # fmt: skip
 # config.json may only choose numbers; these choose code or another architecture
 FORBIDDEN = (
     "auto_map",
@@ -125,14 +119,18 @@ def _convert_gguf(path, folder):
 
     print(f"converting {path.name} to safetensors, once (about a minute and 3 GB for 270M) ...", file=sys.stderr)
     try:
-        model = Gemma3ForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
+        model, found = Gemma3ForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16,
+            output_loading_info=True,
+        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the reader raises whatever a broken or foreign file makes it stumble over
         raise UserError(
             f"model.base_checkpoint: {path} is broken or no Gemma 3 text model ({type(error).__name__}: {error})"
         ) from error
+    if found["missing_keys"]:  # they would be random numbers
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"model.base_checkpoint: {path} lacks {len(missing)} weights, the first is {missing[0]}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
