@@ -12,6 +12,7 @@ stand floors, and the best of BEST_OF answers of the one named `base`. Left out:
     python evaluate.py --task conala --checkpoints base=FILE.gguf sft=outputs/conala/final
     python evaluate.py --checkpoints base=tiny sft=outputs/a/sft/final sft=outputs/b/sft/final --debug     two seeds
     python evaluate.py --checkpoints ... --human_eval            also writes the blind sheets for human raters
+    python evaluate.py --export DIR --checkpoints sft=outputs/RUN/final      merged, checked against the adapter
     python evaluate.py --human_results RATINGS.csv ... --logging.run_name RUN                  reads what they answered
 Run the same command again to go on: systems whose answers are there already are not asked again.
 """
@@ -26,15 +27,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import base, chat, checkpoint, comparison, config, data, decoder, dist, experience, gemma, log, lora, losses
+from common import base, chat, checkpoint, comparison, config, data, decoder, dist, experience, export, gemma, log
 
 # isort: split
-from common import manifest, measure, metrics, model, reference, report, resume, reward_model, rewards, rollouts, stats
+from common import lora, losses, manifest, measure, metrics, model, reference, report, resume, reward_model
+
+# isort: split
+from common import rewards, rollouts, stats
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
 JOBS = (
     ("--checkpoints", {"nargs": "+", "metavar": "NAME=CHECKPOINT", "help": "what to compare, `base` first"}),
+    ("--export", {"metavar": "DIR", "help": "merge the one checkpoint into a plain model, checked on test prompts"}),
     ("--human_eval", {"action": "store_true", "help": "write human_eval.csv, blind, and its key"}),
     ("--human_results", {"nargs": "+", "metavar": "FILE", "help": "analyse these ratings against the run's key"}),
 )
@@ -147,6 +152,8 @@ def main(argv=None):
     out = Path(cfg.logging.output_dir) / (
         cfg.logging.run_name or config.run_name(cfg, job.config, "checkpoints") + "-evaluation"
     )
+    if job.export:
+        return write_export(cfg, job)
     if job.human_results:
         return human_results(out, job.human_results, cfg.evaluation.draws)
     if not job.checkpoints:
@@ -330,6 +337,19 @@ def judge_worth(score, items, tokenizer):
     accuracy, low, high = stats.preference_accuracy(good - bad)
     shorter = stats.preference_accuracy([len(b) - len(a) for a, b in zip(*answers)])[0]
     return {"accuracy": accuracy, "low": low, "high": high, "pairs": len(records), "shorter": shorter}
+
+
+def write_export(cfg, job):
+    """Merge the one checkpoint into a new folder; returns the check's figures. dtype auto is float32: exact."""
+    systems = parse_systems(job.checkpoints or [])
+    if [len(sources) for sources in systems.values()] != [1] or job.human_eval or job.human_results:
+        raise UserError("--export: needs --checkpoints NAME=CHECKPOINT with one checkpoint, and does nothing beside it")
+    ((source,),) = systems.values()
+    how = model.pick_device(cfg.device), torch.bfloat16 if cfg.model.dtype == "bfloat16" else torch.float32
+    sizes = {"row": cfg.training.max_seq_length, "answer": cfg.evaluation.max_new_tokens, "seed": cfg.seed,
+             "items": min(cfg.evaluation.max_items or export.PROBES, export.PROBES)}  # fmt: skip
+    records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
+    return export.run(source, job.export, how, records, sizes)
 
 
 def human_results(out, files, draws):

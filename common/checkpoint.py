@@ -57,7 +57,7 @@ def save_step(run_dir, step, tensors, state, write_model=None):
             return final
     tensors = {stem: {k: t.detach().contiguous() for k, t in group.items()} for stem, group in tensors.items()}
     size = sum(t.nbytes for group in tensors.values() for t in group.values())
-    with _commit(final, {"step": step, "tensors": sorted(tensors)}, size + MARGIN) as temp:
+    with commit(final, {"step": step, "tensors": sorted(tensors)}, size + MARGIN) as temp:
         if write_model is not None:
             write_model(temp)
         for stem, group in tensors.items():
@@ -137,7 +137,7 @@ def publish(source_folder, run_dir, name):
     """
     source, final, manifest = Path(source_folder), Path(run_dir) / name, verify(source_folder)
     sizes = {file: facts["bytes"] for file, facts in manifest["files"].items() if file not in TRAINING_ONLY}
-    with _commit(final, {"step": manifest["step"], "tensors": manifest["tensors"]}, sum(sizes.values())) as temp:
+    with commit(final, {"step": manifest["step"], "tensors": manifest["tensors"]}, sum(sizes.values())) as temp:
         for file in sizes:
             (temp / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, temp / file)
@@ -168,8 +168,8 @@ def sha256(path):
 
 
 @contextmanager
-def _commit(final, facts, needed):
-    """Yield a temporary folder that is sealed and becomes `final` when the body ends without an error."""
+def commit(final, facts, needed):
+    """Yield a temporary folder that is sealed and becomes `final` when the body ends well, and vanishes when not."""
     temp, old = final.with_name(f".tmp-{final.name}-{os.getpid()}"), final.with_name(f".tmp-old-{final.name}")
     free = "unknown"
     try:

@@ -242,17 +242,3 @@ def restore(model, adapter, folder):
         lora.load_adapter_state(model, adapter, load_file(Path(folder) / "adapter_model.safetensors"))
         return
     resume.restore(dict(model.named_parameters()), load_file(Path(folder) / "model.safetensors"))
-
-
-def export(checkpoint, folder, dtype=torch.float32):
-    """Merge a trained adapter folder (`outputs/RUN/final`) into its base and write a model that transformers loads."""
-    config = Path(checkpoint) / "adapter_config.json"
-    if not config.is_file():
-        raise UserError(f"{checkpoint}: no adapter_config.json; a full fine-tune is already a whole model")
-    try:
-        name = str(json.loads(config.read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config}: not an adapter's, it names no base_model_name_or_path ({error!r})") from error
-    merged, tokenizer = load(name, torch.device("cpu"), dtype)
-    load_adapter(merged, "policy", checkpoint)
-    save_model(merged, tokenizer, folder, "policy", dtype)

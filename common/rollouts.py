@@ -168,13 +168,13 @@ def _warped(z, top_k, top_p):
 
 
 @torch.no_grad()
-def merge_survival(model, adapter):
-    """Share of an adapter that reaches weights rounded to the base's dtype: sum <W' - W, D> / sum <D, D>.
+def merge_survival(model, adapter, dtype=None):
+    """Share of an adapter that reaches weights rounded to `dtype`, None for the base's: sum <W' - W, D> / sum <D, D>.
 
     D = (alpha / r) B A and W' = W + D, both rounded: 1 if every change arrives, 0 if all are lost. The projection on D
     and not the norm of what arrives, since that counts noise as well. 1 for an adapter that is still zero.
     """
-    dtype, arrived, whole = model.lm_head.weight.dtype, 0.0, 0.0
+    dtype, arrived, whole = dtype or model.lm_head.weight.dtype, 0.0, 0.0
     for module in lora.lora_modules(model).values():
         if adapter in module.lora_A:
             delta = (module.lora_B[adapter] * module.scale[adapter]) @ module.lora_A[adapter]

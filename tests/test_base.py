@@ -392,9 +392,11 @@ def trained_adapter(folder):
     return net
 
 
-def test_export_merges_the_adapter(tmp_path):
+def test_the_merged_model_is_the_formula(tmp_path):
     net = trained_adapter(tmp_path / "final")
-    model.export(tmp_path / "final", tmp_path / "merged")
+    again, tokenizer = load("tiny")
+    model.load_adapter(again, "policy", tmp_path / "final")
+    model.save_model(again, tokenizer, tmp_path / "merged", "policy")
     plain = Gemma3ForCausalLM.from_pretrained(tmp_path / "merged").eval()
     name = "model.layers.2.mlp.up_proj"
     module = net.get_submodule(name)
@@ -404,19 +406,6 @@ def test_export_merges_the_adapter(tmp_path):
     assert (logits(plain) - logits(net)).abs().max() < 1e-4
     lora.use(net, None)
     assert (logits(plain) - logits(net)).abs().max() > 0.1  # the adapter does something
-
-
-def test_export_refuses_what_is_no_adapter(tmp_path, tiny_folder):
-    with pytest.raises(UserError, match=r"no adapter_config\.json; a full fine-tune is already a whole model"):
-        model.export(tiny_folder, tmp_path / "out")
-    for text in ("{", "[]", "{}"):
-        (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(UserError, match="names no base_model_name_or_path"):
-            model.export(tmp_path, tmp_path / "out")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/no/such"}))
-    with pytest.raises(UserError, match="no such folder"):
-        model.export(tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_that_does_not_fit(tmp_path):

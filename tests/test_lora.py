@@ -127,7 +127,7 @@ def test_plain_peft_opens_the_files_and_agrees(tmp_path, targets, tiny_model):
     model.load_adapter(back, "policy", tmp_path / "again")
     assert torch.equal(logits(back), logits(net))
 
-    model.export(tmp_path, tmp_path / "merged")
+    model.save_model(back, tokenizer, tmp_path / "merged", "policy")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     with torch.no_grad():

@@ -1,0 +1,197 @@
+"""Merge a trained adapter into its base, and prove on the written files that they say what the adapter says.
+
+    W' = W + (alpha / r) B A in fp32, rounded once to the dtype asked for;   d = log p'(token) - log p(token)
+
+p is the adapter beside its base, p' the folder on disk as plain transformers reads and computes it, both in fp32, so d
+is what merging and rounding did. A folder beyond LIMITS is not kept. An adapter that was trained on a 4-bit base
+belongs to the weights that the 4 bits stand for: it is merged into those, and d of the unquantised base is reported.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import base, chat, checkpoint, comparison, config, data, log, lora, losses, measure, model
+
+# isort: split
+from common import resume, rollouts
+from common.log import UserError, say
+
+PROBES = 32  # held-out items that are compared
+LIMITS = {torch.float32: {"mean": 1e-4, "largest": 1e-3, "tie": 2e-3}, torch.bfloat16: {"mean": 0.05}}  # nats
+SURVIVES = 0.5  # the least share of an adapter that must reach the rounded weights
+NAME = "policy"
+
+
+def run(source, target, how, records, sizes):
+    """Export `source`, an adapter or a whole model, to the new folder `target`; returns the figures of the check.
+
+    how: (device, dtype of the files); records: held-out ones of the task; sizes: {"row", "answer"} in tokens, and
+    {"items", "seed"} of what is asked.
+    """
+    refuse_target(Path(target))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--export: runs in one process: start it with python, not with torchrun")
+    (folder, adapter), (device, dtype) = base.locate(source), how
+    resume.prepare(device)
+    runs = comparison.history(source) if adapter else []
+    quantized = bool(runs) and config.load_config(runs[-1] / "config.yml").model.peft_type == "qlora"
+    net, tokenizer = load(folder, adapter, quantized, device)
+    asked = questions(records, tokenizer, sizes)
+    right = answers(net, adapter, asked)
+    with checkpoint.commit(Path(target), {"tensors": []}, model.memory_bytes(net) + checkpoint.MARGIN) as temp:
+        model.save_model(net, tokenizer, temp, NAME if adapter else None, dtype)
+        if (folder / "tokenizer.model").is_file():  # read by nothing here, but by llama.cpp's converter
+            shutil.copyfile(folder / "tokenizer.model", temp / "tokenizer.model")
+        check_files(net, tokenizer, adapter, dtype, temp)
+        figures = compare(net, adapter, asked, right, temp)
+        figures["survives"] = rollouts.merge_survival(net, NAME, dtype) if adapter else None
+        if quantized:
+            other = load(folder, adapter, False, device)[0]
+            figures["unquantised"] = gap(right["logprobs"], score(other, asked["examples"], model.sequence_logprobs))
+        tell(figures)
+        refuse(figures, dtype, target)
+        log.write_json(temp / "export.json", {
+            "source": str(source), "base": str(folder), "base_sha256": base.fingerprint(folder),
+            "adapter_sha256": model.adapter_fingerprint(adapter),
+            "merged_into": "the 4-bit base, dequantised" if quantized else "the base" if adapter else None,
+            "dtype": str(dtype).removeprefix("torch."), "model_sha256": checkpoint.sha256(temp / "model.safetensors"),
+            "check": figures, "limits": LIMITS[dtype] | {"survives": SURVIVES}, **log.provenance(),
+        })  # fmt: skip
+    say(f"wrote {target}: opens with transformers' AutoModelForCausalLM and AutoTokenizer")
+    return figures
+
+
+def refuse_target(target):
+    """UserError if something is there that the export would have to replace."""
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--export: {target} is there already and nothing is overwritten: name a new folder")
+
+
+def load(folder, adapter, quantized, device):
+    """(net, tokenizer) in fp32, the linears in 4 bits if `quantized`; with the adapter saved in `adapter`, if any."""
+    net, tokenizer = model.load(str(folder), device, torch.float32, quantize=quantized)
+    if adapter:
+        model.load_adapter(net, NAME, adapter, trainable=False)
+    return net, tokenizer
+
+
+def questions(records, tokenizer, sizes):
+    """{"prompts": ids to be continued, "examples": the data's answers as {"ids", "mask"}, "most": tokens to add}"""
+    items, _ = measure.items(records, tokenizer, sizes["row"] - sizes["answer"], sizes["items"], sizes["seed"])
+    found = [item["record"] for item in items]
+    found = [record | {"response": record["reference"] or record["response"]} for record in found]
+    examples, _ = data.encode_records(found, tokenizer, sizes["row"], last_turn_only=True)
+    if not examples:
+        raise UserError(f"--export: none of {len(items)} test records has an answer to compare log-probabilities on")
+    return {"prompts": [item["ids"] for item in items], "examples": examples, "most": sizes["answer"]}
+
+
+def answers(net, adapter, asked):
+    """Log-probs of the data's answers, greedy texts, and the log-probs of the base alone (None for a whole model)."""
+    found = {"logprobs": score(net, asked["examples"], model.sequence_logprobs), "texts": greedy(net, asked)}
+    with lora.using(net, None):
+        found["base"] = score(net, asked["examples"], model.sequence_logprobs) if adapter else None
+    return found
+
+
+@torch.no_grad()
+def score(net, examples, function):
+    """log p of every supervised token -> (N,) fp64, by function(net, tokens, mask) of one row at a time."""
+    found = []
+    for example in examples:
+        tokens, mask = data.collate([example], net.device)
+        found.append(function(net, tokens, mask)[mask.bool()].cpu().double())
+    return torch.cat(found)
+
+
+def by_transformers(net, tokens, mask):
+    """As model.sequence_logprobs, by transformers' own forward pass."""
+    mask, found = mask.bool(), torch.zeros(mask.shape, device=tokens.device)
+    hidden = net.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+    found[mask] = losses.token_logprobs(hidden[mask], net.lm_head.weight, tokens[:, 1:][mask])
+    return found
+
+
+def greedy(net, asked):
+    """The greedy continuation of each prompt, as ids; an adapter stays beside the weights."""
+    return rollouts.sample(net, asked["prompts"], 1, asked["most"], greedy=True, merge=False)["completions"]
+
+
+def check_files(net, tokenizer, adapter, dtype, folder):
+    """UserError unless the files hold, bit for bit, the weights that were merged, and the same tokenizer."""
+    state = model.plain_state(net, NAME if adapter else None, dtype)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        odd = sorted(state.keys() ^ set(file.keys()))
+        odd += [name for name in state.keys() & set(file.keys()) if not torch.equal(file.get_tensor(name), state[name])]
+    if odd:
+        raise UserError(f"--export: {len(odd)} weights were not written as they were merged, the first is {odd[0]}")
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    same = theirs.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    if not same or theirs.chat_template != chat.TEMPLATE:
+        raise UserError("--export: the tokenizer was not written as it was read")
+
+
+def compare(net, adapter, asked, right, folder):
+    """What the written folder does differently from `right`, the answers of `net`: the figures of the check."""
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+    )
+    plain = plain.to(net.device).eval().requires_grad_(False)
+    figures = gap(right["logprobs"], score(plain, asked["examples"], by_transformers))
+    texts = greedy(plain, asked)
+    parted = [(i, next(t for t, (a, b) in enumerate(zip(*pair)) if a != b))
+              for i, pair in enumerate(zip(right["texts"], texts)) if pair[0] != pair[1]]  # fmt: skip
+    ties = []
+    for i, t in parted:  # how much more likely the adapter finds its own word than the merged model's
+        rows = [[*asked["prompts"][i], *right["texts"][i][:t], ids[i][t]] for ids in (right["texts"], texts)]
+        ours, theirs = score(net, [{"ids": row, "mask": [0] * (len(row) - 1) + [1]} for row in rows],
+                             model.sequence_logprobs).tolist()  # fmt: skip
+        ties.append(ours - theirs)
+    moved = (right["logprobs"] - right["base"]).abs().mean().item() if adapter else None
+    return figures | {
+        "tokens": len(right["logprobs"]), "adapter_moves": moved, "texts": len(texts),
+        "equal_texts": len(texts) - len(parted), "first_difference": min((t for _, t in parted), default=None),
+        "tie": max(ties, default=0.0),
+    }  # fmt: skip
+
+
+def gap(right, found):
+    """{"mean", "largest": of |found - right|, "loss", "loss_merged": -mean log-prob of each} in nats a token."""
+    apart = (found - right).abs()
+    return {"mean": apart.mean().item(), "largest": apart.max().item(), "loss": -right.mean().item(),
+            "loss_merged": -found.mean().item()}  # fmt: skip
+
+
+def tell(figures):
+    """The figures as lines on the console."""
+    moves = f"; the adapter moves them by {figures['adapter_moves']:.2g}" if figures["adapter_moves"] else ""
+    say(f"log-probs of {figures['tokens']} tokens, merged against adapter: mean |difference| {figures['mean']:.2g}, "
+        f"largest {figures['largest']:.2g} nats{moves}")  # fmt: skip
+    apart = figures["first_difference"]
+    rest = "" if apart is None else f"; the others part at token {apart} or later, between words "
+    rest += "" if apart is None else f"that the adapter finds at most {figures['tie']:.2g} nats apart"
+    say(f"greedy texts: {figures['equal_texts']} of {figures['texts']} equal{rest}")
+    if figures["survives"] is not None:
+        say(f"share of the adapter that survives rounding: {figures['survives']:.1%}")
+    if other := figures.get("unquantised"):
+        say(f"QLoRA: merged into the dequantised 4-bit base (loss {figures['loss_merged']:.4f}); the unquantised base "
+            f"would move log-probs by {other['mean']:.2g}, at most {other['largest']:.2g} nats "
+            f"(loss {other['loss_merged']:.4f})")  # fmt: skip
+
+
+def refuse(figures, dtype, target):
+    """UserError that names the first figure beyond its limit; a nan is beyond every limit."""
+    words = {"mean": "mean |difference| of log-probs", "largest": "largest |difference| of a log-prob",
+             "tie": "greedy texts part between words that differ by"}  # fmt: skip
+    found = [f"{words[name]} {figures[name]:.3g} nats, limit {limit:g}" for name, limit in LIMITS[dtype].items()
+             if not figures[name] <= limit]  # fmt: skip
+    if figures["survives"] is not None and not figures["survives"] >= SURVIVES:
+        found.append(f"only {figures['survives']:.1%} of the adapter survives rounding, limit {SURVIVES:.0%}")
+    if found:
+        todo = "export it with --model.dtype float32" if dtype != torch.float32 else "this merge is wrong, report it"
+        raise UserError(f"--export: {target} was not written, the merged model differs: {found[0]}; {todo}")
