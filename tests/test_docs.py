@@ -9,7 +9,10 @@ import pytest
 from common import config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("docs/*.md"), ROOT / "data" / "README.md"])
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("docs/*.md"), ROOT / "data" / "README.md", ROOT / "SECURITY.md"]
+)
 
 
 def names(path):
@@ -45,3 +48,12 @@ def test_every_row_of_the_table_names_a_test():
     ]
     assert len(rows) > 40 and all(row.count("|") == 5 for row in rows)
     assert all("test_" in row or "the same" in row for row in rows[1:])
+
+
+def test_every_claim_about_security_names_a_test_that_exists():
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    tests = {name for path in ROOT.glob("tests/**/test_*.py") for name in names(path) if name.startswith("test_")}
+    claims = [line for line in page.splitlines() if line.startswith("| ") and line.count("|") == 4][1:]
+    rows = claims[: next(i for i, line in enumerate(claims) if line.startswith("| library"))]
+    assert len(rows) > 10 and all(re.search(r"`test_\w+`", row.split("|")[3]) for row in rows), rows
+    assert not set(re.findall(r"`(test_\w+)`", page)) - tests
