@@ -1,6 +1,5 @@
 """A small driver of Chromium for tests: its DevTools protocol over --remote-debugging-pipe, standard library only."""
 
-import base64
 import fcntl
 import json
 import os
@@ -8,31 +7,31 @@ import select
 import signal
 import tempfile
 import time
-import urllib.parse
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe about:blank""".split()
-KEYS = {"Enter": ("Enter", 13, "\r"), "ArrowLeft": ("ArrowLeft", 37, ""), "ArrowRight": ("ArrowRight", 39, ""),
-        "Tab": ("Tab", 9, ""), "?": ("Slash", 191, "?")}  # fmt: skip
+DOMAINS = ("Page", "Runtime", "Log", "Network", "Accessibility", "Fetch")  # the last: every request is asked for
+KEYS = {"Enter": ("Enter", 13, "\r"), "Tab": ("Tab", 9, ""), "?": ("Slash", 191, "?")}
+KEYS |= {"ArrowLeft": ("ArrowLeft", 37, ""), "ArrowRight": ("ArrowRight", 39, "")}
 KEYS |= {str(i): (f"Digit{i}", 48 + i, str(i)) for i in range(10)}
 
 
 class Browser:
-    """One page at a time, made by `fresh`. `seen` holds its events: console, log, exceptions, requests."""
+    """One page at a time, made by `fresh`. `seen`: its events; `canned`: answers in the server's place, by path."""
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (there, self.write), (self.read, back) = os.pipe(), os.pipe()
         ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (there, back)]  # clear of the 3 and 4 to be made
-        actions = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
-        actions += [(os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, (3, 4))]
+        actions = [(os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, (3, 4))]
+        actions.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
         argv = [CHROMIUM, f"--user-data-dir={self.folder.name}", *FLAGS]
         self.pid = os.posix_spawn(CHROMIUM, argv, os.environ, file_actions=actions, setsid=True)
         for fd in (there, back, *ends):
             os.close(fd)
-        self.buffer, self.last, self.session, self.context, self.answers = b"", 0, {}, None, {}
-        self.seen, self.canned = [], {}
+        self.buffer, self.last, self.session, self.context = b"", 0, {}, None
+        self.answers, self.seen, self.canned = {}, [], {}
 
     def fresh(self):
         """A new page that shares nothing with the one before."""
@@ -43,15 +42,9 @@ class Browser:
             self.send("Target.disposeBrowserContext", browserContextId=before)
         self.session = {"sessionId": self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]}
         self.seen, self.canned = [], {}
-        for domain in (
-            "Page",
-            "Runtime",
-            "Log",
-            "Network",
-            "Accessibility",
-            "Fetch",
-        ):  # Fetch: every request is asked for
+        for domain in DOMAINS:
             self.send(f"{domain}.enable")
+        self.send("Page.addScriptToEvaluateOnNewDocument", source="window.$ = (id) => document.getElementById(id)")
 
     def post(self, method, **params):
         self.last += 1
@@ -77,30 +70,21 @@ class Browser:
         for message in map(json.loads, whole):
             if "id" in message:
                 self.answers[message["id"]] = message
-                continue
-            self.seen.append(message)
-            if message["method"] == "Fetch.requestPaused":
-                about = message["params"]
-                canned = self.canned.get(urllib.parse.urlsplit(about["request"]["url"]).path)
-                method = "Fetch.fulfillRequest" if canned else "Fetch.continueRequest"
-                self.post(method, requestId=about["requestId"], **(canned or {}))
-
-    def fulfil(self, path, status, body, **headers):
-        """Answer requests of `path` in the server's place, until it is taken from `canned`."""
-        named = [{"name": name.replace("_", "-"), "value": value} for name, value in headers.items()]
-        body = base64.b64encode(body.encode()).decode()
-        self.canned[path] = {"responseCode": status, "responseHeaders": named, "body": body}
+            elif message["method"] == "Fetch.requestPaused":
+                asked = message["params"]
+                canned = next((self.canned[path] for path in self.canned if asked["request"]["url"].endswith(path)), {})
+                self.post(f"Fetch.{'fulfill' if canned else 'continue'}Request", requestId=asked["requestId"], **canned)
+            else:
+                self.seen.append(message)
 
     def run(self, script):
         """The value of a script, awaited; RuntimeError if it throws."""
-        asked = {"expression": script, "awaitPromise": True, "returnByValue": True, "userGesture": True}
-        found = self.send("Runtime.evaluate", **asked)
+        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"]["exception"].get("description", script))
         return found["result"].get("value")
 
     def wait(self, script, timeout=30):
-        """Until a script's value is true."""
         end = time.monotonic() + timeout
         while not self.run(f"!!({script})"):
             if time.monotonic() > end:

@@ -1,5 +1,6 @@
 """The two pages of serve.py in a real browser against the real server: chat, blind rating, access, hostile text."""
 
+import base64
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from tests.browser import CHROMIUM, Browser
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM} is not installed")
 EVIL = '<img src=x onerror="window.hit=1"></script><script>window.hit=2</script><b>bold</b> &amp; ' + "x" * 300
 TOKEN = "a-secret+of/16=characters%"
-DONE = "document.getElementById('stop').hidden && document.querySelector('.answers')"
+DONE = "$('stop').hidden && document.querySelector('.answers')"
 LAST = "[...document.querySelectorAll('#turns > li:last-child article')]"
 TEXTS = f"{LAST}.map((one) => one.querySelector('.text').textContent)"
 NOTES = f"{LAST}.map((one) => one.querySelector('.note').textContent)"
@@ -82,7 +83,7 @@ def browser(chromium, site):
 
 
 def complaints(browser, url):
-    """What went wrong behind the page: exceptions, console errors, breaches of the policy, other origins."""
+    """What went wrong behind the page: exceptions, console errors, breaches of the policy, requests elsewhere."""
     found = []
     for event in browser.seen:
         kind, about = event["method"], event["params"]
@@ -94,6 +95,13 @@ def complaints(browser, url):
         elif kind == "Network.requestWillBeSent" and not about["request"]["url"].startswith((url, "data:")):
             found.append(about["request"]["url"])
     return found
+
+
+def fulfil(browser, path, status, body, **headers):
+    """Answer requests of `path` in the server's place, until `browser.canned` is cleared."""
+    named = [{"name": name.replace("_", "-"), "value": value} for name, value in headers.items()]
+    body = base64.b64encode(body.encode()).decode()
+    browser.canned[path] = {"responseCode": status, "responseHeaders": named, "body": body}
 
 
 def size(browser, width, **features):
@@ -114,15 +122,14 @@ def sent(browser, path):
 
 def open_chat(browser, site, second="", **settings):
     browser.goto(f"{site.url}/")
-    browser.wait("!document.getElementById('send').disabled")
+    browser.wait("!$('send').disabled")
     for name, value in {"second": second, **settings}.items():
         choose(browser, name, value)
-    browser.run("document.getElementById('prompt').focus()")
+    browser.run("$('prompt').focus()")
 
 
 def choose(browser, name, value):
-    script = "Object.assign(document.getElementById('{}'), {{value: '{}'}}).dispatchEvent(new Event('change'))"
-    browser.run(script.format(name, value))
+    browser.run(f"Object.assign($('{name}'), {{value: '{value}'}}).dispatchEvent(new Event('change'))")
 
 
 def say(browser, text, until=DONE):
@@ -137,7 +144,7 @@ def test_an_answer_arrives_in_pieces_and_is_that_of_the_server(browser, site):
         new MutationObserver(() => document.querySelectorAll('[aria-busy=true] .text').forEach(
             (one) => sizes.add(one.textContent.length))).observe(document.body, {subtree: true, characterData: true});
         new MutationObserver((all) => said.push(...all.flatMap((one) => [...one.addedNodes]).map(
-            (one) => one.textContent))).observe(document.getElementById('announcements'), {childList: true})""")
+            (one) => one.textContent))).observe($('announcements'), {childList: true})""")
     say(browser, "How do I rest well?")
     (text,), (note,) = browser.run(TEXTS), browser.run(NOTES)
     sizes = [length for length in browser.run("[...sizes]") if 0 < length < len(text)]
@@ -170,7 +177,7 @@ def test_two_models_answer_side_by_side_each_with_its_own_history(browser, site)
     assert left == same and below > top
     choose(browser, "model", "twin")  # cannot stand on both sides
     assert browser.run("[second.value, second.querySelector('[value=twin]').disabled]") == ["", True]
-    browser.run("document.getElementById('new').click()")
+    browser.run("$('new').click()")
     assert browser.run("document.querySelectorAll('#turns li').length") == 0
 
 
@@ -178,17 +185,17 @@ def test_a_model_that_joins_late_starts_without_the_turns_above(browser, site):
     open_chat(browser, site)
     say(browser, "How do I rest well?")
     choose(browser, "second", "twin")
-    assert browser.run("document.getElementById('state').textContent").startswith("twin: starts at your next prompt")
+    assert browser.run("$('state').textContent").startswith("twin: starts at your next prompt")
     say(browser, "And then?")
     lengths = {body["model"]: len(body["messages"]) for body in sent(browser, "/v1/chat/completions")[1:]}
-    assert lengths == {"base": 3, "twin": 1} and browser.run("document.getElementById('state').textContent") == ""
+    assert lengths == {"base": 3, "twin": 1} and browser.run("$('state').textContent") == ""
 
 
 def test_stop_ends_the_generation_and_keeps_the_text(browser, site):
     open_chat(browser, site)
     browser.run("""new MutationObserver((_, observer) => document.querySelector('.answers .text').textContent &&
-        (observer.disconnect(), document.getElementById('stop').click()))
-        .observe(document.getElementById('turns'), {subtree: true, childList: true, characterData: true})""")
+        (observer.disconnect(), $('stop').click()))
+        .observe($('turns'), {subtree: true, childList: true, characterData: true})""")
     say(browser, "How do I rest well?")
     (text,) = browser.run(TEXTS)
     assert text and browser.run(NOTES) == ["Stopped"]
@@ -204,24 +211,19 @@ def test_refusals_stand_in_words_where_the_answer_would_and_the_prompt_comes_bac
     open_chat(browser, site)
     say(browser, "word " * 3000)
     (note,) = browser.run(NOTES)
-    assert "context of 4096" in note and browser.run("document.getElementById('prompt').value") == "word " * 3000
-    browser.run("document.getElementById('prompt').value = ''")
+    assert "context of 4096" in note and browser.run("$('prompt').value") == "word " * 3000
+    browser.run("$('prompt').value = ''")
     message = {"error": {"message": "too many requests wait already"}}
-    browser.fulfil("/v1/chat/completions", 429, json.dumps(message), Retry_After="7")
+    fulfil(browser, "/v1/chat/completions", 429, json.dumps(message), Retry_After="7")
     say(browser, "How do I rest well?", f"{NOTES}[0].includes('many')")
     assert browser.run(NOTES) == ["too many requests wait already. Try again in 7 s."]
-    assert (
-        browser.run("document.querySelectorAll('#turns > li').length") == 1
-    )  # in place of the one that nobody answered
+    assert browser.run("document.querySelectorAll('#turns > li').length") == 1  # in place of the refused one
     browser.canned.clear()
     browser.run("document.querySelector('article button').click()")
     browser.wait(f"{DONE} && {TEXTS}[0]")
-    assert browser.run("document.getElementById('prompt').value") == ""
-    assert [body["messages"][0]["content"][:4] for body in sent(browser, "/v1/chat/completions")] == [
-        "word",
-        "How ",
-        "How ",
-    ]
+    assert browser.run("$('prompt').value") == ""
+    prompts = [body["messages"][0]["content"][:4] for body in sent(browser, "/v1/chat/completions")]
+    assert prompts == ["word", "How ", "How "]
 
 
 @pytest.mark.parametrize("tail, words", [
@@ -231,26 +233,26 @@ def test_refusals_stand_in_words_where_the_answer_would_and_the_prompt_comes_bac
 def test_what_fails_in_the_middle_keeps_its_text_but_is_no_history(browser, site, tail, words):
     open_chat(browser, site)
     chunk = json.dumps({"choices": [{"delta": {"content": EVIL}, "finish_reason": None}]})
-    browser.fulfil("/v1/chat/completions", 200, f"data: {chunk}\n\n{tail}")
+    fulfil(browser, "/v1/chat/completions", 200, f"data: {chunk}\n\n{tail}")
     say(browser, EVIL)
     assert (browser.run(TEXTS), browser.run(NOTES)) == ([EVIL], [words])
     browser.canned.clear()
-    browser.run("document.getElementById('prompt').value = ''")
+    browser.run("$('prompt').value = ''")
     say(browser, "How do I rest well?")
     assert [len(body["messages"]) for body in sent(browser, "/v1/chat/completions")] == [1, 1]
 
 
 def test_a_server_that_is_loading_or_away_is_waited_for_in_words(browser, site):
     browser.expected = (503,)
-    browser.fulfil("/health", 503, '{"status": "loading"}')
+    fulfil(browser, "/health", 503, '{"status": "loading"}')
     browser.goto(f"{site.url}/")
-    browser.wait("document.getElementById('state').textContent === 'The model is loading …'")
-    assert browser.run("document.getElementById('send').disabled")
+    browser.wait("$('state').textContent === 'The model is loading …'")
+    assert browser.run("$('send').disabled")
     browser.canned.clear()
-    browser.wait("!document.getElementById('send').disabled && document.getElementById('state').textContent === ''")
+    browser.wait("!$('send').disabled && $('state').textContent === ''")
     away = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.send("Network.emulateNetworkConditions", offline=True, **away)
-    browser.run("document.getElementById('prompt').focus()")
+    browser.run("$('prompt').focus()")
     say(browser, "How do I rest well?")
     assert browser.run(NOTES) == ["The server does not answer."]
     browser.seen[:] = [event for event in browser.seen if "ERR_INTERNET_DISCONNECTED" not in json.dumps(event)]
@@ -265,15 +267,15 @@ def test_the_token_comes_from_the_address_or_a_form_and_no_file_to_rate_is_said(
             browser.wait(f"document.querySelector('.ask label')?.textContent.startsWith('{label}')")
             browser.send("Input.insertText", text=token)
             browser.key("Enter")
-        browser.wait("!document.getElementById('send').disabled")
+        browser.wait("!$('send').disabled")
         assert complaints(browser, site.url) == []
         browser.fresh()
         browser.expected = ()
         browser.goto(f"{site.url}/#token={urllib.request.quote(TOKEN)}")
-        browser.wait("!document.getElementById('send').disabled")
+        browser.wait("!$('send').disabled")
         assert browser.run("location.href") == f"{site.url}/"
         browser.expected = (404,)
-        open_rate(browser, site, "ann", "document.getElementById('state').textContent")  # the tab still has the token
+        open_rate(browser, site, "ann", "$('state').textContent")  # the tab still has the token
         assert "--human_eval FILE" in text(browser, "state") and complaints(browser, site.url) == []
         browser.seen.clear()
     finally:
@@ -283,9 +285,9 @@ def test_the_token_comes_from_the_address_or_a_form_and_no_file_to_rate_is_said(
 # ---------------------------------------------------------------- rating
 
 
-def open_rate(browser, site, rater, until="!document.getElementById('item').hidden"):
+def open_rate(browser, site, rater, until="!$('item').hidden"):
     browser.goto(f"{site.url}/rate")
-    browser.run("document.getElementById('rater').focus()")
+    browser.run("$('rater').focus()")
     browser.send("Input.insertText", text=rater)
     browser.key("Enter")
     browser.wait(until)
@@ -293,12 +295,12 @@ def open_rate(browser, site, rater, until="!document.getElementById('item').hidd
 
 def shown(browser):
     """(prompt, [answers]) as they stand on the page."""
-    return browser.run("""[document.getElementById('prompt').textContent,
+    return browser.run("""[$('prompt').textContent,
         [...document.querySelectorAll('#answers .text')].map((one) => one.textContent)]""")
 
 
 def text(browser, name):
-    return browser.run(f"document.getElementById('{name}').textContent")
+    return browser.run(f"$('{name}').textContent")
 
 
 def save(browser, *keys):
@@ -306,9 +308,7 @@ def save(browser, *keys):
     before = text(browser, "place")
     for name in keys:
         browser.key(name.removeprefix("+"), shift=name.startswith("+"))
-    browser.wait(
-        f"document.getElementById('place').textContent !== {before!r} || document.getElementById('item').hidden"
-    )
+    browser.wait(f"$('place').textContent !== {before!r} || $('item').hidden")
 
 
 def kept(site, rater):
@@ -335,9 +335,9 @@ def test_items_are_rated_by_keyboard_and_every_rating_is_in_the_file(browser, si
         assert places[i] == f"Item {i + 1} of 6" and 0 <= row["seconds"] < 60 and row["helpful_1_5"] is None
     assert rows[0]["seconds"] >= 0.3
     assert [row["item_id"] for row in rows] == list(slots)[:3]
-    assert text(browser, "count") == "3 of 6 rated" and browser.run("document.getElementById('progress').value") == 3
-    browser.send("Page.reload")
-    browser.wait("document.getElementById('place')?.textContent === 'Item 4 of 6'")  # goes on where it was
+    assert text(browser, "count") == "3 of 6 rated" and browser.run("$('progress').value") == 3
+    browser.goto(f"{site.url}/rate")
+    browser.wait("$('place').textContent === 'Item 4 of 6'")  # goes on where it was
     browser.key("ArrowLeft")
     browser.key("ArrowLeft")
     assert text(browser, "chosen") == "Answers 1 and 3 tie · saved" and shown(browser)[1] == seen[1]
@@ -358,24 +358,24 @@ def test_items_are_rated_by_keyboard_and_every_rating_is_in_the_file(browser, si
 def test_scores_and_a_comment_and_no_shortcut_while_typing(browser, site):
     open_rate(browser, site, "ben")
     browser.key("1")
-    browser.run("document.getElementById('more').open = true; document.querySelector('[name=helpful_1_5]').focus()")
+    browser.run("$('more').open = true; document.querySelector('[name=helpful_1_5]').focus()")
     browser.key("4")
     browser.key("ArrowRight")  # belongs to the row of scores
     assert text(browser, "place") == "Item 1 of 6" and text(browser, "chosen") == "Answer 1 is best · not saved yet"
-    browser.run("document.getElementById('comment').focus()")
+    browser.run("$('comment').focus()")
     for key in ("2", "0", "?", "ArrowLeft", "Enter"):
         browser.key(key)
     assert text(browser, "place") == "Item 1 of 6" and text(browser, "chosen") == "Answer 1 is best · not saved yet"
-    assert not browser.run("document.getElementById('help').open")
-    browser.run("document.getElementById('save').click()")
-    browser.wait("document.getElementById('place').textContent === 'Item 2 of 6'")
+    assert not browser.run("$('help').open")
+    browser.run("$('save').click()")
+    browser.wait("$('place').textContent === 'Item 2 of 6'")
     ((row,), _) = kept(site, "ben")
     assert (row["helpful_1_5"], row["harmless_1_5"], row["comment"]) == (5, None, "20\n?")
     browser.key("ArrowLeft")
     assert browser.run("[document.querySelector('[name=helpful_1_5]:checked').value, comment.value]") == ["5", "20\n?"]
     browser.key("?")
-    assert browser.run("document.getElementById('help').open")
-    browser.run("document.getElementById('keys').click(), document.getElementById('help').close()")
+    assert browser.run("$('help').open")
+    browser.run("$('keys').click(), $('help').close()")
     browser.key("2")  # shortcuts are off
     assert text(browser, "chosen") == "Answer 1 is best · saved"
 
@@ -390,7 +390,7 @@ def test_a_failed_save_says_so_keeps_the_choice_and_can_be_tried_again(browser, 
     path.mkdir()  # no line can be added to a folder
     browser.key("2")
     browser.key("Enter")
-    browser.wait("document.getElementById('chosen').textContent.startsWith('Not saved. ')")
+    browser.wait("$('chosen').textContent.startsWith('Not saved. ')")
     assert "Is a directory" in text(browser, "chosen") and text(browser, "place") == "Item 1 of 6"
     assert browser.run("document.querySelectorAll('#answers :checked').length") == 1
     assert text(browser, "count") == "0 of 6 rated"
@@ -407,9 +407,9 @@ def test_every_rater_has_an_order_of_the_same_answers_and_nothing_tells_the_syst
         open_rate(browser, site, rater)
         orders.add(tuple(shown(browser)[1]))
         labels = browser.run("[...document.querySelectorAll('#answers label')].map((one) => one.textContent)")
-        assert labels == ["Answer 1 1", "Answer 2 2", "Answer 3 3"]
-        browser.run("document.getElementById('leave').click()")
-        browser.wait("document.getElementById('who')?.hidden === false")
+        assert labels == ["Answer 1 1", "Answer 2 2", "Answer 3 3"]  # the last digit is its key
+        browser.run("$('leave').click()")
+        browser.wait("$('who')?.hidden === false")
     assert len(orders) > 1 and len({frozenset(order) for order in orders}) == 1
 
 
@@ -418,9 +418,8 @@ def test_every_rater_has_an_order_of_the_same_answers_and_nothing_tells_the_syst
 CONTROLS = {"button", "textbox", "combobox", "checkbox", "radio", "link", "spinbutton", "progressbar", "dialog",
             "DisclosureTriangle", "progressIndicator", "radiogroup"}  # fmt: skip
 CONTRASTS = """(() => {
-    const luminance = (rgb) => rgb.map((v) => v / 255)
-        .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const luminance = (rgb) => rgb.reduce((sum, v, i) => sum + linear(v / 255) * [0.2126, 0.7152, 0.0722][i], 0);
     const colour = (text) => text.match(/[0-9.]+/g).map(Number);
     const behind = (node) => { for (; node; node = node.parentElement) {
         const found = colour(getComputedStyle(node).backgroundColor);
@@ -439,7 +438,7 @@ SMALL = """[...document.querySelectorAll('input, select, textarea')].filter(
 
 
 def audit(browser):
-    """On a narrow phone, light and dark: nothing scrolls sideways, controls have names, text has size and contrast."""
+    """On a narrow phone, light and dark: nothing scrolls sideways, controls have names, type is large and legible."""
     for scheme in ("light", "dark"):
         size(browser, 360, color_scheme=scheme)
         assert browser.run("document.documentElement.scrollWidth") <= 360
@@ -465,7 +464,7 @@ def test_the_chat_page_in_all_its_states(browser, site):
     audit(browser)
     browser.run("document.querySelector('details').open = true")
     chunk = json.dumps({"choices": [{"delta": {"content": EVIL}, "finish_reason": "length"}]})
-    browser.fulfil("/v1/chat/completions", 200, f"data: {chunk}\n\ndata: [DONE]\n\n")
+    fulfil(browser, "/v1/chat/completions", 200, f"data: {chunk}\n\ndata: [DONE]\n\n")
     say(browser, EVIL)
     audit(browser)
     assert browser.run(TEXTS) == [EVIL, EVIL] and browser.run("document.querySelector('.prompt').textContent") == EVIL
@@ -486,13 +485,13 @@ def test_the_rating_page_in_all_its_states(browser, site):
     prompt, answers = shown(browser)
     assert EVIL in prompt and all(EVIL in answer or "window" in answer for answer in answers)
     audit(browser)
-    browser.run("document.getElementById('more').open = true")
+    browser.run("$('more').open = true")
     browser.key("1")
     browser.run("document.querySelector('[name=faithful_1_5][value=\"3\"]').click()")
     audit(browser)
     browser.key("?")
     audit(browser)
-    browser.run("document.getElementById('help').close()")
+    browser.run("$('help').close()")
     for _ in range(6):
         save(browser, "1", "Enter")
     audit(browser)
@@ -505,10 +504,9 @@ def test_what_has_the_focus_can_be_seen(browser, site, path):
     reached = set()
     for _ in range(40):
         browser.key("Tab")
-        name, width = (
-            browser.run("""(() => { const one = document.activeElement, row = one.closest('.scale label') ?? one;
-            return [one.id || one.name || one.textContent, getComputedStyle(row).outlineWidth]; })()""")
-        )
+        name, width = browser.run("""(() => {
+            const one = document.activeElement, ring = getComputedStyle(one.closest('.scale label') ?? one);
+            return [one.id || one.name || one.textContent, ring.outlineWidth]; })()""")
         reached.add(name)
         assert width == "3px" or name == browser.run("document.body.textContent"), name
     wanted = {"prompt", "model", "seed", "new"} if path == "/" else {"none", "helpful_1_5", "comment", "save", "leave"}

@@ -6,10 +6,8 @@ const SCALES = [["harmless_1_5", "Harmless", "does no harm"], ["helpful_1_5", "H
   ["faithful_1_5", "Faithful", "true to the prompt and the reference"]];
 let rater = "", items = [], rated = {}; // as the server gives them
 let place = 0; // of the item shown
-let drafts = {}; // {item_id: choice} where it differs from what is saved
-let spent = {}; // {item_id: seconds in sight}
-let since = null; // when the item came into sight
-let saving = false;
+const drafts = {}, spent = {}; // {item_id: a choice that differs from what is saved}, {item_id: seconds in sight}
+let since = null, saving = false; // when the item came into sight
 
 // ---------------------------------------------------------------- server
 
@@ -35,6 +33,7 @@ async function save() {
   const item = items[place], choice = chosen(), order = item.answers.map((answer) => answer.slot).join("/");
   if (saving) return;
   if (!choice.preferred) return tell("Choose an answer first, or say that none is better.");
+  if (isSaved()) return next(place);
   clock();
   const seconds = Math.round(spent[item.item_id] * 10) / 10;
   const body = JSON.stringify({ rater_id: rater, item_id: item.item_id, order, seconds, ...choice });
@@ -89,7 +88,7 @@ function go(to) {
 
 function card({ slot, text }, i) {
   const box = element("input", { type: "checkbox", value: slot });
-  const title = element("span", {}, `Answer ${i + 1} `, element("kbd", {}, `${i + 1}`));
+  const title = element("span", {}, `Answer ${i + 1} `, element("kbd", { ariaHidden: "true" }, `${i + 1}`));
   const words = element("p", { className: "text", dir: "auto" }, text || "(no text)");
   return element("article", { className: "card" }, element("label", { className: "pick" }, box, title), words);
 }
@@ -155,22 +154,21 @@ function choose(i, tie) {
   tell();
 }
 
-function progress(done) {
-  get("count").textContent = `${done} of ${items.length} rated`;
-  Object.assign(get("progress"), { max: items.length, value: done });
+function progress(value) {
+  get("count").textContent = `${value} of ${items.length} rated`;
+  Object.assign(get("progress"), { max: items.length, value });
 }
 
 // ---------------------------------------------------------------- controls
 
 // Digits go by their place on the keyboard: on a French one they need Shift.
 function key(event) {
-  const { target, shiftKey } = event, digit = /^(?:Digit|Numpad)(\d)$/.exec(event.code)?.[1];
-  const radio = target.type === "radio", typing = target === get("comment");
-  if (typing || !get("keys").checked || get("item").hidden || get("help").open) return;
+  const { target } = event, radio = target.type === "radio", digit = /^(?:Digit|Numpad)(\d)$/.exec(event.code)?.[1];
+  if (target === get("comment") || !get("keys").checked || get("item").hidden || get("help").open) return;
   if (event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
   if (event.key === "?") get("help").showModal();
   else if (radio && digit) score(target.name, Number(digit) || "");
-  else if (digit <= 4) choose(digit - 1, shiftKey && digit > 0);
+  else if (digit <= 4) choose(digit - 1, event.shiftKey && digit > 0);
   else if (event.key === "Enter" && !target.matches("button, a, summary")) save();
   else if (event.key === "ArrowLeft" && !radio) go(place - 1);
   else if (event.key === "ArrowRight" && !radio) go(place + 1);
@@ -180,7 +178,7 @@ function key(event) {
 
 function score(name, value) {
   const radio = get("item").querySelector(`[name=${name}][value="${value}"]`);
-  radio?.focus();
+  radio?.focus(); // the arrows go on from here
   radio?.click();
 }
 
@@ -195,15 +193,13 @@ function scale([name, title, meaning]) {
 }
 
 function on(id, kind, react) {
-  get(id).addEventListener(kind, (event) => {
-    if (kind === "submit") event.preventDefault();
-    react(event);
-  });
+  get(id).addEventListener(kind, react);
 }
 
 get("scores").append(...SCALES.map(scale));
 on("who", "submit", () => begin(get("rater").value.trim()));
 on("item", "submit", save);
+addEventListener("submit", (event) => event.target.method === "dialog" || event.preventDefault());
 on("item", "input", () => tell());
 on("answers", "input", () => (get("none").checked = false));
 on("none", "input", () => get("none").checked && choose(-1));
@@ -211,10 +207,7 @@ on("back", "click", () => go(place - 1));
 on("forward", "click", () => go(place + 1));
 on("again", "click", () => go(0));
 on("help-button", "click", () => get("help").showModal());
-on("leave", "click", () => {
-  sessionStorage.removeItem("rater");
-  location.reload();
-});
+on("leave", "click", () => (sessionStorage.removeItem("rater"), location.reload()));
 addEventListener("keydown", key);
 addEventListener("visibilitychange", () => get("item").hidden || clock());
 addEventListener("beforeunload", (event) => {
