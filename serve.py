@@ -92,7 +92,8 @@ async def connection(app, reader, writer):
 def handler_of(app, call):
     """The function that answers; Refused where there is none, or this client may not ask."""
     handlers = ({"GET": page, "HEAD": page} if call.path in PAGES else {}) | ROUTES.get(call.path, {})
-    httpd.check_origin(call.headers, app.names)
+    if not app.token:  # no page can make a browser send a token for it, behind a proxy or a rebound name
+        httpd.check_origin(call.headers, app.names)
     if handlers.get(call.method) not in (page, health):
         httpd.check_token(call.headers, app.token)
     if not handlers:
@@ -112,7 +113,7 @@ async def fail(call, error):
     if not isinstance(error, Refused):
         print(f"request {call.id} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
         error = Refused(500, f"internal error, request {call.id}")
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(OSError):
         if call.status:
             await httpd.send(call, f"data: {json.dumps(error.body)}\n\n".encode())
             call.status = error.status
@@ -144,9 +145,8 @@ async def jobs_of(app, dialogues, asked, param):
         raise Refused(400, f"{param}: {str(error)[:200]}", param) from None
     jobs = []
     for i, ids in enumerate(prompts):
-        where, wanted = param if len(prompts) == 1 else f"{param}[{i}]", asked["max_tokens"]
-        if wanted is None:
-            wanted = max(1, min(CHAT_TOKENS, CONTEXT - len(ids)))
+        where = param if len(prompts) == 1 else f"{param}[{i}]"
+        wanted = asked["max_tokens"] or max(1, min(CHAT_TOKENS, CONTEXT - len(ids)))
         if len(ids) + wanted > CONTEXT:
             raise Refused(400, f"{where} has {len(ids)} tokens and max_tokens is {wanted}: together more than the "
                                f"context of {CONTEXT}", where)  # fmt: skip
@@ -165,13 +165,12 @@ async def events(app, call, jobs):
     try:
         app.engine.submit(jobs)
     except engine.Busy:
-        wait = 1 + app.engine.in_flight()[1] // ROWS  # seconds, if an answer took one
-        raise Refused(429, "too many requests wait already", Retry_After=wait) from None
+        raise Refused(429, "too many requests wait", Retry_After=1 + app.engine.in_flight()[1] // ROWS) from None
     except RuntimeError:
         raise Refused(503, "the generation worker has stopped", Retry_After=30) from None
 
     async def watch():
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             while await call.reader.read(64 * 1024):
                 pass  # a second request on this connection is never looked at
         inbox.put_nowait(None)
@@ -481,8 +480,8 @@ def main(argv=None):
         raise UserError("GEMMA_ALIGNMENT_TOKEN: 16 or more printable ASCII characters without spaces are needed")
     app = SimpleNamespace(
         host=job.host, port=job.port, token=token, models=sources, tokenizers={}, engine=None, created=int(time.time()),
-        names={"localhost", job.host.lower(), socket.gethostname().lower()}, stopping=False,
-        connections=0, active=0, requests={}, first=[0.0, 0], blind=None, items={}, rated=[],
+        names={"localhost", job.host.lower(), socket.gethostname().lower()}, stopping=False, active=0,
+        connections=0, requests={}, first=[0.0, 0], blind=None, items={}, rated=[],
     )  # fmt: skip
     if job.human_eval:
         app.blind, app.items = Path(job.human_eval), manifest.read_manifest(job.human_eval)
