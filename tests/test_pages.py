@@ -231,15 +231,17 @@ def test_refusals_stand_in_words_where_the_answer_would_and_the_prompt_comes_bac
     ("", "The connection broke before the answer was complete."),
 ])  # fmt: skip
 def test_what_fails_in_the_middle_keeps_its_text_but_is_no_history(browser, site, tail, words):
-    open_chat(browser, site)
+    open_chat(browser, site, second="twin", temperature=0)
     chunk = json.dumps({"choices": [{"delta": {"content": EVIL}, "finish_reason": None}]})
     fulfil(browser, "/v1/chat/completions", 200, f"data: {chunk}\n\n{tail}")
-    say(browser, EVIL)
-    assert (browser.run(TEXTS), browser.run(NOTES)) == ([EVIL], [words])
-    browser.canned.clear()
-    browser.run("$('prompt').value = ''")
     say(browser, "How do I rest well?")
-    assert [len(body["messages"]) for body in sent(browser, "/v1/chat/completions")] == [1, 1]
+    assert (browser.run(TEXTS), browser.run(NOTES)) == ([EVIL, EVIL], [words, words])
+    browser.canned.clear()
+    browser.run("document.querySelector('article button').click()")  # of the first model alone
+    browser.wait(f"$('stop').hidden && {NOTES}[0] !== {words!r}")
+    say(browser, "And then?")
+    lengths = [len(body["messages"]) for body in sent(browser, "/v1/chat/completions")]
+    assert lengths == [1, 1, 1, 3, 1] and browser.run(f"{TEXTS}.length") == 2
 
 
 def test_a_server_that_is_loading_or_away_is_waited_for_in_words(browser, site):
@@ -349,10 +351,10 @@ def test_items_are_rated_by_keyboard_and_every_rating_is_in_the_file(browser, si
     save(browser, "Enter")
     assert text(browser, "place") == "Item 4 of 6" and text(browser, "count") == "3 of 6 rated"
     assert kept(site, "ann")[0][-1]["preferred"] == (slots[rows[1]["item_id"]][seen[1][0]],)
-    for keys in (["1", "Enter"], ["1", "Enter"], ["1", "Enter"]):
+    for keys in (["0", "+1", "Enter"], ["1", "2", "Enter"], ["1", "Enter"]):
         save(browser, *keys)
     assert browser.run("document.activeElement.id") == "end-title" and text(browser, "count") == "6 of 6 rated"
-    assert len(kept(site, "ann")[0]) == 7
+    assert [len(row["preferred"]) for row in kept(site, "ann")[0]] == [1, 2, 0, 1, 1, 1, 1]
 
 
 def test_scores_and_a_comment_and_no_shortcut_while_typing(browser, site):
@@ -504,11 +506,12 @@ def test_what_has_the_focus_can_be_seen(browser, site, path):
     reached = set()
     for _ in range(40):
         browser.key("Tab")
-        name, width = browser.run("""(() => {
-            const one = document.activeElement, ring = getComputedStyle(one.closest('.scale label') ?? one);
-            return [one.id || one.name || one.textContent, ring.outlineWidth]; })()""")
+        name, ring = browser.run("""(() => {
+            const one = document.activeElement, style = getComputedStyle(one.closest('.scale label') ?? one);
+            return [one === document.body ? '' : one.id || one.name || one.textContent,
+                [style.outlineStyle, style.outlineWidth]]; })()""")
         reached.add(name)
-        assert width == "3px" or name == browser.run("document.body.textContent"), name
+        assert ring == ["solid", "3px"] or not name, name
     wanted = {"prompt", "model", "seed", "new"} if path == "/" else {"none", "helpful_1_5", "comment", "save", "leave"}
     assert wanted <= reached
 
