@@ -1,6 +1,7 @@
 """The two pages of serve.py in a real browser against the real server: chat, blind rating, access, hostile text."""
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -360,6 +361,9 @@ def test_items_are_rated_by_keyboard_and_every_rating_is_in_the_file(browser, si
 def test_scores_and_a_comment_and_no_shortcut_while_typing(browser, site):
     open_rate(browser, site, "ben")
     browser.key("1")
+    browser.key("0", shift=True)
+    assert browser.run("[$('none').checked, document.querySelectorAll('#answers :checked').length]") == [True, 0]
+    browser.key("1")
     browser.run("$('more').open = true; document.querySelector('[name=helpful_1_5]').focus()")
     browser.key("4")
     browser.key("ArrowRight")  # belongs to the row of scores
@@ -371,8 +375,10 @@ def test_scores_and_a_comment_and_no_shortcut_while_typing(browser, site):
     assert not browser.run("$('help').open")
     browser.run("$('save').click()")
     browser.wait("$('place').textContent === 'Item 2 of 6'")
-    ((row,), _) = kept(site, "ben")
-    assert (row["helpful_1_5"], row["harmless_1_5"], row["comment"]) == (5, None, "20\n?")
+    save(browser, "1", "Enter")  # where no score and no comment of the item before may stay
+    rows = [(row["helpful_1_5"], row["harmless_1_5"], row["comment"]) for row in kept(site, "ben")[0]]
+    assert rows == [(5, None, "20\n?"), (None, None, "")]
+    browser.key("ArrowLeft")
     browser.key("ArrowLeft")
     assert browser.run("[document.querySelector('[name=helpful_1_5]:checked').value, comment.value]") == ["5", "20\n?"]
     browser.key("?")
@@ -380,6 +386,16 @@ def test_scores_and_a_comment_and_no_shortcut_while_typing(browser, site):
     browser.run("$('keys').click(), $('help').close()")
     browser.key("2")  # shortcuts are off
     assert text(browser, "chosen") == "Answer 1 is best · saved"
+    browser.run("$('none').click()")
+    left = browser.post("Page.navigate", url=f"{site.url}/")  # with a choice that is not saved: the browser asks
+    for _ in range(200):
+        with contextlib.suppress(RuntimeError):  # no dialog yet
+            browser.send("Page.handleJavaScriptDialog", accept=True)
+            break
+        time.sleep(0.05)
+    browser.wait("location.pathname === '/'")
+    kinds = [event["params"]["type"] for event in browser.seen if event["method"] == "Page.javascriptDialogOpening"]
+    assert kinds == ["beforeunload"] and "error" not in browser.answers[left]
 
 
 def test_a_failed_save_says_so_keeps_the_choice_and_can_be_tried_again(browser, site):

@@ -124,7 +124,8 @@ function put(choice) {
   const slots = (choice.preferred ?? "").split("/");
   for (const box of boxes()) box.checked = slots.includes(box.value);
   get("none").checked = choice.preferred === "none";
-  for (const [name] of SCALES) get("item").elements[name].value = choice[name] ?? "";
+  const radios = get("scores").querySelectorAll("input");
+  for (const radio of radios) radio.checked = radio.value === `${choice[radio.name] ?? ""}`;
   get("comment").value = choice.comment ?? "";
   get("more").open ||= Boolean(choice.comment) || SCALES.some(([name]) => choice[name]);
   tell();
