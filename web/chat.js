@@ -211,6 +211,7 @@ get("prompt").addEventListener("keydown", (event) => {
   event.preventDefault();
   send();
 });
+get("prompt").addEventListener("input", () => follow(() => null)); // a line more lifts the end of the page
 get("settings").addEventListener("submit", (event) => event.preventDefault());
 get("stop").addEventListener("click", () => running?.abort());
 get("new").addEventListener("click", newChat);
