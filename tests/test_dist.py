@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import train_reward
 import train_rl
 import train_sft
-from common import dist, rollouts
+import train_staged
+from common import base, dist, rollouts
 from tests import runs
 from tests.runs import lines, records
 
@@ -156,3 +158,30 @@ def test_an_attempt_has_a_name_of_its_own_whatever_the_dead_left_in_the_store():
     assert len(set(names)) == 3
     with pytest.raises(RuntimeError, match="a rank is missing"):
         dist._agree(store, 2, 3, 0.2)
+
+
+def test_slow_work_is_done_before_the_group_forms(tmp_path, settings, tiny_folder, monkeypatch):
+    """What may download, convert or build a base comes before dist.init, whose clock is training.timeout."""
+    calls = []
+
+    class Formed(Exception):
+        pass
+
+    def resolve(checkpoint):
+        calls.append("resolve")
+        return tiny_folder
+
+    def init(*args):
+        calls.append("init")
+        raise Formed
+
+    monkeypatch.setattr(base, "resolve", resolve)
+    monkeypatch.setattr(dist, "init", init)
+    staged = settings(tmp_path, "--training.mode", "staged", "--rl.algorithm", "dpo")
+    asked = ["--debug", "--checkpoints", "base=tiny", f"sft={tiny_folder}", "--logging.output_dir", tmp_path]
+    jobs = [(main, settings(tmp_path, *own)) for main, own in CASES.values()]
+    for main, argv in [*jobs, (train_staged.main, staged), (evaluate.main, asked)]:
+        calls.clear()
+        with pytest.raises(Formed):
+            main([str(word) for word in argv])
+        assert len(calls) > 1 and calls.index("init") == len(calls) - 1, (main, calls)
