@@ -98,9 +98,9 @@ def refused(main, folder, argv, *words):
     return err
 
 
-def start_ranks(main, folder, argv, bodies=(call, call)):
+def start_ranks(main, folder, argv, bodies=(call, call), environment=()):
     """Two ranks as torchrun would start them, forked; returns their pids."""
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **dict(environment)}
     places = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     return [start(main, folder, argv, body, place) for body, place in zip(bodies, places)]
 

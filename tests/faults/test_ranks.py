@@ -121,6 +121,31 @@ def test_a_rank_that_never_comes_ends_the_start(tmp_path, settings):
     assert status == 1 and "not all of 2 ranks joined within training.timeout, 2 s" in err, err
 
 
+def test_r10_started_again_in_the_store_of_the_dead(tmp_path, settings):
+    """As --max-restarts does: the agent's store outlives the workers, one of which was killed between two saves."""
+    port, short = runs.free_port(), ["--training.max_steps", 6, "--training.save_interval", 2]
+    keeper = runs.start(lambda argv: None, tmp_path, [], lambda *_: keep_store(port))
+    agent = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    killed = runs.at_step(3, lambda: kill(os.getpid()))
+    try:
+        pids = runs.start_ranks(train_sft.main, tmp_path, settings(tmp_path, *short), (runs.call, killed), agent)
+        (status, _, err), dead = (runs.finish(tmp_path, pid) for pid in pids)
+        assert dead[0] == -signal.SIGKILL and status == 1 and err == "error: rank 1 has ended: see what it said\n", err
+        pids = runs.start_ranks(train_sft.main, tmp_path, settings(tmp_path, *short), (runs.call, runs.call), agent)
+        done = [runs.finish(tmp_path, pid) for pid in pids]
+    finally:
+        runs.finish(tmp_path, kill(keeper))
+    assert [status for status, *_ in done] == [0, 0] and "at step 2 of 6" in done[0][1], done
+    runs.ranks(train_sft.main, tmp_path, settings(tmp_path / "whole", *short))
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
+
+
+def keep_store(port):
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    while store:
+        time.sleep(3600)
+
+
 def test_a_bug_on_one_rank_is_told_to_the_others(tmp_path, settings):
     def act():
         raise ValueError("a bug")
