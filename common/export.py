@@ -22,8 +22,8 @@ from common import resume, rollouts
 from common.log import UserError, say
 
 PROBES = 32  # held-out items that are compared
-LIMITS = {torch.float32: {"mean": 1e-4, "largest": 1e-3, "tie": 2e-3}, torch.bfloat16: {"mean": 0.05}}  # nats
-SURVIVES = 0.5  # the least share of an adapter that must reach the rounded weights
+LIMITS = {torch.float32: {"mean": 1e-4, "largest": 1e-3, "tie": 2e-3}, torch.bfloat16: {"mean": 0.02}}  # nats
+SURVIVES, NOISE = 0.5, 0.5  # of an adapter: the least share that rounding leaves, the most that it may drown
 NAME = "policy"
 
 
@@ -60,7 +60,7 @@ def run(source, target, how, records, sizes):
             "adapter_sha256": model.adapter_fingerprint(adapter),
             "merged_into": "the 4-bit base, dequantised" if quantized else "the base" if adapter else None,
             "dtype": str(dtype).removeprefix("torch."), "model_sha256": checkpoint.sha256(temp / "model.safetensors"),
-            "check": figures, "limits": LIMITS[dtype] | {"survives": SURVIVES}, **log.provenance(),
+            "check": figures, "limits": LIMITS[dtype] | {"survives": SURVIVES, "noise": NOISE}, **log.provenance(),
         })  # fmt: skip
     say(f"wrote {target}: opens with transformers' AutoModelForCausalLM and AutoTokenizer")
     return figures
@@ -192,6 +192,11 @@ def refuse(figures, dtype, target):
              if not figures[name] <= limit]  # fmt: skip
     if figures["survives"] is not None and not figures["survives"] >= SURVIVES:
         found.append(f"only {figures['survives']:.1%} of the adapter survives rounding, limit {SURVIVES:.0%}")
+    moves = figures["adapter_moves"] if dtype != torch.float32 else None
+    if moves and not figures["mean"] <= NOISE * moves:
+        found.append(
+            f"rounding moves log-probs by {figures['mean']:.2g} nats, over {NOISE:.0%} of what the adapter does"
+        )
     if found:
         todo = "export it with --model.dtype float32" if dtype != torch.float32 else "this merge is wrong, report it"
         raise UserError(f"--export: {target} was not written, the merged model differs: {found[0]}; {todo}")
