@@ -16,6 +16,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,14 +24,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the children are forks, which other threa
 
 import step_1b  # noqa: E402
 import torch  # noqa: E402
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from common import base as bases_of  # noqa: E402
-from common import explain, log, resume  # noqa: E402
+from common import explain, log, lora, resume  # noqa: E402
 
 REPORT = Path(__file__).with_suffix(".md")
-STEPS, BOUND = 2, 0.15
+STEPS, BOUND, SPARE = 2, 0.15, 1.0
 NARROW = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}  # where the 270M differs from the 1B
 WORDS = "soup house garden river music paper window letter bridge summer winter yellow green blue small quiet".split()
 # of a step: rows, pairs or completions; tokens of each; new ones among them
@@ -44,7 +46,10 @@ GRID = [
     *(("1b", "bfloat16", peft, algorithm) for peft in ("lora", "qlora") for algorithm in ALGORITHMS),
     ("1b", "float32", "none", "sft"),
 ]  # fmt: skip
-NEED = {"270m": {"lora": 4, "qlora": 4, "none": 7.5}, "1b": {"lora": 5, "qlora": 5, "none": 19}}  # GB, by the formula
+NEED = {
+    "270m": {"lora": 3.2, "qlora": 3.2, "none": 7.5},
+    "1b": {"lora": 5, "qlora": 5, "none": 19},
+}  # GB, by the formula
 
 
 def shape_of(case):
@@ -107,10 +112,14 @@ def run_one(case, base):
     return found
 
 
+def shapes():
+    return {"270m": step_1b.SHAPE | NARROW, "1b": dict(step_1b.SHAPE)}
+
+
 def write_bases(tokenizer):
     """{size: folder} of the two random bases."""
-    wide, found = dict(step_1b.SHAPE), {}
-    for size, shape in (("1b", wide), ("270m", wide | NARROW)):
+    found = {}
+    for size, shape in shapes().items():
         step_1b.SHAPE.update(shape)
         target = bases_of.cache_dir() / f"random-{size}"
         found[size] = str(bases_of.build_once(target, lambda folder: step_1b.write_random(folder, tokenizer)))
@@ -137,6 +146,51 @@ def in_child(function, *arguments):
 def free_gb():
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e9
+
+
+def computed(shape, full, batch, rows):
+    """{phase: GB} of a card on which a step of this shape runs in bf16; weights are never made."""
+    with torch.device("meta"):  # no CPU, so planned as a GPU; it has no autocast, so that is answered for it
+        net = Gemma3ForCausalLM(Gemma3TextConfig(**shape)).to(torch.float32 if full else torch.bfloat16)
+        net.tie_weights()
+        if full:
+            net.requires_grad_(True)
+        else:
+            lora.inject(net, "policy", 8, 16)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    with mock.patch.object(torch, "is_autocast_enabled", lambda kind: full):
+        plan = explain.memory_plan(net, trained, (*batch, True), net, decodes=[(rows, batch[1])])
+    sums = {phase: sum(size for _, size in parts) / 1e9 for phase, parts in plan.items()}
+    return {phase: sums["always"] + size for phase, size in sums.items()} | {"trained": sum(p.numel() for p in trained)}
+
+
+def plan_table():
+    """Markdown: peaks of a GPU by formula, and the largest micro-batches that fit."""
+    length, rows = 1024, 256
+    lines = [
+        "## Computed for one GPU, not measured",
+        "",
+        f"bf16, rows of {length} tokens, LoRA of rank 8 on all linears or all weights; GB. `fits` is the largest "
+        "`--training.micro_batch_tokens`, a power of two, whose update takes at most nine tenths of the card. Sampling "
+        f"is of {rows} rows at once.",
+        "",
+        "| | trained | parameters | update, 2,048 tokens | 8,192 | 32,768 | sampling | measuring the KL | fits 8 GB "
+        "| 80 GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for size, shape in shapes().items():
+        for full in (False, True):
+            found = {n: computed(shape, full, (n, length), rows) for n in (2**i for i in range(9, 18))}
+            fits = [max((n for n, plan in found.items() if plan["update"] <= 0.9 * card), default=None)
+                    for card in (8, 80)]  # fmt: skip
+            plan = found[2048]
+            cells = [f"{found[n]['update']:.1f}" for n in (2048, 8192, 32768)]
+            cells += [f"{plan[phase]:.1f}" for phase in ("sampling", "measuring the KL")]
+            cells += [f"{n:,}" if n else "no" for n in fits]
+            lines.append(
+                f"| {size} | {'all' if full else 'LoRA'} | {plan['trained'] / 1e6:.1f} M | {' | '.join(cells)} |"
+            )
+    return lines
 
 
 def report(results):
@@ -173,8 +227,7 @@ def report(results):
     inside = sum(abs(ratio - 1) <= BOUND for ratio in ratios)
     low, high = (min(ratios), max(ratios)) if ratios else (0, 0)
     lines += ["", f"**{inside} of {len(ratios)} within {BOUND:.0%}; the ratios go from {low:.2f} to {high:.2f}.**"]
-    notes = REPORT.with_suffix(".notes.md")
-    REPORT.write_text("\n".join(lines) + "\n" + ("\n" + notes.read_text() if notes.exists() else ""))
+    REPORT.write_text("\n".join([*lines, "", *plan_table()]) + "\n")
 
 
 def main():
@@ -193,7 +246,7 @@ def main():
         if case in results or args.only not in name:
             continue
         need = NEED[case[0]][case[2]]
-        if need > min(args.limit_gb, free_gb()):
+        if need > args.limit_gb or need + SPARE > free_gb():
             results[case] = {"left_out": f"left out: {need} GB by the formula, {free_gb():.0f} GB were free"}
             continue
         results[case] = in_child(run_one, case, bases[case[0]])

@@ -104,27 +104,28 @@ def memory_plan(net, trainable, batch, frozen=None, logits=True, decodes=()):
     """
     config, head, kind = net.config, net.lm_head.weight, net.lm_head.weight.device.type
     full, cast, cpu = head.requires_grad, torch.is_autocast_enabled(kind), kind == "cpu"
-    width = 2 if cast else head.element_size()
+    width, tokens = 2 if cast else head.element_size(), batch[0]
     numbers, body = sum(p.numel() for p in trainable), sum(linears(config).values()) * config.num_hidden_layers
-    tokens, length, more = batch
-    rows, copied = (256, 16) if cpu else (1024, 1024)  # of logits, and of their fp32 copy
-    chunk = config.vocab_size * (min(rows, tokens) * width + min(copied, tokens) * 4)
+    rows, copied = (min(n, tokens) for n in ((256, 16) if cpu else (1024, 1024)))  # of logits, and of their fp32 copy
     optimizer = [("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3)]
     moments = [("Adam moments of what is trained, fp32", numbers * 4 * 2)]
-    update = [*(optimizer if more or not full else moments)]  # a first micro-batch has no gradients of all weights yet
-    update += [("one chunk of logits", chunk)] if logits else []
+    update = [
+        *(optimizer if batch[2] or not full else moments)
+    ]  # the first backward makes the gradients of all weights
+    update += [("one chunk of logits", config.vocab_size * (rows * width + copied * 4))] if logits else []
     update += [("the head's gradient and one chunk's part of it", head.numel() * (4 + width))] if full else []
     update += [("weights cast to bf16", (body + head.numel()) * 2)] if cast else []
-    activations = tokens * activation_bytes_per_token(config, width, length, full)
-    update += [(f"activations of {tokens} tokens", activations),
+    update += [(f"activations of {tokens} tokens", tokens * activation_bytes_per_token(config, width, batch[1], full)),
                ("the layer at work", tokens * 4 * config.intermediate_size * width)]  # fmt: skip
     found = {"always": _held(net, frozen, body), "loading": _loading(net, body) if cpu else [], "update": update}
     if full:
-        found["optimizer"] = [*optimizer, ("root and denominator of Adam's largest tensor", head.numel() * 4 * 2)]
+        roots = head.numel() * 2 if cpu else numbers  # tensor by tensor, or of all at once
+        found["optimizer"] = [*optimizer, ("roots of Adam's second moments", roots * 4)]
+    if dist.world_size() > 1:
+        found["all-reduce"] = [*optimizer, ("the gradients once more, in one piece", numbers * 4)]
     if frozen is not None:
-        block = 6 * min(copied, tokens) * config.vocab_size * 4
-        both = 2 * min(rows, tokens) * config.vocab_size * head.element_size()
-        found["measuring the KL"] = [*optimizer, ("two chunks of logits", both), ("their distributions", block)]
+        both = [("two chunks of logits", 2 * rows * config.vocab_size * head.element_size())]
+        found["measuring the KL"] = [*optimizer, *both, ("their distributions", 6 * copied * config.vocab_size * 4)]
     if decodes:
         found["sampling"] = optimizer + _sampling(net, decodes, width)
     return found

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from common import chat, explain, gemma, lora, model
+from common import chat, dist, explain, gemma, lora, model
 
 TURNS = [
     {"role": "user", "content": "Say hi"},
@@ -162,7 +162,7 @@ def test_plan_of_lora_by_hand(adapted):
     assert (size, phase) == max((size, phase) for phase, size in totals(plan).items())
 
 
-def test_plan_of_all_weights_by_hand(tiny_model):
+def test_plan_of_all_weights_by_hand(tiny_model, monkeypatch):
     net, _ = tiny_model
     net.requires_grad_(True)
     copied = copy.deepcopy(net)
@@ -180,6 +180,23 @@ def test_plan_of_all_weights_by_hand(tiny_model):
     assert dict(cast["update"])["weights cast to bf16"] == 2 * (head + body)
     assert dict(cast["sampling"])["the sampler's copy of the weights"] == 2 * (head + body)
     assert totals(cast)["optimizer"] == totals(plan)["optimizer"]
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    assert [size for _, size in explain.memory_plan(net, every, batch)["all-reduce"]] == [12 * numbers, 4 * numbers]
+    assert "all-reduce" not in plan
+
+
+def test_plan_of_a_gpu_by_hand(tiny_model, monkeypatch):
+    """Anything but a CPU is planned as a GPU: whole chunks in fp32, all rows' logits, all of Adam's roots at once."""
+    net = copy.deepcopy(tiny_model[0]).to("meta").requires_grad_(True)
+    net.tie_weights()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    vocabulary = net.config.vocab_size
+    numbers = vocabulary * D + LAYERS * LAYER + NORMS
+    plan = explain.memory_plan(net, list(net.parameters()), (4096, 200, True), net, decodes=[(300, 50)])
+    assert plan["loading"] == []
+    assert dict(plan["update"])["one chunk of logits"] == vocabulary * 1024 * (2 + 4)
+    assert dict(plan["optimizer"])["roots of Adam's second moments"] == 4 * numbers
+    assert dict(plan["sampling"])["logits of the rows"] == 256 * vocabulary * (2 + 4)
 
 
 def wide(dtype):
