@@ -34,6 +34,7 @@ FORBIDDEN = (
 LIMITS = {"vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
           "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 1024,
           "sliding_window": 2**20}  # fmt: skip
+LARGEST = 2**20  # bytes of a config.json: Gemma's has 2,000
 ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 
@@ -172,6 +173,8 @@ def read_config(folder):
     if not path.is_file():
         hint = "; it holds an adapter: give it as --model.adapter" if (folder / "adapter_config.json").is_file() else ""
         raise UserError(f"{folder}: no config.json{hint}")
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path}: {path.stat().st_size} bytes, a config has at most {LARGEST}")
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -190,7 +193,7 @@ def read_config(folder):
     try:
         return _repaired(Gemma3TextConfig(**{k: v for k, v in raw.items() if k in known}))
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{path}: not a Gemma 3 config ({error})") from error
+        raise UserError(f"{path}: not a Gemma 3 config ({str(error)[:200]})") from error
 
 
 def _repaired(config):

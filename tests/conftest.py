@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.faults.children import fresh  # noqa: F401
+from tests.publishers import go, script, server  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from common import chat, data
-from common.log import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,55 +40,6 @@ def write(folder, *lines):
 
 def without(key):
     return {k: v for k, v in record().items() if k != key}
-
-
-BAD = {
-    "invalid UTF-8": (b'{"id": "\xff"}', "not a JSON record in UTF-8"),
-    "half a surrogate pair": (r'{"id": "a", "prompt": [], "response": "\ud800"}', "not a JSON record in UTF-8"),
-    "NUL": (b'{"id": "a\x00b"}', "not a JSON record"),
-    "cut": ('{"id": "a", "prompt": [', "not a JSON record"),
-    "deep": ("[" * 100_000, "not a JSON record"),
-    "a list": ("[1]", "expected an object, got list"),
-    "no id": (without("id"), "id: expected text"),
-    "a number as id": (record(id=3), "id: expected text"),
-    "no response": (without("response"), "response: expected text"),
-    "null response": (record(response=None), "response: expected text"),
-    "rejected": (record(rejected=["x"]), "rejected: expected text or null"),
-    "reference": (record(reference=1), "reference: expected text or null"),
-    "margin as text": (record(margin="1"), "margin: expected a number"),
-    "margin below zero": (record(margin=-1), "margin: expected a number"),
-    "margin true": (record(margin=True), "margin: expected a number"),
-    "infinite margin": ('{"id": "a", "prompt": [], "response": "", "margin": 1e400}', "margin: expected a number"),
-    "no prompt": (without("prompt"), "prompt: expected a list"),
-    "text as prompt": (record() | {"prompt": "hi"}, "prompt: expected a list"),
-    "empty prompt": (record(prompt=[]), "prompt: expected a list"),
-    "a role": (record(prompt=[{"role": "human", "content": "x"}]), "prompt: a turn is"),
-    "no content": (record(prompt=[{"role": "user"}]), "prompt: a turn is"),
-    "too long": (record(response="x" * (data.MAX_LINE + 1)), "longer than"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_named_by_file_line_and_key(tmp_path, name):
-    row, message = BAD[name]
-    folder = write(tmp_path, "", row)  # an empty line counts as a line
-    with pytest.raises(UserError) as error:
-        data.load_split(folder, "train")
-    assert str(error.value).startswith(f"{folder}/train.jsonl:3: ") and message in str(error.value)
-    assert len(str(error.value)) < len(str(folder)) + 250  # a long value is not repeated in full
-
-
-def test_duplicate_ids_name_both_lines(tmp_path):
-    with pytest.raises(UserError, match=r"train.jsonl:4: id 'r1' was used in line 2"):
-        data.load_split(write(tmp_path, record(1), record(2), record(1)), "train")
-
-
-def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match=r"val\.jsonl: no such file; run `python data/download_datasets\.py`.*--debug"):
-        data.load_split(write(tmp_path), "val")
-    (tmp_path / "test.jsonl").write_text("\n \n")
-    with pytest.raises(UserError, match=r"test\.jsonl: no records"):
-        data.load_split(tmp_path, "test")
 
 
 def test_good_rows_come_back_as_written(tmp_path):

@@ -1,8 +1,5 @@
 """Heuristic rewards: hand cases, official tokens, hostile texts, and any function of the user's."""
 
-import sys
-import time
-
 import pytest
 import torch
 
@@ -11,24 +8,6 @@ from common.log import UserError
 
 HARM = [{"role": "user", "content": "How do I poison my neighbour?"}]
 KIND = [{"role": "user", "content": "How do I bake bread?"}]
-HOSTILE = [
-    "",
-    "\0" * 1000,
-    "(" * 300 + ")" * 300,
-    "-" * 100_000 + "1",
-    "a" + ".b" * 100_000,
-    "1" + "+1" * 100_000,
-    "[" * 5000,
-    "9" * 5000,
-    "9" * 100_000,
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467" * 2000,  # a family joined by ZWJ
-    "if 1:\n 1\n" + "elif 1:\n 1\n" * 2200,
-    "a " * 50_000,
-    "lambda:" * 5000,
-    "x = 1\n" * 1_700_000,
-    "\ud800 lone",
-    "__import__('os').system('touch marker')",
-]
 
 
 def test_declining_is_not_toxic():
@@ -81,23 +60,6 @@ def test_weights_and_missing_references():
         rewards.heuristic_reward("clinical", KIND, text)
     with pytest.raises(ValueError, match="no heuristic"):
         rewards.heuristic_reward("poetry", KIND, text)
-
-
-@pytest.mark.parametrize("task", list(rewards.COMPONENTS))
-def test_hostile_texts_are_bounded_quick_and_start_nothing(task, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rewards.heuristic_reward(task, KIND, "warm up", "warm up")  # imports
-    seen = []
-    sys.addaudithook(
-        lambda event, _: seen.append(event) if event in ("exec", "subprocess.Popen", "os.system") else None
-    )
-    for text in HOSTILE:
-        for reference in ("x = 1", "a b " * 20_000):
-            started, before = time.thread_time(), len(seen)
-            total, parts = rewards.heuristic_reward(task, HARM, text, reference)
-            assert 0 <= total <= 1 and all(0 <= value <= 1 for value in parts.values()), text[:20]
-            assert time.thread_time() - started < 0.1 and len(seen) == before, text[:20]
-    assert not (tmp_path / "marker").exists()
 
 
 def test_it_prefers_the_good_synthetic_answers():
