@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import base, checkpoint, data, dist, log, lora, model, resume, reward_model, synthetic
+from common import base, checkpoint, data, dist, log, lora, losses, model, resume, reward_model, synthetic
 from common import pictures as pictures_of_a_report
 
 # what may differ between two equal runs
@@ -221,6 +221,32 @@ def poisoned(number, module, name):
     return body
 
 
+def spying(keep):
+    """A body that calls keep(step, name, arguments, result) at every call of a loss of the policy or critic."""
+
+    def body(main, argv):
+        step, real_seed = [0], resume.seed_step
+
+        def seed_step(seed, now, rank):
+            step[0] = now
+            real_seed(seed, now, rank)
+
+        def watched(name, real):
+            def function(*args, **more):
+                result = real(*args, **more)
+                keep(step[0], name, args, result)
+                return result
+
+            return function
+
+        resume.seed_step = seed_step
+        for name in ("policy_loss", "value_loss", "kl_loss_unbiased"):
+            setattr(losses, name, watched(name, getattr(losses, name)))
+        call(main, argv)
+
+    return body
+
+
 # ---------------------------------------------------------------- flags, data, what a run leaves behind
 
 
@@ -277,14 +303,23 @@ def pairs_of(source, split, tokenizer):
     return data.encode_pairs(data.load_split(source, split), tokenizer, 128)[0]
 
 
-def random_adapter(net, name, seed, std=0.1):
+def random_adapter(net, name, seed, std=0.1, dropout=0.0):
     """Give `net` an adapter that changes what it says."""
     torch.manual_seed(seed)
-    lora.inject(net, name, 4, 8)
+    lora.inject(net, name, 4, 8, dropout=dropout)
     with torch.no_grad():
         for key, p in lora.adapter_parameters(net, name).items():
             if "lora_B" in key:
                 p.normal_(std=std)
+
+
+def random_start(folder, base_folder):
+    """The folder of a policy to start from, trained with dropout: in train mode it would differ from its reference."""
+    folder.mkdir()
+    net, tokenizer = model.load(base_folder, torch.device("cpu"), torch.float32)
+    random_adapter(net, "policy", 2, std=0.05, dropout=0.1)
+    model.save_adapter(net, tokenizer, folder, "policy", "base")
+    return folder
 
 
 def random_reward_model(folder, base_folder):
@@ -298,6 +333,11 @@ def random_reward_model(folder, base_folder):
     return folder
 
 
+def mine(folder, body):
+    (folder / "mine.py").write_text(f"calls = [0]\ndef mine(prompt, completion, reference):\n    {body}\n")
+    return ["--reward.function", f"{folder}/mine.py:mine"]
+
+
 def another_base(folder, source):
     """The folder of a base with one weight changed."""
     shutil.copytree(source, folder)
@@ -305,6 +345,12 @@ def another_base(folder, source):
     tensors["model.norm.weight"][0] += 0.5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def flipped(content, mask=0x40):
+    """Bytes with one bit of the middle one turned round."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ mask]) + content[middle + 1 :]
 
 
 def lines(run_dir):

@@ -4,18 +4,17 @@ import functools
 import gc
 import json
 import math
-import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train_rl
-from common import advantages, data, dist, experience, lora, losses, model, resume, reward_model
+from common import advantages, data, dist, experience, lora, model, reward_model
 from tests import runs
-from tests.runs import lines, write_data
+from tests.faults import trainers
+from tests.runs import lines, mine, spying
 
 ROOT = Path(train_rl.__file__).parent
 MAIN = train_rl.main
@@ -25,32 +24,18 @@ train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, ru
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Twenty prompts: with four a step, epochs begin at steps 5 and 10."""
-    return write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=20, val=6)
+    return trainers.runs.write_data(tmp_path_factory.mktemp("data") / "few", "grpo")
 
 
 @pytest.fixture(scope="module")
 def settings(few, tiny_folder):
-    """settings(algorithm) -> a function that returns the flags of a short run."""
-
-    def of(algorithm, *more):
-        sizes = ["--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8, "--rl.minibatches", 2]
-        sizes += ["--rl.num_ppo_epochs", 1, "--rl.critic_warmup", 1, "--evaluation.max_items", 5]
-        sizes += ["--evaluation.max_new_tokens", 8, "--evaluation.draws", 100, "--reward.type", "heuristic"]
-        rates = ["--rl.max_steps", "null", "--rl.learning_rate", "null", "--rl.critic_learning_rate", 1e-3]
-        flags = ["--training.mode", "rl", "--rl.algorithm", algorithm, *sizes, *rates]
-        return runs.settings(tiny_folder, few, *flags, *more)
-
-    return of
+    """settings(algorithm, *flags) -> a function that returns the flags of a short run."""
+    return lambda algorithm, *more: trainers.settings(algorithm, tiny_folder, few, *more)
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, settings):
-    @functools.cache
-    def folder(algorithm):
-        return runs.straight(MAIN, tmp_path_factory, settings(algorithm))
-
-    return folder
+def start(tmp_path_factory, tiny_folder):
+    return runs.random_start(tmp_path_factory.mktemp("start") / "final", tiny_folder)
 
 
 @pytest.fixture(scope="module")
@@ -115,66 +100,6 @@ def test_it_climbs_and_leaves_its_files(tmp_path, tiny_folder, algorithm):
         assert statistics.median(line["value_loss"] for line in log[10:20]) < 0.5 * first["value_loss"]
         step = run_dir / "step-000020"
         assert (step / "critic.safetensors").is_file() and not (run_dir / "final" / "critic.safetensors").exists()
-
-
-# ---------------------------------------------------------------- B-4, B-31, B-34: the first minibatch
-
-
-def spying(keep):
-    """A body that calls keep(step, name, arguments, result) at every call of a loss of the policy or critic."""
-
-    def body(main, argv):
-        step, real_seed = [0], resume.seed_step
-
-        def seed_step(seed, now, rank):
-            step[0] = now
-            real_seed(seed, now, rank)
-
-        def watched(name, real):
-            def function(*args, **more):
-                result = real(*args, **more)
-                keep(step[0], name, args, result)
-                return result
-
-            return function
-
-        resume.seed_step = seed_step
-        for name in ("policy_loss", "value_loss", "kl_loss_unbiased"):
-            setattr(losses, name, watched(name, getattr(losses, name)))
-        runs.call(main, argv)
-
-    return body
-
-
-@BOTH
-@pytest.mark.parametrize("kind", ["lora", "adapter", "none", "bfloat16", "qlora", "single"])
-def test_b4_b34_ratio_is_1_and_kl_is_0_to_the_bit_at_first(tmp_path, settings, straight, algorithm, kind):
-    if kind == "qlora":
-        pytest.importorskip("bitsandbytes")
-    more = {"bfloat16": ["--model.dtype", "bfloat16"], "single": ["--rl.minibatches", 1]}
-    more["adapter"] = ["--model.adapter", straight(algorithm)() / "final"]
-    found = []
-
-    def keep(step, name, args, result):
-        if name == "policy_loss":
-            found.append((step, torch.equal(args[0].detach(), args[1]), args[0].requires_grad))
-
-    def body(main, argv):
-        spying(keep)(main, argv)
-        print("FOUND " + json.dumps(found))
-
-    flags = ["--training.max_steps", 3, *more.get(kind, [])]
-    peft = {"qlora": "qlora", "none": "none", "bfloat16": "none"}.get(kind, "lora")
-    status, out, err = run(tmp_path, settings(algorithm)(tmp_path, *flags, peft=peft), body)
-    assert status == 0, err
-    calls = json.loads(out.rpartition("FOUND ")[2])
-    equal = {step: [same for at, same, _ in calls if at == step] for step, *_ in calls}
-    assert all(same[0] for same in equal.values()), equal  # before a rollout's first update
-    assert kind == "single" or not all(same[-1] for same in equal.values()), equal  # and not after it
-    assert all(gradient for *_, gradient in calls)
-    log = lines(tmp_path / "run")
-    assert log[0]["kl"] == log[0]["eval/kl"] == 0 and log[2]["kl"] != 0
-    assert algorithm == "grpo" or log[1]["kl"] == 0  # one step of the critic alone
 
 
 # ---------------------------------------------------------------- gradients against a naive implementation
@@ -289,7 +214,7 @@ def test_b1_gradient_of_micro_batches(tmp_path, settings, algorithm):
 # ---------------------------------------------------------------- one base in memory
 
 
-def test_four_roles_on_one_base(tmp_path, settings, straight, judge):
+def test_four_roles_on_one_base(tmp_path, settings, start, judge):
     """Policy, reference, critic and reward model: the base's bytes once, and four adapters with two heads."""
 
     def body(main, argv):
@@ -316,7 +241,7 @@ def test_four_roles_on_one_base(tmp_path, settings, straight, judge):
         assert not before, "the parent holds parameters"
         runs.at_step(2, count)(main, argv)
 
-    flags = ["--model.adapter", straight("ppo")() / "final", "--reward.type", "hybrid", "--reward.checkpoint", judge]
+    flags = ["--model.adapter", start, "--reward.type", "hybrid", "--reward.checkpoint", judge]
     status, out, err = run(tmp_path, settings("ppo")(tmp_path, "--training.max_steps", 3, *flags), body)
     assert status == 0, err
     loads, alive, expected, adapters = json.loads(out.partition("BYTES ")[2].splitlines()[0])
@@ -324,7 +249,7 @@ def test_four_roles_on_one_base(tmp_path, settings, straight, judge):
     assert "reward/trained" in lines(tmp_path / "run")[0]
 
 
-def test_kl_coef_0_has_no_reference(tmp_path, settings, straight):
+def test_kl_coef_0_has_no_reference(tmp_path, settings, start):
     def body(main, argv):
         def never(*args):
             raise AssertionError("a reference was made")
@@ -332,41 +257,12 @@ def test_kl_coef_0_has_no_reference(tmp_path, settings, straight):
         lora.copy_adapter = never
         runs.call(main, argv)
 
-    flags = ["--model.adapter", straight("grpo")() / "final", "--rl.kl_coef", 0, "--training.max_steps", 2]
+    flags = ["--model.adapter", start, "--rl.kl_coef", 0, "--training.max_steps", 2]
     train(tmp_path, settings("grpo")(tmp_path, *flags), body)
     assert not any("kl" in line or "eval/kl" in line for line in lines(tmp_path / "run"))
 
 
-# ---------------------------------------------------------------- R1 to R4: stop, kill, resume
-
-
-@BOTH
-def test_r1_r13_r14_crash_behind_a_save_then_sigterm_at_an_evaluation(tmp_path, settings, straight, algorithm):
-    """One run meets both, each resumed."""
-    runs.crash(MAIN, tmp_path, settings(algorithm)(tmp_path))
-    runs.check_sigterm(MAIN, tmp_path, settings(algorithm), straight(algorithm))
-    same_samples(tmp_path / "run", straight(algorithm)())
-
-
-def same_samples(run_dir, other):
-    for name in ("samples.jsonl", "held_out.jsonl", "report.json"):
-        assert (run_dir / name).read_bytes() == (other / name).read_bytes(), name
-
-
-@BOTH
-def test_r3_kills_at_random_moments(tmp_path, settings, straight, algorithm):
-    runs.check_kills(MAIN, tmp_path, settings(algorithm), straight(algorithm), 1 if algorithm == "grpo" else 2)
-    same_samples(tmp_path / "run", straight(algorithm)())
-
-
-@BOTH
-def test_r4_kills_at_what_is_written(tmp_path, settings, algorithm):
-    def argv(folder):
-        sizes = ["--training.max_steps", 2, "--training.save_interval", 1, "--training.eval_interval", 1]
-        sizes += ["--rl.num_ppo_epochs", 2]  # as many updates as it takes for a best step to be published
-        return settings(algorithm)(folder, *sizes)
-
-    runs.check_kill_points(MAIN, tmp_path, argv, 13 if algorithm == "ppo" else 22)
+# ---------------------------------------------------------------- R2: two ranks
 
 
 @BOTH
@@ -386,51 +282,7 @@ def test_r2_r13_b1_b38_two_ranks_stop_resume_and_equal_one(tmp_path, settings, a
         assert then[key] == pytest.approx(now[key], rel=1e-4, abs=1e-6), key
 
 
-def test_a_finished_run_started_again(tmp_path, straight, settings):
-    shutil.copytree(straight("grpo")(), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "final")
-    (tmp_path / "run" / "report.json").unlink()
-    assert train(tmp_path, settings("grpo")(tmp_path))["step"] == runs.STEPS
-    runs.assert_same_run(tmp_path / "run", straight("grpo")())
-    same_samples(tmp_path / "run", straight("grpo")())
-
-
-def test_r9_resume_refusals(tmp_path, settings, straight, few, judge):
-    other = shutil.copytree(few, tmp_path / "other")
-    shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
-    runs.check_refusals(
-        MAIN, tmp_path, settings("ppo"), straight("ppo"),
-        (["--dataset_path", other], "dataset_path", "data "),
-        (["--rl.gamma", 0.5], "rl.gamma 1.0 -> 0.5"),
-        (["--rl.kl_coef", 0.5], "rl.kl_coef 0.05 -> 0.5"),
-        (["--reward.type", "trainable", "--reward.checkpoint", judge], "reward.type heuristic -> trainable"),
-        (["--rl.algorithm", "grpo"], "rl.algorithm ppo -> grpo"),
-        (["--evaluation.temperature", 0.5], "evaluation.temperature 1.0 -> 0.5"),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("rate", "old"), [("training.learning_rate", 0.001), ("rl.critic_learning_rate", 0.001)])
-def test_r9_what_may_change(tmp_path, settings, straight, rate, old):
-    if rate.startswith("training"):
-        return runs.check_what_may_change(MAIN, tmp_path, settings("grpo"), straight("grpo"), rate, old, "reward")
-    shutil.copytree(straight("ppo")(), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / f"step-{runs.STEPS:06d}")
-    status, out, err = run(tmp_path, settings("ppo")(tmp_path, f"--{rate}", 5e-4))
-    assert status == 0 and f"{rate} {old} -> 0.0005" in out, err
-
-
 # ---------------------------------------------------------------- R15, R18: not finite, degenerate
-
-
-@BOTH
-def test_r15_nan_ends_the_run_before_the_update(tmp_path, settings, algorithm):
-    """In the passes before the updates, and, where there is but one update, in that one."""
-    names, check = "synthetic-safety-train-", functools.partial(runs.check_nan, MAIN)
-    flags = settings(algorithm, "--rl.minibatches", 1)
-    check(tmp_path / "a", flags, names, model, "sequence_logprobs", "log-probs or values are not", 8)
-    if algorithm == "grpo":  # a group of equals is not computed, so not all eight have to be named
-        flags = settings(algorithm, "--rl.minibatches", 1, "--rl.num_ppo_epochs", 1, "--rl.kl_coef", 0)
-        check(tmp_path / "b", flags, names, model, "sequence_logprobs", "loss nan", None)
 
 
 def test_r15_a_sampler_that_diverges_ends_the_run_on_all_ranks(tmp_path, settings):
@@ -448,64 +300,10 @@ def test_r15_a_sampler_that_diverges_ends_the_run_on_all_ranks(tmp_path, setting
     assert len(lines(tmp_path / "run")) == 2 and not (tmp_path / "run" / "final").exists()
 
 
-def mine(folder, body):
-    (folder / "mine.py").write_text(f"calls = [0]\ndef mine(prompt, completion, reference):\n    {body}\n")
-    return ["--reward.function", f"{folder}/mine.py:mine"]
-
-
-@pytest.mark.parametrize(("body", "words"), [
-    ("return float('nan')", ("returned nan", "synthetic-safety-")),
-    ("return float('inf')", ("returned inf", "synthetic-safety-")),
-    ("return 1 / 0", ("ZeroDivisionError", "synthetic-safety-")),
-    ("return 'good'", ("could not convert", "synthetic-safety-")),
-])  # fmt: skip
-def test_r18_a_reward_that_fails_ends_the_run(tmp_path, settings, body, words):
-    flags = settings("grpo")(tmp_path, *mine(tmp_path, body))
-    refused(tmp_path, flags, *words)
-
-
 def test_r18_a_reward_that_fails_later_ends_both_ranks(tmp_path, settings):
     flags = mine(tmp_path, "calls[0] += 1; return float('nan') if calls[0] > 12 else calls[0]")
     for number, (status, _, err) in enumerate(runs.ranks(MAIN, tmp_path, settings("grpo")(tmp_path / "two", *flags))):
         assert status == 2 and "is not finite" not in err and "nan" in err, (number, err)
-
-
-def test_r18_a_reward_model_that_fails_is_named_with_its_sample(tmp_path, settings, judge):
-    def body(main, argv):
-        real = reward_model.score_completions
-
-        def score(*args):
-            found = real(*args)
-            found[-1] = math.nan
-            return found
-
-        reward_model.score_completions = score
-        runs.call(main, argv)
-
-    flags = ["--reward.type", "trainable", "--reward.checkpoint", judge]
-    status, _, err = run(tmp_path, settings("ppo")(tmp_path, *flags), body)
-    assert status == 2 and err.count("\n") == 1 and "synthetic-safety-val-" in err and "nan" in err, err
-
-
-@pytest.mark.parametrize("dynamic", ["false", "true"])
-def test_r18_equal_rewards_cost_no_update(tmp_path, settings, straight, dynamic):
-    """Without a KL there is nothing to learn from equals, and the policy keeps its bits."""
-    start = straight("grpo")() / "final"
-    flags = [*mine(tmp_path, "return 1"), "--model.adapter", start, "--rl.missing_stop_penalty", 0, "--rl.kl_coef", 0]
-    flags += ["--rl.dynamic_sampling", dynamic, "--training.max_steps", 3]
-
-    def body(main, argv):
-        def never(self, *args):
-            raise AssertionError("a backward was run")
-
-        torch.Tensor.backward = never
-        runs.call(main, argv)
-
-    train(tmp_path, settings("grpo")(tmp_path, *flags), body)
-    log = lines(tmp_path / "run")
-    assert [line["zero_advantage_share"] for line in log[:-1]] == [1, 1, 1] and "loss" not in log[0]
-    before, after = (load_file(at / "adapter_model.safetensors") for at in (start, tmp_path / "run" / "final"))
-    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_equal_groups_count_in_the_mean_unless_left_out(tmp_path, settings):
@@ -562,14 +360,6 @@ def test_target_kl_ends_a_rollouts_updates(tmp_path, settings):
     ]
 
 
-def test_resume_under_another_name_brings_the_first_evaluation(tmp_path, settings, straight):
-    start = straight("grpo")() / f"step-{runs.STEPS:06d}"
-    flags = ["--training.resume", start, "--logging.run_name", "other", "--training.max_steps", runs.STEPS + 2]
-    train(tmp_path, settings("grpo")(tmp_path, *flags))
-    report = json.loads((tmp_path / "other" / "report.json").read_text())
-    assert report["steps"] == [0, runs.STEPS + 2]
-
-
 def test_one_rank_too_many_for_the_prompts(tmp_path, settings):
     argv = settings("grpo")(tmp_path, "--rl.rollout_size", 1, "--rl.minibatches", 1)
     for status, _, err in runs.ranks(MAIN, tmp_path, argv):
@@ -621,7 +411,7 @@ def test_explain_writes_nothing(tmp_path, settings, few):
 
 
 def test_bad_input_is_one_line(tmp_path, settings, judge):
-    out_dir, bare = tmp_path / "out", write_data(tmp_path / "bare", "conala", {"reference": None}, train=10, val=4)
+    out_dir, bare = tmp_path / "out", runs.write_data(tmp_path / "bare", "conala", {"reference": None}, train=10, val=4)
     for algorithm, flags, *words in (
         ("grpo", ["--rl.group_size", 1], "rl.group_size"),
         ("grpo", ["--rl.kl_estimator", "k1"], "rl.kl_estimator", "k2 or k3"),

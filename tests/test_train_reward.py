@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import train_reward
 from common import base, config, lora, model, reward_model
 from tests import runs
+from tests.faults import trainers
 from tests.runs import write_data
 
 ROOT = Path(train_reward.__file__).parent
@@ -24,18 +25,12 @@ train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, ru
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Twenty pairs: with four a step, epochs begin at steps 5 and 10."""
-    return write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=20, val=6)
+    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "reward")
 
 
 @pytest.fixture(scope="module")
 def settings(few, tiny_folder):
-    return runs.settings(tiny_folder, few, "--training.mode", "reward", "--training.micro_batch_tokens", 256)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, settings):
-    return runs.straight(MAIN, tmp_path_factory, settings)
+    return trainers.settings("reward", tiny_folder, few)
 
 
 def plain_rewards(folder, base_folder, pairs):
@@ -165,52 +160,11 @@ def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, tin
     assert all(math.isfinite(line["loss"]) for line in runs.lines(tmp_path / "run")[:-1])
 
 
-# ---------------------------------------------------------------- R1, R2, R13: stop and resume
-
-
-def test_r1_r13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):
-    runs.check_sigterm(MAIN, tmp_path, settings, straight)
-    reports = [(run_dir / "report.json").read_bytes() for run_dir in (tmp_path / "run", straight())]
-    assert reports[0] == reports[1]
-
-
-def test_r1_r14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
-    runs.check_crash(MAIN, tmp_path, settings, straight)
-
-
-def test_a_finished_run_started_again(tmp_path, straight, settings):
-    shutil.copytree(straight(), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "final")
-    (tmp_path / "run" / "report.json").unlink()
-    result = train(tmp_path, settings(tmp_path))
-    runs.assert_same_run(tmp_path / "run", straight())
-    assert (tmp_path / "run" / "report.json").read_bytes() == (straight() / "report.json").read_bytes()
-    assert result["step"] == runs.STEPS
+# ---------------------------------------------------------------- R2: two ranks
 
 
 def test_r2_r13_two_ranks_stop_together_and_resume(tmp_path, settings):
     runs.check_two_ranks(MAIN, tmp_path, settings)
-
-
-# ---------------------------------------------------------------- R9: refusals
-
-
-def test_r9_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
-    other = shutil.copytree(few, tmp_path / "other")
-    lines = (few / "train.jsonl").read_text().splitlines(True)
-    first = json.dumps(json.loads(lines[0]) | {"margin": 0.5}) + "\n"
-    (other / "train.jsonl").write_text("".join([first, *lines[1:]]))
-    changed = runs.another_base(tmp_path / "base", tiny_folder)
-    runs.check_refusals(
-        MAIN, tmp_path, settings, straight,
-        (["--dataset_path", other], "dataset_path", "data "),
-        (["--model.base_checkpoint", changed], "model.base_checkpoint", "model "),
-        (["--reward.center_coefficient", 0.1], "reward.center_coefficient 0.01 -> 0.1"),
-    )  # fmt: skip
-
-
-def test_r9_what_may_change(tmp_path, settings, straight):
-    runs.check_what_may_change(MAIN, tmp_path, settings, straight)
 
 
 # ---------------------------------------------------------------- a step does not depend on how it is cut
@@ -218,13 +172,6 @@ def test_r9_what_may_change(tmp_path, settings, straight):
 
 def test_b1_gradient_of_micro_batches(tmp_path, settings, few):
     runs.check_cuts(MAIN, tmp_path, settings, few, "lora")
-
-
-# ---------------------------------------------------------------- R15: not finite
-
-
-def test_r15_nan_ends_the_run_before_the_update(tmp_path, settings):
-    runs.check_nan(MAIN, tmp_path, settings, "synthetic-safety-train-", reward_model, "scores")
 
 
 # ---------------------------------------------------------------- --explain and bad input
@@ -242,7 +189,7 @@ def test_explain_writes_nothing_and_skips_are_counted(tmp_path, settings, few):
     assert out.count("/chosen: ") == out.count("/rejected: ") == 4 and "logits" not in out
 
 
-def test_bad_input_is_one_line(tmp_path, settings, straight, few):
+def test_bad_input_is_one_line(tmp_path, settings, few, tiny_folder):
     out_dir = tmp_path / "out"
     refused(tmp_path, ["--config", ROOT / "configs" / "sft_lora_270m.yml", "--debug"], "train_sft.py")
     refused(tmp_path, ["--config", ROOT / "configs" / "dpo_270m.yml", "--debug"], "train_rl.py")
@@ -257,7 +204,8 @@ def test_bad_input_is_one_line(tmp_path, settings, straight, few):
     refused(tmp_path, settings(out_dir, "--dataset_path", tmp_path / "none"), f"{tmp_path}/none/train.jsonl")
     refused(tmp_path, settings(out_dir, "--training.max_seq_length", 8), "train: no usable pair in 20 records")
     refused(tmp_path, settings(out_dir, "--model.adapter", tmp_path / "none"), "model.adapter", f"{tmp_path}/none")
-    refused(tmp_path, settings(out_dir, "--model.adapter", straight() / "final"), "model.adapter", "modules_to_save")
+    judge = runs.random_reward_model(tmp_path / "judge", tiny_folder)
+    refused(tmp_path, settings(out_dir, "--model.adapter", judge), "model.adapter", "modules_to_save")
     assert not list(out_dir.rglob("*.*ml"))  # neither a config nor a metric
 
 

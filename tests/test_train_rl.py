@@ -1,7 +1,6 @@
 """train_rl.py end to end, DPO: where it starts, what it leaves behind, its reference, exact resume, refusals."""
 
 import functools
-import itertools
 import json
 import math
 import shutil
@@ -11,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 import train_rl
 from common import base, config, data, lora, model, reference, reward_model
 from tests import runs
+from tests.faults import trainers
 from tests.runs import lines, records, write_data
 
 ROOT = Path(train_rl.__file__).parent
@@ -35,14 +34,12 @@ def cache(tmp_path_factory, tiny_folder):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Twenty pairs: with four a step, epochs begin at steps 5 and 10."""
-    return write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=20, val=6)
+    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "dpo")
 
 
 @pytest.fixture(scope="module")
 def settings(few, tiny_folder):
-    dpo = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--rl.max_steps", "null", "--rl.learning_rate", "null"]
-    return runs.settings(tiny_folder, few, *dpo, "--training.micro_batch_tokens", 256)
+    return trainers.settings("dpo", tiny_folder, few)
 
 
 @pytest.fixture(scope="module")
@@ -162,56 +159,6 @@ def assert_worth(report, sums, ref_sums, sizes):
 
 
 # ---------------------------------------------------------------- B-26, B-34: it starts at its reference, which stays
-
-
-def watched(main, argv):
-    """A body that checks at the end that nothing of the reference has changed."""
-    seen, real = {}, reference.pair_logprobs
-
-    def tensors(net):
-        return {key: tensor for key, tensor in net.state_dict().items() if not key.endswith("policy")}
-
-    def pair_logprobs(net, *more):
-        seen["net"], seen["before"] = net, {key: tensor.clone() for key, tensor in tensors(net).items()}
-        return real(net, *more)
-
-    reference.pair_logprobs = pair_logprobs
-    runs.call(main, argv)
-    after = tensors(seen["net"])
-    assert after.keys() == seen["before"].keys()
-    assert all(torch.equal(after[key], tensor) for key, tensor in seen["before"].items())
-    flags = dict(itertools.pairwise(argv))
-    if "--model.adapter" in flags:
-        saved = load_file(Path(flags["--model.adapter"]) / "adapter_model.safetensors")
-        frozen = lora.adapter_parameters(seen["net"], "reference")
-        assert all(torch.equal(saved[key], frozen[key]) for key in saved) and saved.keys() == frozen.keys()
-
-
-@pytest.mark.parametrize("kind", ["lora", "adapter", "none", "bfloat16", "qlora"])
-def test_b26_b34_it_starts_at_its_reference(tmp_path, settings, straight, kind, monkeypatch):
-    if kind == "qlora":
-        pytest.importorskip("bitsandbytes")
-    monkeypatch.setenv("GEMMA_ALIGNMENT_CACHE", str(tmp_path / "cache"))
-    peft, more, start = {"adapter": "lora", "bfloat16": "none"}.get(kind, kind), [], None
-    if kind == "bfloat16":  # fp32 masters, products in bf16
-        more = ["--model.dtype", "bfloat16"]
-    if kind == "adapter":  # trained with dropout, so that a policy in train mode would differ from its reference
-        start = straight() / "final"
-        assert json.loads((start / "adapter_config.json").read_text())["lora_dropout"] == 0.1
-        more = ["--model.adapter", start]
-    flags = ["--training.max_steps", 2, "--training.eval_interval", 1, "--training.learning_rate", 1e-3]
-    train(tmp_path, settings(tmp_path, *flags, *more, peft=peft), watched)
-    first, second, last = lines(tmp_path / "run")
-    assert first["loss"] == pytest.approx(LOG2, abs=1e-7) and first["eval/loss"] == pytest.approx(LOG2, abs=1e-7)
-    assert first["margin"] == first["eval/margin"] == 0
-    assert first["accuracy"] == first["eval/accuracy"] == 0.5
-    assert first["chosen_change"] == first["eval/chosen_change"] == first["eval/rejected_change"] == 0
-    assert 0 <= abs(first["eval/kl"]) <= 1e-9 and first["eval/entropy"] > 0.01
-    assert first["grad_norm"] > 0 and second["margin"] != 0 and last["eval/margin"] != 0 and last["eval/kl"] > 1e-9
-    if start:  # another start than the base, and another end than the start
-        assert first["eval/chosen_logprob"] != lines(straight())[0]["eval/chosen_logprob"]
-        before, after = (load_file(at / "adapter_model.safetensors") for at in (start, tmp_path / "run" / "final"))
-        assert before.keys() == after.keys() and not any(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_kl_of_full_fine_tuning_is_to_the_base_with_its_own_head(straight, bare, few, tokenizer):
@@ -340,26 +287,7 @@ def test_reference_cache(tmp_path, settings, monkeypatch):
     runs.assert_same_records(run_dir, first)
 
 
-# ---------------------------------------------------------------- R1, R2, R13: stop and resume
-
-
-def test_r1_r13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):
-    runs.check_sigterm(MAIN, tmp_path, settings, straight)
-    reports = [(run_dir / "report.json").read_bytes() for run_dir in (tmp_path / "run", straight())]
-    assert reports[0] == reports[1]
-
-
-def test_r1_r14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
-    runs.check_crash(MAIN, tmp_path, settings, straight, "none")
-
-
-def test_a_finished_run_started_again(tmp_path, straight, settings):
-    shutil.copytree(straight(), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "final")
-    (tmp_path / "run" / "report.json").unlink()
-    assert train(tmp_path, settings(tmp_path))["step"] == runs.STEPS
-    runs.assert_same_run(tmp_path / "run", straight())
-    assert (tmp_path / "run" / "report.json").read_bytes() == (straight() / "report.json").read_bytes()
+# ---------------------------------------------------------------- R2: two ranks
 
 
 def test_r2_r13_b1_two_ranks_stop_resume_and_equal_one(tmp_path, settings):
@@ -398,44 +326,6 @@ def test_padding_does_not_count(tiny_folder, tokenizer, few):
         assert len(found[0]) == len(other) == 10
         assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(found[0], other))
         assert torch.equal(found[0][0], other[0])
-
-
-# ---------------------------------------------------------------- R9: refusals
-
-
-def test_r9_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
-    other = shutil.copytree(few, tmp_path / "other")
-    shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
-    changed = runs.another_base(tmp_path / "base", tiny_folder)
-    runs.check_refusals(
-        MAIN, tmp_path, settings, straight,
-        (["--dataset_path", other], "dataset_path", "data "),
-        (["--model.base_checkpoint", changed], "model.base_checkpoint", "model "),
-        (["--rl.dpo_beta", 0.5], "rl.dpo_beta 0.1 -> 0.5"),
-        (["--rl.dpo_loss", "ipo"], "rl.dpo_loss sigmoid -> ipo"),
-        (["--model.adapter", straight() / "final"], "model.adapter None -> "),
-    )  # fmt: skip
-
-
-def test_r9_another_adapter_at_the_same_path_is_another_reference(tmp_path, settings, straight):
-    adapter = shutil.copytree(straight() / "final", tmp_path / "adapter")
-    flags = ["--model.adapter", adapter, "--training.save_interval", 1]
-    train(tmp_path, settings(tmp_path, *flags, "--training.max_steps", 2))
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file({key: 0.5 * tensor for key, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
-    refused(tmp_path, settings(tmp_path, *flags, "--training.max_steps", 4), "another run")
-
-
-@pytest.mark.parametrize(("rate", "old"), [("training.learning_rate", 0.001), ("rl.learning_rate", None)])
-def test_r9_what_may_change(tmp_path, settings, straight, rate, old):
-    runs.check_what_may_change(MAIN, tmp_path, settings, straight, rate, old)
-
-
-# ---------------------------------------------------------------- R15: not finite
-
-
-def test_r15_nan_ends_the_run_before_the_update(tmp_path, settings):
-    runs.check_nan(MAIN, tmp_path, settings, "synthetic-safety-train-", model, "sequence_logprobs")
 
 
 # ---------------------------------------------------------------- collapse

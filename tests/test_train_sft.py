@@ -5,11 +5,8 @@ import json
 import math
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from safetensors.torch import load_file
 import train_sft
 from common import config, data, model
 from tests import runs
+from tests.faults import trainers
 from tests.runs import records, write_data
 
 ROOT = Path(train_sft.__file__).parent
@@ -28,18 +26,12 @@ train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, ru
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory, tiny_folder):
-    """Twenty short records: with four a step, epochs begin at steps 5 and 10."""
-    return write_data(tmp_path_factory.mktemp("data") / "few", "conala", train=20, val=6)
+    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "sft")
 
 
 @pytest.fixture(scope="module")
 def settings(few, tiny_folder):
-    return runs.settings(tiny_folder, few)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, settings):
-    return runs.straight(MAIN, tmp_path_factory, settings)
+    return trainers.settings("sft", tiny_folder, few)
 
 
 # ---------------------------------------------------------------- a run, and what it leaves behind
@@ -110,57 +102,11 @@ def test_qlora(tmp_path, settings):
     assert ups and all(tensor.isfinite().all() and tensor.any() for tensor in ups)
 
 
-# ---------------------------------------------------------------- R1, R2, R13: stop and resume
-
-
-def test_r1_r13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):
-    runs.check_sigterm(MAIN, tmp_path, settings, straight)
-
-
-def test_r1_r14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
-    runs.check_crash(MAIN, tmp_path, settings, straight, "none")
-
-
-def test_r3_kills_at_random_moments(tmp_path, settings, straight):
-    runs.check_kills(MAIN, tmp_path, settings, straight, 4)
+# ---------------------------------------------------------------- R2: two ranks
 
 
 def test_r2_r13_two_ranks_stop_together_and_resume(tmp_path, settings):
     runs.check_two_ranks(MAIN, tmp_path, settings)
-
-
-# ---------------------------------------------------------------- R9, R11: refusals
-
-
-def test_r11_second_start_is_refused(tmp_path, settings):
-    argv, run_dir = settings(tmp_path, "--training.max_steps", 4), tmp_path / "run"
-    pid = runs.start(MAIN, tmp_path, argv, runs.at_step(2, lambda: time.sleep(60)))
-    end = time.monotonic() + 20
-    while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    before = runs.snapshot(run_dir)
-    refused(tmp_path, argv, f"locked by pid {pid}")
-    assert runs.snapshot(run_dir) == before
-    os.kill(pid, signal.SIGKILL)
-    runs.finish(tmp_path, pid)
-    assert train(tmp_path, argv)["step"] == 4
-
-
-def test_r9_resume_refusals(tmp_path, settings, straight, few):
-    other = tmp_path / "other"
-    shutil.copytree(few, other)
-    shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
-    runs.check_refusals(
-        MAIN, tmp_path, settings, straight,
-        (["--dataset_path", other], "dataset_path", "data "),
-        (["--model.peft_rank", 4], "model.peft_rank 8 -> 4"),
-        (["--training.resume", other], str(other), "MANIFEST.json"),
-    )  # fmt: skip
-
-
-def test_r9_what_may_change(tmp_path, settings, straight):
-    runs.check_what_may_change(MAIN, tmp_path, settings, straight)
 
 
 # ---------------------------------------------------------------- a step does not depend on how it is cut
@@ -182,13 +128,6 @@ def test_one_rank_or_two(tmp_path, settings):
     assert done.stdout.count("step 0 ") == 1  # one rank speaks
     runs.assert_one_rank_or_two(tmp_path / "one" / "run", tmp_path / "two" / "run")
     assert len(records(tmp_path / "two" / "run")) == 7
-
-
-# ---------------------------------------------------------------- R15: not finite
-
-
-def test_r15_nan_ends_the_run_before_the_update(tmp_path, settings):
-    runs.check_nan(MAIN, tmp_path, settings, "synthetic-conala-train-", model, "sequence_logprobs")
 
 
 # ---------------------------------------------------------------- --explain and bad input

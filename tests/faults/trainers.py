@@ -24,17 +24,17 @@ def write_data(folder, kind):
     return runs.write_data(folder, "conala" if kind == "sft" else "safety", train=20, val=6)
 
 
-def settings(kind, base_folder, source):
-    """A function (output folder, *more flags) -> the flags of a short run of a trainer, see runs.settings."""
+def settings(kind, base_folder, source, *more):
+    """A function (output folder, *flags) -> the flags of a short run of a trainer, see runs.settings."""
     if kind == "sft":
-        return runs.settings(base_folder, source)
+        return runs.settings(base_folder, source, *more)
     if kind == "staged":
         return staged_settings(base_folder, source)
     if kind == "reward":
-        return runs.settings(base_folder, source, "--training.mode", "reward", *PAIRS)
+        return runs.settings(base_folder, source, "--training.mode", "reward", *PAIRS, *more)
     flags = ["--training.mode", "rl", "--rl.algorithm", kind, *RATES]
     online = [*SIZES, "--rl.critic_learning_rate", 1e-3]
-    return runs.settings(base_folder, source, *flags, *(PAIRS if kind == "dpo" else online))
+    return runs.settings(base_folder, source, *flags, *(PAIRS if kind == "dpo" else online), *more)
 
 
 def staged_settings(base_folder, source):

@@ -1,0 +1,106 @@
+"""R01, R03, R04, R09, R13, R14 of train_rl.py with GRPO and PPO, as whole runs."""
+
+import functools
+import json
+import shutil
+
+import pytest
+
+import train_rl
+from tests import runs
+from tests.faults import trainers
+
+MAIN = train_rl.main
+BOTH = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Twenty prompts: with four a step, epochs begin at steps 5 and 10."""
+    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "grpo")
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    """settings(algorithm, *flags) -> a function that returns the flags of a short run."""
+    return lambda algorithm, *more: trainers.settings(algorithm, tiny_folder, few, *more)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, tiny_folder):
+    return runs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, settings):
+    @functools.cache
+    def folder(algorithm):
+        return runs.straight(MAIN, tmp_path_factory, settings(algorithm))
+
+    return folder
+
+
+@BOTH
+def test_R01_R13_R14_crash_behind_a_save_then_sigterm_at_an_evaluation(tmp_path, settings, straight, algorithm):
+    """One run meets both, each resumed."""
+    runs.crash(MAIN, tmp_path, settings(algorithm)(tmp_path))
+    runs.check_sigterm(MAIN, tmp_path, settings(algorithm), straight(algorithm))
+    trainers.same_files(tmp_path / "run", straight(algorithm)())
+
+
+@BOTH
+def test_R03_kills_at_random_moments(tmp_path, settings, straight, algorithm):
+    runs.check_kills(MAIN, tmp_path, settings(algorithm), straight(algorithm), 1 if algorithm == "grpo" else 2)
+    trainers.same_files(tmp_path / "run", straight(algorithm)())
+
+
+@BOTH
+def test_R04_kills_at_what_is_written(tmp_path, settings, algorithm):
+    def argv(folder):
+        sizes = ["--training.max_steps", 2, "--training.save_interval", 1, "--training.eval_interval", 1]
+        sizes += ["--rl.num_ppo_epochs", 2]  # as many updates as it takes for a best step to be published
+        return settings(algorithm)(folder, *sizes)
+
+    runs.check_kill_points(MAIN, tmp_path, argv, 13 if algorithm == "ppo" else 22)
+
+
+def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
+    shutil.copytree(straight("grpo")(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "report.json").unlink()
+    assert train(tmp_path, settings("grpo")(tmp_path))["step"] == runs.STEPS
+    runs.assert_same_run(tmp_path / "run", straight("grpo")())
+    trainers.same_files(tmp_path / "run", straight("grpo")())
+
+
+def test_R01_resume_under_another_name_brings_the_first_evaluation(tmp_path, settings, straight):
+    start = straight("grpo")() / f"step-{runs.STEPS:06d}"
+    flags = ["--training.resume", start, "--logging.run_name", "other", "--training.max_steps", runs.STEPS + 2]
+    train(tmp_path, settings("grpo")(tmp_path, *flags))
+    report = json.loads((tmp_path / "other" / "report.json").read_text())
+    assert report["steps"] == [0, runs.STEPS + 2]
+
+
+def test_R09_resume_refusals(tmp_path, settings, straight, few, judge):
+    other = shutil.copytree(few, tmp_path / "other")
+    shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
+    runs.check_refusals(
+        MAIN, tmp_path, settings("ppo"), straight("ppo"),
+        (["--dataset_path", other], "dataset_path", "data "),
+        (["--rl.gamma", 0.5], "rl.gamma 1.0 -> 0.5"),
+        (["--rl.kl_coef", 0.5], "rl.kl_coef 0.05 -> 0.5"),
+        (["--reward.type", "trainable", "--reward.checkpoint", judge], "reward.type heuristic -> trainable"),
+        (["--rl.algorithm", "grpo"], "rl.algorithm ppo -> grpo"),
+        (["--evaluation.temperature", 0.5], "evaluation.temperature 1.0 -> 0.5"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rate", "old"), [("training.learning_rate", 0.001), ("rl.critic_learning_rate", 0.001)])
+def test_R09_what_may_change(tmp_path, settings, straight, rate, old):
+    if rate.startswith("training"):
+        return runs.check_what_may_change(MAIN, tmp_path, settings("grpo"), straight("grpo"), rate, old, "reward")
+    shutil.copytree(straight("ppo")(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / f"step-{runs.STEPS:06d}")
+    status, out, err = run(tmp_path, settings("ppo")(tmp_path, f"--{rate}", 5e-4))
+    assert status == 0 and f"{rate} {old} -> 0.0005" in out, err

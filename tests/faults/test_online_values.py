@@ -1,0 +1,131 @@
+"""R15, R18, R19 of train_rl.py with GRPO and PPO, as whole runs."""
+
+import functools
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_rl
+from common import model, reward_model
+from tests import runs
+from tests.faults import trainers
+from tests.runs import lines, mine, spying
+
+MAIN = train_rl.main
+BOTH = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Twenty prompts: with four a step, epochs begin at steps 5 and 10."""
+    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "grpo")
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    """settings(algorithm, *flags) -> a function that returns the flags of a short run."""
+    return lambda algorithm, *more: trainers.settings(algorithm, tiny_folder, few, *more)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, tiny_folder):
+    return runs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tiny_folder):
+    return runs.random_start(tmp_path_factory.mktemp("start") / "final", tiny_folder)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["lora", "adapter", "none", "bfloat16", "qlora", "single"])
+def test_R19_b4_b34_ratio_is_1_and_kl_is_0_to_the_bit_at_first(tmp_path, settings, start, algorithm, kind):
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+    more = {"bfloat16": ["--model.dtype", "bfloat16"], "single": ["--rl.minibatches", 1]}
+    more["adapter"] = ["--model.adapter", start]
+    found = []
+
+    def keep(step, name, args, result):
+        if name == "policy_loss":
+            found.append((step, torch.equal(args[0].detach(), args[1]), args[0].requires_grad))
+
+    def body(main, argv):
+        spying(keep)(main, argv)
+        print("FOUND " + json.dumps(found))
+
+    flags = ["--training.max_steps", 3, *more.get(kind, [])]
+    peft = {"qlora": "qlora", "none": "none", "bfloat16": "none"}.get(kind, "lora")
+    status, out, err = run(tmp_path, settings(algorithm)(tmp_path, *flags, peft=peft), body)
+    assert status == 0, err
+    calls = json.loads(out.rpartition("FOUND ")[2])
+    equal = {step: [same for at, same, _ in calls if at == step] for step, *_ in calls}
+    assert all(same[0] for same in equal.values()), equal  # before a rollout's first update
+    assert kind == "single" or not all(same[-1] for same in equal.values()), equal  # and not after it
+    assert all(gradient for *_, gradient in calls)
+    log = lines(tmp_path / "run")
+    assert log[0]["kl"] == log[0]["eval/kl"] == 0 and log[2]["kl"] != 0
+    assert algorithm == "grpo" or log[1]["kl"] == 0  # one step of the critic alone
+
+
+@BOTH
+def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings, algorithm):
+    """In the passes before the updates, and, where there is but one update, in that one."""
+    names, check = "synthetic-safety-train-", functools.partial(runs.check_nan, MAIN)
+    flags = settings(algorithm, "--rl.minibatches", 1)
+    check(tmp_path / "a", flags, names, model, "sequence_logprobs", "log-probs or values are not", 8)
+    if algorithm == "grpo":  # a group of equals is not computed, so not all eight have to be named
+        flags = settings(algorithm, "--rl.minibatches", 1, "--rl.num_ppo_epochs", 1, "--rl.kl_coef", 0)
+        check(tmp_path / "b", flags, names, model, "sequence_logprobs", "loss nan", None)
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("return float('nan')", ("returned nan", "synthetic-safety-")),
+    ("return float('inf')", ("returned inf", "synthetic-safety-")),
+    ("return 1 / 0", ("ZeroDivisionError", "synthetic-safety-")),
+    ("return 'good'", ("could not convert", "synthetic-safety-")),
+])  # fmt: skip
+def test_R18_a_reward_that_fails_ends_the_run(tmp_path, settings, body, words):
+    flags = settings("grpo")(tmp_path, *mine(tmp_path, body))
+    refused(tmp_path, flags, *words)
+
+
+def test_R18_a_reward_model_that_fails_is_named_with_its_sample(tmp_path, settings, judge):
+    def body(main, argv):
+        real = reward_model.score_completions
+
+        def score(*args):
+            found = real(*args)
+            found[-1] = math.nan
+            return found
+
+        reward_model.score_completions = score
+        runs.call(main, argv)
+
+    flags = ["--reward.type", "trainable", "--reward.checkpoint", judge]
+    status, _, err = run(tmp_path, settings("ppo")(tmp_path, *flags), body)
+    assert status == 2 and err.count("\n") == 1 and "synthetic-safety-val-" in err and "nan" in err, err
+
+
+@pytest.mark.parametrize("dynamic", ["false", "true"])
+def test_R18_equal_rewards_cost_no_update(tmp_path, settings, start, dynamic):
+    """Without a KL there is nothing to learn from equals, and the policy keeps its bits."""
+    flags = [*mine(tmp_path, "return 1"), "--model.adapter", start, "--rl.missing_stop_penalty", 0, "--rl.kl_coef", 0]
+    flags += ["--rl.dynamic_sampling", dynamic, "--training.max_steps", 3]
+
+    def body(main, argv):
+        def never(self, *args):
+            raise AssertionError("a backward was run")
+
+        torch.Tensor.backward = never
+        runs.call(main, argv)
+
+    train(tmp_path, settings("grpo")(tmp_path, *flags), body)
+    log = lines(tmp_path / "run")
+    assert [line["zero_advantage_share"] for line in log[:-1]] == [1, 1, 1] and "loss" not in log[0]
+    before, after = (load_file(at / "adapter_model.safetensors") for at in (start, tmp_path / "run" / "final"))
+    assert all(torch.equal(before[key], after[key]) for key in before)

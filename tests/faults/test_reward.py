@@ -1,0 +1,73 @@
+"""R01, R09, R13 to R15 of train_reward.py, as whole runs."""
+
+import functools
+import json
+import shutil
+
+import pytest
+
+import train_reward
+from common import reward_model
+from tests import runs
+from tests.faults import trainers
+
+MAIN = train_reward.main
+train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Twenty pairs: with four a step, epochs begin at steps 5 and 10."""
+    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "reward")
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    return trainers.settings("reward", tiny_folder, few)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, settings):
+    return runs.straight(MAIN, tmp_path_factory, settings)
+
+
+def test_R01_R13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):
+    runs.check_sigterm(MAIN, tmp_path, settings, straight)
+    reports = [(run_dir / "report.json").read_bytes() for run_dir in (tmp_path / "run", straight())]
+    assert reports[0] == reports[1]
+
+
+def test_R01_R14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
+    runs.check_crash(MAIN, tmp_path, settings, straight)
+
+
+def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
+    shutil.copytree(straight(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "report.json").unlink()
+    result = train(tmp_path, settings(tmp_path))
+    runs.assert_same_run(tmp_path / "run", straight())
+    assert (tmp_path / "run" / "report.json").read_bytes() == (straight() / "report.json").read_bytes()
+    assert result["step"] == runs.STEPS
+
+
+def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
+    other = shutil.copytree(few, tmp_path / "other")
+    lines = (few / "train.jsonl").read_text().splitlines(True)
+    first = json.dumps(json.loads(lines[0]) | {"margin": 0.5}) + "\n"
+    (other / "train.jsonl").write_text("".join([first, *lines[1:]]))
+    changed = runs.another_base(tmp_path / "base", tiny_folder)
+    runs.check_refusals(
+        MAIN, tmp_path, settings, straight,
+        (["--dataset_path", other], "dataset_path", "data "),
+        (["--model.base_checkpoint", changed], "model.base_checkpoint", "model "),
+        (["--reward.center_coefficient", 0.1], "reward.center_coefficient 0.01 -> 0.1"),
+    )  # fmt: skip
+
+
+def test_R09_what_may_change(tmp_path, settings, straight):
+    runs.check_what_may_change(MAIN, tmp_path, settings, straight)
+
+
+def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings):
+    runs.check_nan(MAIN, tmp_path, settings, "synthetic-safety-train-", reward_model, "scores")
