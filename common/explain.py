@@ -137,18 +137,20 @@ def _held(net, frozen, body):
     if frozen is not None and frozen is not net:
         found.append(("the frozen second copy, with what is on it", model.memory_bytes(frozen)))
     head = net.lm_head.weight
-    if _in_4_bits(net) and head.device.type == "cpu" and head.dtype == torch.bfloat16:
-        found.append(("pages of the weight file behind the 4-bit linears, which the system may drop", body * 2))
+    if _in_4_bits(net) and head.device.type == "cpu":
+        places = "places in the heap that the linears had before they were 4-bit, until the first step gives them back"
+        found.append((places, body * head.element_size()))
+        if head.dtype == torch.bfloat16:
+            found.append(("pages of the weight file behind the linears, which the system may drop", body * 2))
     return found
 
 
 def _loading(net, body):
-    """What reading a bf16 file takes until the first step."""
-    head = net.lm_head.weight
+    """What reading a bf16 file takes until the first step. In bf16 the weights are the file's own pages."""
+    head, tokenizer = net.lm_head.weight, ("what reading the tokenizer leaves", TOKENIZER)
     if head.dtype == torch.bfloat16:
-        return [("what reading the tokenizer leaves", TOKENIZER)]  # the weights are the file's own pages
-    dense = [("linears before they were 4-bit", body * head.element_size())] if _in_4_bits(net) else []
-    return [("the weight file", (body + head.numel()) * 2), *dense, ("what reading the tokenizer leaves", TOKENIZER)]
+        return [tokenizer]
+    return [("the weight file", (body + head.numel()) * 2), tokenizer]
 
 
 def _sampling(net, decodes, width):
