@@ -171,10 +171,9 @@ def sha256(path):
 def commit(final, facts, needed):
     """Yield a temporary folder that is sealed and becomes `final` when the body ends well, and vanishes when not."""
     temp, old = final.with_name(f".tmp-{final.name}-{os.getpid()}"), final.with_name(f".tmp-old-{final.name}")
-    free = "unknown"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(final.parent).free) < needed:
+        if shutil.disk_usage(final.parent).free < needed:
             raise OSError("the disk is too full")
         _settle(temp)
         _settle(old)
@@ -187,6 +186,7 @@ def commit(final, facts, needed):
         fsync(final.parent)
         _settle(old)
     except BaseException as error:
+        free = shutil.disk_usage(next(path for path in final.parents if path.exists())).free  # as the failure left it
         shutil.rmtree(temp, ignore_errors=True)
         with suppress(OSError):
             _settle(old)

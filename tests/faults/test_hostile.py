@@ -248,10 +248,13 @@ def test_S6_hostile_texts_are_bounded_quick_and_start_nothing(task, tmp_path, mo
     )
     for text in HOSTILE:
         for reference in ("x = 1", "a b " * 20_000):
-            started, before = time.thread_time(), len(seen)
-            total, parts = rewards.heuristic_reward(task, HARM, text, reference)
+            taken, before = [], len(seen)
+            while len(taken) < 5 and min(taken, default=1) > 0.05:  # 50 ms, where no neighbour disturbs
+                started = time.thread_time()
+                total, parts = rewards.heuristic_reward(task, HARM, text, reference)
+                taken.append(time.thread_time() - started)
             assert 0 <= total <= 1 and all(0 <= value <= 1 for value in parts.values()), text[:20]
-            assert time.thread_time() - started < 0.1 and len(seen) == before, text[:20]
+            assert min(taken) <= 0.05 and len(seen) == before, (text[:20], taken)
     assert not (tmp_path / "marker").exists()
 
 

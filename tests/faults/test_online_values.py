@@ -3,13 +3,14 @@
 import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train_rl
-from common import model, reward_model
+from common import chat, data, model, reward_model, rollouts
 from tests import runs
 from tests.faults import trainers
 from tests.runs import lines, mine, spying
@@ -129,3 +130,39 @@ def test_R18_equal_rewards_cost_no_update(tmp_path, settings, start, dynamic):
     assert [line["zero_advantage_share"] for line in log[:-1]] == [1, 1, 1] and "loss" not in log[0]
     before, after = (load_file(at / "adapter_model.safetensors") for at in (start, tmp_path / "run" / "final"))
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# ---------------------------------------------------------------- R17: nothing was said
+
+
+@BOTH
+def test_R17_completions_that_are_empty(tmp_path, settings, algorithm):
+    """The stop token comes first in every completion but one: no nan anywhere, lengths are counted, the run ends."""
+
+    def body(main, argv):
+        draw = rollouts.draw
+
+        def stop_at_once(logits, uniforms, *more, **options):
+            tokens, _ = draw(logits, uniforms, *more, **options)
+            tokens[1:] = chat.END_OF_TURN
+            return tokens, logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0]
+
+        rollouts.draw = stop_at_once
+        runs.call(main, argv)
+
+    train(tmp_path, settings(algorithm)(tmp_path, "--training.max_steps", 3, "--training.eval_interval", 10), body)
+    log = lines(tmp_path / "run")
+    assert len(log) == 4 and all(1 <= line["length"] < 3 for line in log[:-1])
+    for line in log:
+        assert None not in line.values(), line
+        assert all(math.isfinite(value) for value in line.values() if not isinstance(value, str)), line
+
+
+def test_R17_prompts_that_fill_the_context_are_counted(tmp_path, settings, few):
+    source = shutil.copytree(few, tmp_path / "odd")
+    rows = data.load_split(few, "train")
+    rows[3]["prompt"] = [{"role": "user", "content": "How do I fix my car? " * 60}]
+    (source / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = run(tmp_path, settings("grpo")(tmp_path, "--dataset_path", source, "--training.max_steps", 1))
+    (line,) = (line for line in out.splitlines() if line.startswith("train: "))
+    assert status == 0 and "1 prompt_too_long" in line and "19 kept" in line, (line, err)

@@ -71,14 +71,26 @@ def test_R11_second_start_is_refused(tmp_path, settings):
     assert train(tmp_path, argv)["step"] == 4
 
 
-def test_R09_resume_refusals(tmp_path, settings, straight, few):
+def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     other = tmp_path / "other"
     shutil.copytree(few, other)
     shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
+    smaller = Path(shutil.copytree(tiny_folder, tmp_path / "smaller"))  # a layer less
+    about = json.loads((smaller / "config.json").read_text())
+    about |= {"num_hidden_layers": about["num_hidden_layers"] - 1, "layer_types": about["layer_types"][:-1]}
+    (smaller / "config.json").write_text(json.dumps(about))
+    tensors = load_file(smaller / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if f"layers.{about['num_hidden_layers']}." not in name}
+    save_file(kept, smaller / "model.safetensors", metadata={"format": "pt"})
+    spoken = Path(shutil.copytree(tiny_folder, tmp_path / "spoken"))  # the same tokens, another file
+    text = json.loads((spoken / "tokenizer.json").read_text())
+    (spoken / "tokenizer.json").write_text(json.dumps(text, indent=1))
     runs.check_refusals(
         MAIN, tmp_path, settings, straight,
         (["--dataset_path", other], "dataset_path", "data "),
         (["--model.peft_rank", 4], "model.peft_rank 8 -> 4"),
+        (["--model.base_checkpoint", smaller], "model.base_checkpoint", "model "),
+        (["--model.base_checkpoint", spoken], "model.base_checkpoint", "tokenizer "),
         (["--training.resume", other], str(other), "MANIFEST.json"),
     )  # fmt: skip
 

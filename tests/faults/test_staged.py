@@ -1,0 +1,75 @@
+"""R01, R03, R13 of train_staged.py: stopped or killed in any stage, it goes on to the same bits."""
+
+import functools
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import train_staged
+from common import checkpoint
+from tests import runs
+from tests.faults import trainers
+
+MAIN = train_staged.main
+train, run = (functools.partial(each, MAIN) for each in (runs.train, runs.run))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, tiny_folder):
+    few = trainers.write_data(tmp_path_factory.mktemp("data") / "few", "staged")
+    return trainers.settings("staged", tiny_folder, few)
+
+
+def in_stage(name, act):
+    """A body that calls act() behind the first checkpoint of a stage."""
+
+    def body(main, argv):
+        save, left = checkpoint.save_step, [name]
+
+        def hit(run_dir, *rest):
+            found = save(run_dir, *rest)
+            if Path(run_dir).name in left:
+                left.clear()  # the save that a signal brings must not send another
+                act()
+            return found
+
+        checkpoint.save_step = hit
+        runs.call(main, argv)
+
+    return body
+
+
+def before_the_note(main, argv):
+    """A body that dies when the first stage is done but not yet noted as done."""
+    real = os.replace
+
+    def replace(source, target):
+        if Path(target).name == "stages.json":
+            os._exit(9)
+        real(source, target)
+
+    os.replace = replace
+    runs.call(main, argv)
+
+
+def test_R01_R03_R13_stopped_and_killed_in_every_stage(tmp_path, settings):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    train(whole, settings(whole))
+    argv = settings(cut)
+    status, _, err = run(cut, argv, in_stage("sft", runs.terminate))
+    assert status == 1 and "run the same command again" in err, err
+    assert run(cut, argv, in_stage("sft", lambda: os.kill(os.getpid(), signal.SIGKILL)))[0] == -signal.SIGKILL
+    assert run(cut, argv, before_the_note)[0] == 9
+    status, out, _ = run(cut, argv, in_stage("rl", lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert status == -signal.SIGKILL and not (cut / "run" / "rl" / "final").exists()
+    status, out, err = run(cut, argv)
+    assert status == 0 and not err and out.count("finished before") == 1, (out, err)
+    for name in ("sft", "rl"):
+        runs.assert_same_run(cut / "run" / name, whole / "run" / name)
+        assert "resuming" in out or name == "sft"
+    trainers.same_files(cut / "run" / "rl", whole / "run" / "rl")
+    assert not [*(cut / "run").rglob("*.tmp*")]
