@@ -24,13 +24,8 @@ from common.log import UserError, say
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
              "*.safetensors", "*.index.json"]  # fmt: skip
 # config.json may only choose numbers; these choose code or another architecture
-FORBIDDEN = (
-    "auto_map",
-    "trust_remote_code",
-    "quantization_config",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-)
+FORBIDDEN = ("auto_map", "trust_remote_code", "quantization_config",
+             "_attn_implementation", "_attn_implementation_internal")  # fmt: skip
 LIMITS = {"vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
           "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 1024,
           "sliding_window": 2**20}  # fmt: skip
