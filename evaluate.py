@@ -33,7 +33,7 @@ from common import base, chat, checkpoint, comparison, config, data, decoder, di
 from common import lora, losses, manifest, measure, metrics, model, reference, report, resume, reward_model
 
 # isort: split
-from common import rewards, rollouts, stats
+from common import products, rewards, rollouts, stats
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
@@ -47,7 +47,7 @@ BEST_OF = 4
 SHOWN = 6  # items side by side in the report
 HEADLINES = {"safety": ("judge", "reward", "loss_per_byte"), "clinical": ("rougeL",), "conala": ("bleu",)}
 SOURCES = (chat, data, decoder, experience, gemma, lora, losses, measure, metrics, model, reference, reward_model)
-SOURCES += (rewards, rollouts)  # what decides an answer and its scores
+SOURCES += (products, rewards, rollouts)  # what decides an answer and its scores
 
 
 def parse_systems(words):

@@ -12,18 +12,19 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from common import lora
+from common import products
 
 
 class Decoder:
     """Reads a model's weights once, with its active adapter, and holds the cache; the model stays as it is."""
 
-    def __init__(self, model, rows, slots, merge=True, adapters=()):
+    def __init__(self, model, rows, slots, merge=True, adapters=(), steady=False):
         """Room for `rows` rows of `slots` tokens each.
 
         merge: the adapter is added to the weights in fp32 and the sum rounded to their dtype; otherwise it stays beside
         them as a thin product. A 4-bit base is dequantised here, and under autocast fp32 masters are cast here.
         adapters: names of those that rows may take (`admit`) instead of the active one, which must then be None.
+        steady: on a CPU, a row that was admitted alone has the same bits whatever rows stand beside it.
         """
         config, body, head = model.config, model.model, model.lm_head.weight
         kind = head.device.type
@@ -39,6 +40,7 @@ class Decoder:
         self.values = torch.zeros_like(self.keys)
         self.lengths = []  # tokens of each row in flight
         self.names = []  # and its adapter, None for the base as it was read
+        self.product = products.steady if steady and kind == "cpu" else products.product
         self.parts = {}  # {adapter: places of its tokens} in the product at hand
 
     @torch.no_grad()
@@ -69,15 +71,19 @@ class Decoder:
         """Append tokens (rows,) to the rows in flight -> hidden (rows, d) that predict their successors."""
         assert len(tokens) == len(self.lengths) and max(self.lengths) < self.keys.shape[3], (tokens, self.lengths)
         at, rows = torch.tensor(self.lengths, device=tokens.device), torch.arange(len(tokens), device=tokens.device)
-        seen = {window: self._seen(at, window) for window in (None, self.config.sliding_window)}
+        together = (
+            [slice(i, i + 1) for i in range(len(rows))] if self.product is products.steady else [slice(len(rows))]
+        )
+        seen = {window: [(some, *self._seen(self.lengths[some], window)) for some in together]
+                for window in (None, self.config.sliding_window)}  # fmt: skip
 
         def attend(index, q, k, v, window):
-            keys, values, (slots, mask) = self.keys[index], self.values[index], seen[window]
+            keys, values = self.keys[index], self.values[index]
             keys[rows, :, at], values[rows, :, at] = k, v
-            keys, values = keys[: len(rows), :, slots], values[: len(rows), :, slots]
             q = q.unflatten(1, (keys.shape[1], -1))  # heads that share keys are the queries of one product
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
-            return out.flatten(1, 2)
+            out = [F.scaled_dot_product_attention(q[some], keys[some, :, slots], values[some, :, slots], attn_mask=mask,
+                                                  scale=self.scale) for some, slots, mask in seen[window]]  # fmt: skip
+            return torch.cat(out).flatten(1, 2)
 
         self._share(self.names)
         hidden = self._run(tokens, at, attend)
@@ -86,7 +92,7 @@ class Decoder:
 
     def scores(self, hidden):
         """Logits (rows, V) of hidden states (rows, d), in the model's dtype."""
-        return _product(hidden, (self.head, None))
+        return self.product(hidden, (self.head, None))
 
     def select(self, rows):
         """Keep only these of the rows in flight; returns which of them stands where now.
@@ -114,11 +120,11 @@ class Decoder:
 
     def _linear(self, x, layer, kind):
         """A layer's product of x (N, in), with what the adapters of its rows add."""
-        y = _product(x, layer.products[kind])
+        y = self.product(x, layer.products[kind])
         for name, rows in self.parts.items():
             if name in layer.thin[kind]:
                 a, b = layer.thin[kind][name]
-                y[rows] += F.linear(F.linear(x[rows], a), b)
+                y[rows] += self.product(self.product(x[rows], (a, None)), (b, None))
         return y
 
     def _run(self, tokens, positions, attend):
@@ -144,13 +150,13 @@ class Decoder:
         qk = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(h.dtype)
         return qk[:, :-groups], qk[:, -groups:], qkv[:, -groups:]
 
-    def _seen(self, at, window):
-        """(slots, mask): the slots that some row sees when it writes at `at` (rows,), and which row sees which."""
-        low = 0 if window is None else max(0, min(self.lengths) + 1 - window)
-        slots = slice(low, max(self.lengths) + 1)
-        if min(self.lengths) == max(self.lengths):
+    def _seen(self, lengths, window):
+        """(slots, mask): the slots that some of these rows see when they write, and which row sees which."""
+        low = 0 if window is None else max(0, min(lengths) + 1 - window)
+        slots = slice(low, max(lengths) + 1)
+        if min(lengths) == max(lengths):
             return slots, None
-        slot = torch.arange(slots.start, slots.stop, device=at.device)
+        slot, at = (torch.tensor(some, device=self.head.device) for some in (range(slots.start, slots.stop), lengths))
         mask = slot <= at[:, None]
         if window is not None:
             mask &= slot > at[:, None] - window
@@ -177,9 +183,9 @@ def _layer(layer, merge, dtype, adapters):
         "gate_up": [mlp.gate_proj, mlp.up_proj],
         "down": [mlp.down_proj],
     }
-    found = {kind: {name: thin(some, name, dtype) for name in adapters} for kind, some in linears.items()}
+    found = {kind: {name: products.thin(some, name, dtype) for name in adapters} for kind, some in linears.items()}
     return SimpleNamespace(
-        products={kind: fuse(some, merge, dtype) for kind, some in linears.items()},
+        products={kind: products.fuse(some, merge, dtype) for kind, some in linears.items()},
         thin={kind: {name: pair for name, pair in pairs.items() if pair} for kind, pairs in found.items()},
         before_attention=_scale(layer.input_layernorm),
         after_attention=_scale(layer.post_attention_layernorm),
@@ -187,52 +193,6 @@ def _layer(layer, merge, dtype, adapters):
         after_mlp=_scale(layer.post_feedforward_layernorm),
         heads=torch.cat([_scale(attention.q_norm).expand(heads, -1), _scale(attention.k_norm).expand(groups, -1)]),
     )
-
-
-@torch.no_grad()
-def fuse(linears, merge, dtype):
-    """Linears that read the same input as one (weight, a), each with its active adapter; weight (sum of outs, in).
-
-    With adapters that are not merged it is (W | B, A): y = (x, x A^T) (W | B)^T, one product as well.
-    """
-    actives = [m.active if isinstance(m, lora.LoraLinear) else None for m in linears]
-    bases = [lora.frozen_weight(m.base if isinstance(m, lora.LoraLinear) else m) for m in linears]
-    if merge:
-        bases = [lora.merged_weight(m, name) if name else w for w, m, name in zip(bases, linears, actives)]
-    bases = [w.detach().to(dtype) for w in bases]
-    weight = torch.cat(bases) if len(bases) > 1 else bases[0]
-    beside = None if merge else thin(linears, actives[0], dtype)
-    return (weight, None) if beside is None else (torch.cat([weight, beside[1]], 1), beside[0])
-
-
-@torch.no_grad()
-def thin(linears, name, dtype):
-    """One adapter of linears that read the same input: A (sum of ranks, in) and B (sum of outs, sum of ranks) with its
-    scale, block by block; None where it adapts none of them."""
-    adapted = [m if isinstance(m, lora.LoraLinear) and name in m.lora_A else None for m in linears]
-    if not any(adapted):
-        return None
-    bases = [m.base if isinstance(m, lora.LoraLinear) else m for m in linears]
-    a = [torch.zeros(0, w.in_features) if m is None else m.lora_A[name] for w, m in zip(bases, adapted)]
-    b = [
-        torch.zeros(w.out_features, 0) if m is None else m.lora_B[name] * m.scale[name] for w, m in zip(bases, adapted)
-    ]
-    device = next(m for m in adapted if m is not None).lora_A[name].device
-    return torch.cat([t.to(device) for t in a]).to(dtype), torch.block_diag(*(t.to(device) for t in b)).to(dtype)
-
-
-def _product(x, linear):
-    """(rows, in) -> (rows, out).
-
-    Of a few rows in bf16, oneDNN's products cost the same for 1 to 16 with the weight in front, else a price per row:
-    16 rows against Gemma's head take 73 ms of one core instead of 99, and up to ten the other way is as fast.
-    """
-    weight, a = linear
-    if a is not None:
-        x = torch.cat([x, F.linear(x, a)], 1)
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= 64 and -len(x) % 16 < 6:
-        return (weight @ x.T).T
-    return F.linear(x, weight)
 
 
 def _norm(x, scale, eps):

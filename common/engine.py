@@ -47,7 +47,7 @@ class Engine:
         for net, names in _by_base(models).values():
             with lora.using(net, None):
                 adapters = [self.adapters[name] for name in names if self.adapters[name]]
-                decoder = Decoder(net, rows, slots, merge=False, adapters=adapters)
+                decoder = Decoder(net, rows, slots, merge=False, adapters=adapters, steady=True)
             group = SimpleNamespace(decoder=decoder, rows=rows, failures=0)
             group.running, group.entering, group.hidden = [], [], decoder.head[:0]
             self.groups |= dict.fromkeys(names, group)
@@ -146,9 +146,8 @@ class Engine:
             for one in group.entering:
                 one.uniforms = rollouts.uniforms(one.seed, 0, [0], one.max_tokens)[0]
                 self.counts["prompt_tokens"] += len(one.ids)
-            adapters = [self.adapters[one.model] for one in group.entering]
-            fresh = decoder.admit([one.ids for one in group.entering], [1] * len(adapters), adapters)
-            group.hidden = torch.cat([group.hidden, fresh])
+            fresh = [decoder.admit([one.ids], [1], [self.adapters[one.model]]) for one in group.entering]
+            group.hidden = torch.cat([group.hidden, *fresh])
             with self.door:
                 group.running, group.entering = [*group.running, *group.entering], []
         tokens = _draw(decoder.scores(group.hidden), group.running)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import decoder, gemma, lora, model
+from common import gemma, lora, model, products
 from common.decoder import Decoder
 from tests.test_gemma import random_gemma
 from tests.test_lora import adapted
@@ -151,5 +151,5 @@ def test_either_way_round_a_product_is_the_same(rows):
     x, weight, a = (t.double() for t in small)
     low = (x @ a.T).to(torch.bfloat16).double()
     right = x @ weight[:, :40].T + low @ weight[:, 40:].T
-    found = decoder._product(small[0], tuple(small[1:]))
+    found = products.product(small[0], tuple(small[1:]))
     assert found.shape == right.shape and (found - right).abs().max() < 0.02 * right.abs().max()

@@ -266,3 +266,25 @@ def test_stop_texts_are_never_shown_nor_their_beginnings(tokenizer, stops, shown
         if stopped:
             break
     assert (out, stopped) == (text if shown is None else shown, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_s_bits_do_not_depend_on_its_neighbours(dtype):
+    """Alone, and at every place among 20 rows of several lengths and adapters: states and logits, to the last bit."""
+    net = random_gemma().to(dtype)
+    runs.random_adapter(net, "x", 0)
+    lora.use(net, None)
+    prompts = [torch.randint(300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 30, 17)]
+
+    def decoded(which):
+        machine, found = Decoder(net, 20, 64, merge=False, adapters=["x"], steady=True), []
+        hidden = torch.cat([machine.admit([prompts[i % 3]], [1], [["x", None][i % 2]]) for i in which])
+        for step in range(20):
+            found.append(torch.cat([hidden, machine.scores(hidden)], 1))
+            hidden = machine.step(torch.tensor([(7 * step + i) % 300 for i in which]))
+        return torch.stack(found, 1)
+
+    crowd = decoded([i % 6 for i in range(20)])
+    for i in range(6):
+        one = decoded([i])
+        assert all(torch.equal(one[0], crowd[place]) for place in range(i, 20, 6)), i
