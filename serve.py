@@ -84,9 +84,10 @@ async def connection(app, reader, writer):
     except Exception as error:
         await fail(call, error)
     finally:
+        with contextlib.suppress(OSError):  # the log's disk may be full
+            note(app, call)
+        await httpd.hang_up(reader, writer, 1 if app.connections <= CONNECTIONS else 0)
         app.connections -= 1
-        note(app, call)
-        await httpd.hang_up(reader, writer)
 
 
 def handler_of(app, call):
@@ -111,7 +112,9 @@ async def fail(call, error):
         late = (504, "the answer took too long") if call.body is not None else (408, f"{READ_SECONDS} s are over")
         error = Refused(*late)
     if not isinstance(error, Refused):
-        print(f"request {call.id} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"request {call.id} failed:", file=sys.stderr)
+            traceback.print_exception(error)
         error = Refused(500, f"internal error, request {call.id}")
     with contextlib.suppress(OSError):
         if call.status:

@@ -120,11 +120,11 @@ async def send(call, data):
         raise ConnectionResetError("the client does not read") from None
 
 
-async def hang_up(reader, writer):
+async def hang_up(reader, writer, seconds=1):
     """Close, but read on for a moment: an unread body would reset the connection and take the answer with it."""
     with contextlib.suppress(Exception):
         writer.write_eof()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(seconds):
             for _ in range(64):
                 if not await reader.read(64 * 1024):
                     break

@@ -415,6 +415,23 @@ def test_H2_dripping_clients_are_cut_off(tmp_path):
         assert now[0] - rss < 50e6 and now[1] <= threads + 1 and now[2] <= files + 3, (rss, threads, files, now)
 
 
+def test_H2_connections_beyond_the_limit_are_not_held(tmp_path):
+    """400 come within a second where 40 may, and stay: each above 40 is told so and closed at once."""
+
+    def change():
+        serve.CONNECTIONS = 40
+
+    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one, contextlib.ExitStack() as held:
+        most, lines = 0, []
+        for _ in range(40):
+            lines += [held.enter_context(socket.create_connection(("127.0.0.1", one.port))) for _ in range(10)]
+            time.sleep(0.02)
+            most = max(most, process(one.pid)[2])
+        assert most < 40 + 120, most
+        assert lines[-1].recv(100).startswith(b"HTTP/1.1 503")
+        wait_for(lambda: ask(one, "GET", "/health").status == 200)
+
+
 @pytest.mark.parametrize(
     "data, status",
     [
@@ -763,6 +780,21 @@ def test_H11_nothing_leaks(tmp_path):
     assert f"request {number_of} failed" in log and "inside-of-the-server" in log, "the reason is for the operator"
     lines = [line for line in log.splitlines() if re.match("[0-9a-f]{8} ", line)]
     assert len(lines) >= 16 and all(len(line) < 200 for line in lines)
+
+
+def test_H11_a_log_that_cannot_be_written_harms_nobody(tmp_path):
+    def change():
+        serve.sys = SimpleNamespace(stderr=open("/dev/full", "w"))
+        real = serve.health
+        serve.ROUTES["/health"] = {"GET": lambda app, call: real(app if call.query != "fail" else None, call)}
+
+    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one:
+        files = process(one.pid)[2]
+        for _ in range(8):
+            assert generate(one, max_tokens=2).status == 200
+            assert ask(one, "GET", "/health?fail").status == 500
+        wait_for(lambda: number(one, "connections") == 1)
+        assert process(one.pid)[2] <= files + 1
 
 
 def test_H12_same_seed_same_text_and_no_leaks(tmp_path):
