@@ -324,7 +324,7 @@ async def rating_items(app, call):
     """What one rater sees: every item of the blind file, its answers in an order of the rater's own."""
     if not app.blind:
         raise Refused(404, "nothing to rate: start serve.py with --human_eval FILE.csv")
-    rater = check_rater(urllib.parse.parse_qs(call.query, max_num_fields=10).get("rater", [""])[0])
+    rater = check_rater(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
     items = []
     for name, item in app.items.items():
         order = sorted(item["slots"], key=lambda slot: hashlib.sha256(f"{rater}/{name}/{slot}".encode()).digest())
@@ -338,6 +338,7 @@ async def rate(app, call):
     """Keep a rating: 200 only when it is on the disk."""
     if not app.blind:
         raise Refused(404, "nothing to rate: start serve.py with --human_eval FILE.csv")
+    fields.check_flat(call.body)
     row = call.body | {"rater_id": check_rater(call.body.get("rater_id"))}
     try:
         rating = ratings.parse_rating(row, app.items)

@@ -19,7 +19,7 @@ NUMBERS = {  # type, least, most, default
 }
 NEUTRAL = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "top_logprobs": 0,
            "logit_bias": {}, "tools": [], "response_format": {"type": "text"}}  # fmt: skip
-STOPS = 4
+STOPS, LETTERS = 4, 10_000
 CHAT_FIELDS = {*NUMBERS, *NEUTRAL, "messages", "model", "stream", "stream_options", "stop", "user",
                "max_completion_tokens"}  # fmt: skip
 
@@ -54,9 +54,23 @@ def text_of(value, param):
     """`value` if it is a text with something in it that UTF-8 can hold."""
     if not isinstance(value, str) or not value.strip():
         raise Refused(400, f"{param} must be a text that is not empty", param)
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise Refused(400, f"{param} holds half of a surrogate pair", param)
+    return utf8(value, param)
+
+
+def utf8(value, param):
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refused(400, f"{param} holds half of a surrogate pair", param) from None
     return value
+
+
+def check_flat(body):
+    """Refuse what a line of a file should not hold: lists, objects, endless texts, and what is no UTF-8."""
+    for name, value in body.items():
+        if not isinstance(value, str | int | float) or len(str(value)) > LETTERS:
+            raise Refused(400, f"{name[:60]} must be a number or a text of at most {LETTERS} characters", name[:60])
+        utf8(str(value), name[:60])
 
 
 def settings(body, models, **defaults):

@@ -860,10 +860,13 @@ def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind)
         for change, param in (({"item_id": "item-99"}, "item_id"), ({"preferred": "D"}, "preferred"),
                               ({"rater_id": ""}, "rater_id"), ({"preferred": None}, "preferred"),
                               ({"order": "A"}, "order"), ({"helpful_1_5": 6}, "helpful_1_5"), ({"x": 1}, "unknown"),
-                              ({"rater_id": "a\x1b"}, "rater_id"), ({"rater_id": 3}, "rater_id")):  # fmt: skip
+                              ({"rater_id": "a\x1b"}, "rater_id"), ({"rater_id": 3}, "rater_id"),
+                              ({"comment": "\ud800"}, "comment"), ({"comment": [[]]}, "comment"),
+                              ({"comment": "a" * 10_001}, "comment")):  # fmt: skip
             found = ask(one, "POST", "/rate", rating | change)
             assert found.status == 400 and found.json["error"]["param"] == param, (change, found.text)
         assert file.stat().st_size == size and ask(one, "GET", "/rate/items?rater=").status == 400
+        assert ask(one, "GET", f"/rate/items?{'a=1&' * 20}rater=ann").status == 200
     with open(file, "ab") as torn:
         torn.write(b'{"rater_id": "ann", "item_')  # a crash in the middle of a line
     with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
