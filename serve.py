@@ -137,18 +137,17 @@ async def jobs_of(app, dialogues, asked, param):
     if status(app) != "ok":
         raise Refused(503, f"the model is {status(app)}", Retry_After=5)
     tokenizer, longest = app.tokenizers[asked["model"]], app.longest
-    for i, turns in enumerate(dialogues):
-        where = param if len(dialogues) == 1 else f"{param}[{i}]"
-        characters = sum(len(turn["content"]) for turn in turns)
-        if characters > CONTEXT * longest:  # hopeless, and tokenising it would take its time
-            raise Refused(400, f"{where} has {characters} characters, too many for {CONTEXT} tokens", where)
+    names = [param] if len(dialogues) == 1 else [f"{param}[{i}]" for i in range(len(dialogues))]
+    for where, turns in zip(names, dialogues):
+        size = sum(len(turn["content"]) for turn in turns)
+        if size > CONTEXT * longest or len(turns) > CONTEXT:  # hopeless, and tokenising would take its time
+            raise Refused(400, f"{where}: {size} characters, {len(turns)} turns, too many for {CONTEXT} tokens", where)
     try:
         prompts = await asyncio.to_thread(lambda: [chat.encode_prompt(tokenizer, turns) for turns in dialogues])
     except ValueError as error:
         raise Refused(400, f"{param}: {str(error)[:200]}", param) from None
     jobs = []
-    for i, ids in enumerate(prompts):
-        where = param if len(prompts) == 1 else f"{param}[{i}]"
+    for where, ids in zip(names, prompts):
         wanted = asked["max_tokens"] or max(1, min(CHAT_TOKENS, CONTEXT - len(ids)))
         if len(ids) + wanted > CONTEXT:
             raise Refused(400, f"{where} has {len(ids)} tokens and max_tokens is {wanted}: together more than the "

@@ -571,12 +571,15 @@ def test_H5_the_server_survives_500_random_bodies(server):
 def test_H6_what_does_not_fit_is_refused_with_both_numbers(server):
     long = "word " * 5000
     message = generate(server, prompt=long).json["error"]["message"]
-    assert re.search(r"prompt has \d+ (tokens|characters)", message) and str(serve.CONTEXT) in message
+    assert re.search(r"prompt has \d+ tokens|prompt: \d+ characters", message) and str(serve.CONTEXT) in message
     found = generate(server, max_tokens=serve.CONTEXT)
     assert found.status == 400 and str(serve.CONTEXT) in found.json["error"]["message"]
     assert re.search(r"has \d+ tokens and max_tokens is 4096", found.json["error"]["message"])
     body = {"messages": [{"role": "user", "content": long}]}
     assert ask(server, "POST", "/v1/chat/completions", body).json["error"]["param"] == "messages"
+    body = {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant") * 4000] + USER}
+    found = ask(server, "POST", "/v1/chat/completions", body)  # each turn is a call of the tokenizer
+    assert "8001 turns, too many for 4096 tokens" in found.json["error"]["message"]
 
 
 def test_H6_batches_are_all_or_nothing_and_equal_single_requests(server, net):
