@@ -253,17 +253,16 @@ async def chat_completions(app, call):
     texts, ends = await whole_texts(app, call, jobs, stops)
     message = {"role": "assistant", "content": texts[0], "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": ends[0], "logprobs": None}
-    await respond(call, 200, head | {"choices": [choice], "usage": usage(jobs[0])})
+    await respond(call, 200, head | {"choices": [choice], "usage": usage(jobs[0], call.tokens)})
 
 
-def usage(job):
-    prompt, answer = len(job.ids), len(job.tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+def usage(job, answer):
+    return {"prompt_tokens": len(job.ids), "completion_tokens": answer, "total_tokens": len(job.ids) + answer}
 
 
 async def stream_chat(app, call, jobs, stops, form):
     """Server-sent events: a chunk whenever text becomes certain, then [DONE]. The status waits for the first token."""
-    head, with_usage = form[0] | {"object": "chat.completion.chunk"}, form[1]
+    head, with_usage = form[0] | {"object": "chat.completion.chunk"} | ({"usage": None} if form[1] else {}), form[1]
 
     async def send(delta, finish=None):
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
@@ -278,7 +277,7 @@ async def stream_chat(app, call, jobs, stops, form):
                 await send({"content": text})
             if finish:
                 await send({}, finish)
-    last = f"data: {json.dumps(head | {'choices': [], 'usage': usage(jobs[0])})}\n\n" if with_usage else ""
+    last = f"data: {json.dumps(head | {'choices': [], 'usage': usage(jobs[0], call.tokens)})}\n\n" if with_usage else ""
     await httpd.send(call, f"{last}data: [DONE]\n\n".encode())
 
 

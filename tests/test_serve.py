@@ -269,6 +269,7 @@ def test_a_stream_brings_the_same_text_in_pieces(server, net):
     assert events.pop() == "[DONE]"
     *chunks, last = map(json.loads, events)
     assert last["choices"] == [] and last["usage"]["completion_tokens"] > 3
+    assert all(chunk["usage"] is None for chunk in chunks)
     choices = [chunk["choices"][0] for chunk in chunks]
     assert choices[0]["delta"]["role"] == "assistant" and {chunk["object"] for chunk in chunks} == {
         "chat.completion.chunk"
@@ -285,6 +286,25 @@ def test_stop_texts_end_an_answer(server, net):
     found = ask(server, "POST", "/v1/chat/completions", asked).json["choices"][0]
     assert (found["message"]["content"], found["finish_reason"]) == (whole[: whole.index(stop)], "stop")
     wait_for(lambda: number(server, "requests_running") == 0)
+
+
+def test_usage_ends_with_the_stop_text_however_far_the_engine_is(tmp_path, net):
+    def change():
+        real = chat.streamer
+
+        def late(*args):
+            push = real(*args)
+            return lambda *token: (time.sleep(0.05), push(*token))[1]
+
+        chat.streamer = late
+
+    whole = right_text(net, PROMPT, temperature=0)
+    stop = whole[len(whole) // 2 :][:4]
+    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one:
+        asked = {"messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "stop": stop}
+        used = ask(one, "POST", "/v1/chat/completions", asked).json["usage"]["completion_tokens"]
+    texts = [right_text(net, PROMPT, temperature=0, max_tokens=used - less) for less in (1, 0)]
+    assert [stop in text for text in texts] == [False, True], used
 
 
 def test_the_openai_client(server, net):
