@@ -386,11 +386,10 @@ def parse_models(words):
         name, sign, source = word.partition("=")
         if not sign or not name.replace("-", "").replace("_", "").isalnum():
             path = Path(word)
-            name, source = (path.absolute().parent.name if path.name in ("final", "best") else path.stem), word
+            path = path.absolute().parent if path.name in ("final", "best") else path
+            name, source = path.name.removesuffix(".gguf"), word
         if not source or found.setdefault(name, source) != source:
-            raise UserError(
-                f"--checkpoint: {word!r:.80} names nothing, or the name {name!r} stands twice: NAME=CHECKPOINT"
-            )
+            raise UserError(f"--checkpoint {word!r:.80} names nothing, or {name!r} stands twice: NAME=CHECKPOINT")
     return found
 
 
@@ -403,9 +402,10 @@ def load(sources, device, dtype):
             bases[folder.resolve()] = model.load(folder, device, dtype)
             lora.wrap(bases[folder.resolve()][0])
         net, tokenizers[name] = bases[folder.resolve()]
+        inner = f"adapter{len(found)}" if adapter else None  # a part of a model cannot have a dot in its name
         if adapter:
-            model.load_adapter(net, name, adapter, trainable=False)
-        found[name] = (net, name if adapter else None)
+            model.load_adapter(net, inner, adapter, trainable=False)
+        found[name] = (net, inner)
         chat.encode_text(tokenizers[name], "warm")  # sets the tokenizer's options, which later threads only read
     return found, tokenizers
 
@@ -424,7 +424,7 @@ def start_loading(app, device, dtype):
             found, app.tokenizers = load(app.models, device, dtype)
             app.longest = max(len(word) for tokenizer in app.tokenizers.values() for word in tokenizer.get_vocab())
             app.engine = engine.Engine(found, ROWS, CONTEXT, QUEUE)
-        except Exception as failure:
+        except BaseException as failure:  # a panic of a library in Rust is no Exception
             error = failure
         with contextlib.suppress(RuntimeError):  # the loop may be gone
             loop.call_soon_threadsafe(settle, error)
@@ -448,7 +448,11 @@ async def serve(app, device, dtype):
         loop.add_signal_handler(number, on_signal, number)
     loop.set_default_executor(ThreadPoolExecutor(2))  # tokenises, and writes ratings
     how = {"limit": httpd.HEAD_BYTES, "backlog": 128}
-    server = await asyncio.start_server(functools.partial(connection, app), app.host, app.port, **how)
+    try:
+        server = await asyncio.start_server(functools.partial(connection, app), app.host, app.port, **how)
+    except (OSError, OverflowError) as error:
+        words = os.strerror(error.errno) if getattr(error, "errno", 0) > 0 else error
+        raise UserError(f"--host {app.host} --port {app.port}: {words}") from error
     host, port = server.sockets[0].getsockname()[:2]
     say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, loading {', '.join(app.models)}")
     loading, stopped = start_loading(app, device, dtype), asyncio.create_task(stop.wait())
@@ -475,9 +479,7 @@ def main(argv=None):
     token = os.environ.get("GEMMA_ALIGNMENT_TOKEN", "")
     local = job.host == "localhost" or (httpd.is_address(job.host) and ipaddress.ip_address(job.host).is_loopback)
     if not local and not token:
-        raise UserError(
-            f"--host {job.host} can be reached by others: set GEMMA_ALIGNMENT_TOKEN to a secret of 16 characters"
-        )
+        raise UserError(f"--host {job.host} is open to others: set GEMMA_ALIGNMENT_TOKEN to a secret of 16 characters")
     if token and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
         raise UserError("GEMMA_ALIGNMENT_TOKEN: 16 or more printable ASCII characters without spaces are needed")
     app = SimpleNamespace(
@@ -490,13 +492,8 @@ def main(argv=None):
         app.ratings, app.writing = app.blind.with_suffix(".ratings.jsonl"), asyncio.Lock()
         app.rated = [shown(row) for row in ratings.reopen(app.ratings, app.items)]
         say(f"{len(app.items)} items to rate at /rate, {len(app.rated)} ratings in {app.ratings}")
-    try:
-        device = model.pick_device(cfg.device)
-        asyncio.run(serve(app, device, model.pick_dtype(cfg.model.dtype, device)))
-    except OSError as error:
-        if error.errno is None or app.engine:
-            raise
-        raise UserError(f"--host {job.host} --port {job.port}: {os.strerror(error.errno)}") from error
+    device = model.pick_device(cfg.device)
+    asyncio.run(serve(app, device, model.pick_dtype(cfg.model.dtype, device)))
 
 
 if __name__ == "__main__":

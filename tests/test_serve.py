@@ -929,6 +929,36 @@ def test_names_of_checkpoints(tmp_path):
     run = tmp_path / "outputs" / "sft_lora_270m" / "final"
     assert serve.parse_models([str(run), "gemma.gguf", "rl=a/b", "org/name"]) == {
         "sft_lora_270m": str(run), "gemma": "gemma.gguf", "rl": "a/b", "name": "org/name"}  # fmt: skip
+    assert list(serve.parse_models(["outputs/kl0.05/final", "org/gemma-3.1b"])) == ["kl0.05", "gemma-3.1b"]
+
+
+def test_a_name_may_have_a_dot(adapter):
+    found, _ = serve.load({"base": "tiny", "kl0.05": str(adapter)}, torch.device("cpu"), torch.float32)
+    (net, none), (same, name) = found["base"], found["kl0.05"]
+    assert net is same and none is None and name in next(iter(lora.lora_modules(net).values())).lora_A
+
+
+def test_a_port_beyond_the_last_is_one_line(tmp_path):
+    runs.refused(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", 70000], "--port 70000", "0-65535")
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (OSError(28, "No space left on device", "a.bin"), 2, "error: No space left on device: a.bin\n"),
+    (Panic("while reading"), 70, "Panic: while reading\n")])  # fmt: skip
+def test_what_fails_while_loading_is_not_the_port_s_fault_nor_waited_for(tmp_path, error, status, words):
+    def body(main, argv):
+        def load(*args):
+            raise error
+
+        serve.load = load
+        main([str(word) for word in argv])
+
+    found = runs.run(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", 0], body)
+    assert found[0] == status and found[2].endswith(words) and "--port" not in found[2], found
 
 
 def test_a_reward_model_is_not_served(tmp_path, tiny_folder):
