@@ -106,6 +106,7 @@ class Engine:
             with self.door:
                 self.alive = False
                 left = [*self.queue, *(one for group in self.each for one in [*group.running, *group.entering])]
+                self.queue, self.each = deque(), []
             for one in left:
                 _emit(one, None, RuntimeError("the engine has stopped"))
 
@@ -192,8 +193,6 @@ def _draw(logits, requests):
         temperature, top_p = kind
         rows = torch.tensor([i for i, other in enumerate(kinds) if other == kind], device=logits.device)
         some = logits if len(rows) == len(kinds) else logits[rows]
-        greedy = temperature == 0
-        tokens[rows] = rollouts.draw(some, uniforms[rows], temperature or 1.0, greedy, top_p=1.0 if greedy else top_p)[
-            0
-        ]
+        how = {"temperature": temperature, "top_p": top_p} if temperature else {"greedy": True}
+        tokens[rows], _ = rollouts.draw(some, uniforms[rows], **how)
     return tokens

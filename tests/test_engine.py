@@ -211,7 +211,7 @@ def test_an_engine_that_only_fails_gives_up_and_says_so(tokenizer, start, monkey
     ends = [type(box.events[-1][1]) for box in boxes]
     assert ends == [ZeroDivisionError] * engine.PATIENCE + [RuntimeError] * 2
     machine.thread.join(WAIT)
-    assert not machine.alive
+    assert not machine.alive and machine.in_flight() == (0, 0)
     with pytest.raises(RuntimeError, match="stopped"):
         ask(machine, [job])
 
