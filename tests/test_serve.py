@@ -425,7 +425,7 @@ def drip(one, count, pause):
 
 
 def test_H2_dripping_clients_are_cut_off(tmp_path):
-    """100 of them and 2 s for a request (the table's 200 and 10 s are in tests/faults/soak.py)."""
+    """100 of them and 2 s for a request."""
     with serving(tmp_path, "--checkpoint", "tiny") as one:
         generate(one, max_tokens=4)
         rss, threads, files = process(one.pid)
@@ -625,9 +625,10 @@ def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path):
         assert set(statuses) == {200, 429} and statuses.count(200) >= 12, statuses
         late = [reply for reply in found if reply.status == 429]
         assert all(int(reply.headers["Retry-After"]) >= 1 for reply in late)
-        assert statistics.median(reply.seconds for reply in late) < statistics.median(
-            reply.seconds for reply in found if reply.status == 200
-        ), "refusals waited in line"
+        waits = [
+            float(each) for each in re.findall(r'"/generate" 429 (\S+) s ', read(one.err))
+        ]  # without 64 clients' own
+        assert len(waits) == len(late) and statistics.median(waits) <= 0.1, "refusals waited in line"
         assert number(one, "engine_finished_total") == statuses.count(200)
         text = ask(one, "GET", "/metrics").text
         assert f'path="/generate",status="429"}} {len(late)}\n' in text
@@ -821,7 +822,7 @@ def test_H11_a_log_that_cannot_be_written_harms_nobody(tmp_path):
 
 
 def test_H12_same_seed_same_text_and_no_leaks(tmp_path):
-    """Alone, four times, and among others; then 150 requests (500 in tests/faults/soak.py) leak nothing."""
+    """Alone, four times, and among others; then 500 requests leak nothing."""
     with serving(tmp_path, "--checkpoint", "tiny") as one, ThreadPoolExecutor(8) as pool:
         kinds = [{"seed": 3, "temperature": 1, "top_p": 1.0}, {"temperature": 0}, {"seed": 4}]
         asked = [{**kind, "max_tokens": 24} for kind in kinds]
@@ -830,7 +831,7 @@ def test_H12_same_seed_same_text_and_no_leaks(tmp_path):
         crowd = list(pool.map(lambda i: generate(one, **asked[i % 3]).json["generated_text"], range(60)))
         assert crowd == [alone[i % 3][0] for i in range(60)]
         before = process(one.pid)
-        assert {reply.status for reply in pool.map(lambda i: generate(one, max_tokens=8, seed=i), range(150))} == {200}
+        assert {reply.status for reply in pool.map(lambda i: generate(one, max_tokens=8, seed=i), range(500))} == {200}
         wait_for(lambda: number(one, "connections") == 1)
         after = process(one.pid)
         assert after[0] < 1.05 * before[0] and after[1] <= before[1] + 1 and after[2] <= before[2] + 2, (before, after)
