@@ -56,6 +56,9 @@ async def read_head(reader, call):
         if name in call.headers and name in ONCE:
             raise Refused(400, f"header {name} stands twice")
         call.headers[name] = found[2]
+    body = {"content-length": "0"} | call.headers
+    if call.method in ("GET", "HEAD") and (body["content-length"] != "0" or "transfer-encoding" in body):
+        raise Refused(400, f"{call.method} takes no body")
 
 
 async def read_body(reader, writer, headers):

@@ -493,6 +493,9 @@ def test_H3_sizes_are_bounded_before_anything_is_read(server, data, status):
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
         (framed("Host: localhost", "Content-Length: 2"), {400}),
         (b"GET /health HTTP/1.1\r\n\r\n", {403}),
+        (START + b"Content-Length: abc\r\n\r\n", {400}),
+        (START + b"Content-Length: 2\r\n\r\n{}", {400}),
+        (START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", {400}),
     ],
 )  # fmt: skip
 def test_H4_framing_is_strict(server, data, allowed):
