@@ -46,7 +46,7 @@ JOBS = (
     ("--port", {"type": int, "default": 5000, "help": "0 takes a free one"}),
 )
 # >>> edit here: what clients may take (and common/httpd.py: bytes of a request)
-CONNECTIONS, READ_SECONDS, GENERATE_SECONDS, DRAIN_SECONDS = 512, 10, 600, 30
+CONNECTIONS, READ_SECONDS, GENERATE_SECONDS, DRAIN_SECONDS = 256, 10, 600, 30  # a process has 1,024 files by default
 PROMPTS, CHAT_TOKENS = 32, 512  # of a batch; of an answer of /v1/ that names no length
 ROWS, QUEUE, CONTEXT = 16, 32, 4096  # requests at a time and in line; tokens of prompt and answer
 
