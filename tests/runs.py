@@ -357,6 +357,10 @@ def lines(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def samples(run_dir, name="samples"):
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_bytes().splitlines()]
+
+
 def bits(value):
     return value if isinstance(value, str) else float(value).hex()
 

@@ -14,7 +14,7 @@ import train_rl
 from common import advantages, data, dist, experience, lora, model, reward_model
 from tests import runs
 from tests.faults import trainers
-from tests.runs import lines, mine, spying
+from tests.runs import lines, mine, samples, spying
 
 ROOT = Path(train_rl.__file__).parent
 MAIN = train_rl.main
@@ -41,10 +41,6 @@ def start(tmp_path_factory, tiny_folder):
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory, tiny_folder):
     return runs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
-
-
-def samples(run_dir, name="samples"):
-    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_bytes().splitlines()]
 
 
 # ---------------------------------------------------------------- a run, and what it leaves behind
@@ -260,26 +256,6 @@ def test_kl_coef_0_has_no_reference(tmp_path, settings, start):
     flags = ["--model.adapter", start, "--rl.kl_coef", 0, "--training.max_steps", 2]
     train(tmp_path, settings("grpo")(tmp_path, *flags), body)
     assert not any("kl" in line or "eval/kl" in line for line in lines(tmp_path / "run"))
-
-
-# ---------------------------------------------------------------- R2: two ranks
-
-
-@BOTH
-def test_r2_r13_b1_b38_two_ranks_stop_resume_and_equal_one(tmp_path, settings, algorithm):
-    keep = ["--training.keep_last", 10, "--training.save_interval", 1]
-    keep += ["--rl.num_ppo_epochs", 2 if algorithm == "grpo" else 1]
-    whole = runs.check_two_ranks(MAIN, tmp_path, lambda *args: settings(algorithm)(*args, *keep))
-    one = tmp_path / "one"
-    begin = ["--training.max_steps", 2, "--training.eval_interval", 3]  # as many as the critic's warm-up leaves one of
-    train(tmp_path, settings(algorithm)(one, *begin, *keep))
-    mine, theirs = samples(one / "run"), samples(whole)
-    assert [row["row"] for row in theirs[:8]] == list(range(8)) and len({row["completion"] for row in theirs[:8]}) > 4
-    for name in ("step", "row", "id", "completion", "tokens"):  # the same prompts and numbers, whoever draws them
-        assert [row[name] for row in mine[:8]] == [row[name] for row in theirs[:8]], name
-    now, then = lines(one / "run")[0], lines(whole)[0]
-    for key in now.keys() - runs.CLOCK - {"peak_memory_gb", "sampler_mean", "sampler_max"}:
-        assert then[key] == pytest.approx(now[key], rel=1e-4, abs=1e-6), key
 
 
 # ---------------------------------------------------------------- R15, R18: not finite, degenerate

@@ -160,13 +160,6 @@ def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, tin
     assert all(math.isfinite(line["loss"]) for line in runs.lines(tmp_path / "run")[:-1])
 
 
-# ---------------------------------------------------------------- R2: two ranks
-
-
-def test_r2_r13_two_ranks_stop_together_and_resume(tmp_path, settings):
-    runs.check_two_ranks(MAIN, tmp_path, settings)
-
-
 # ---------------------------------------------------------------- a step does not depend on how it is cut
 
 

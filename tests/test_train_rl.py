@@ -15,7 +15,7 @@ import train_rl
 from common import base, config, data, lora, model, reference, reward_model
 from tests import runs
 from tests.faults import trainers
-from tests.runs import lines, records, write_data
+from tests.runs import lines, write_data
 
 ROOT = Path(train_rl.__file__).parent
 MAIN = train_rl.main
@@ -173,6 +173,7 @@ def test_another_scale_is_another_reference(tmp_path, settings, straight):
         adapter = shutil.copytree(straight() / "final", tmp_path / name)
         text = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps(text | {"lora_alpha": alpha}))
+        (adapter / "MANIFEST.json").unlink()  # as one must who changes it by hand
         out = tmp_path / f"{name}-out"
         train(tmp_path, settings(out, "--model.adapter", adapter, "--training.max_steps", 1))
         assert lines(out / "run")[0]["margin"] == 0 and lines(out / "run")[0]["eval/kl"] == 0, name
@@ -285,18 +286,6 @@ def test_reference_cache(tmp_path, settings, monkeypatch):
     computed, out, run_dir = go("again")
     assert computed == 0 and "damaged" not in out
     runs.assert_same_records(run_dir, first)
-
-
-# ---------------------------------------------------------------- R2: two ranks
-
-
-def test_r2_r13_b1_two_ranks_stop_resume_and_equal_one(tmp_path, settings):
-    keep = ["--training.keep_last", 10, "--training.save_interval", 1]
-    whole = runs.check_two_ranks(MAIN, tmp_path, lambda folder, *more: settings(folder, *more, *keep))
-    flags = ["--training.max_steps", 6, "--training.eval_interval", 3, *keep]
-    train(tmp_path, settings(tmp_path / "one", *flags))
-    runs.assert_one_rank_or_two(tmp_path / "one" / "run", whole, rel=1e-4, near_zero=1e-6)
-    assert len(records(whole)) == 7
 
 
 # ---------------------------------------------------------------- a step does not depend on how it is cut

@@ -102,13 +102,6 @@ def test_qlora(tmp_path, settings):
     assert ups and all(tensor.isfinite().all() and tensor.any() for tensor in ups)
 
 
-# ---------------------------------------------------------------- R2: two ranks
-
-
-def test_r2_r13_two_ranks_stop_together_and_resume(tmp_path, settings):
-    runs.check_two_ranks(MAIN, tmp_path, settings)
-
-
 # ---------------------------------------------------------------- a step does not depend on how it is cut
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import time
 
 import pytest
@@ -338,3 +339,34 @@ def test_R09_missing_empty_and_renamed(fresh, tmp_path):
     (run_dir / "step-000100").rename(run_dir / "step-000900")
     with pytest.raises(UserError, match="renamed"):
         checkpoint.verify(run_dir / "step-000900")
+
+
+# ---------------------------------------------------------------- R11: the lock
+
+
+def test_R11_lock(tmp_path):
+    run_dir = tmp_path / "deep" / "run"
+
+    def holder():
+        checkpoint.lock_run(run_dir)
+        (tmp_path / "held").touch()
+        time.sleep(60)
+
+    pid = spawn(holder)
+    try:
+        wait_for(tmp_path / "held")
+        start = time.monotonic()
+        with pytest.raises(UserError, match=rf"run folder {run_dir} is locked by pid {pid}\b"):
+            checkpoint.lock_run(run_dir)
+        assert time.monotonic() - start < 1
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
+    fd = checkpoint.lock_run(run_dir)
+    with pytest.raises(UserError, match=f"pid {os.getpid()}"):  # also a second run of the same process
+        checkpoint.lock_run(run_dir)
+    sleeper = subprocess.Popen(["sleep", "60"], close_fds=False)  # an orphan of the run must not keep the lock
+    os.close(fd)
+    relock(run_dir)
+    sleeper.kill()
+    sleeper.wait()

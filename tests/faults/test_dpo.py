@@ -15,7 +15,7 @@ import train_rl
 from common import lora, model, reference
 from tests import runs
 from tests.faults import trainers
-from tests.runs import lines
+from tests.runs import lines, records
 
 MAIN = train_rl.main
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
@@ -66,6 +66,15 @@ def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
     assert (tmp_path / "run" / "report.json").read_bytes() == (straight() / "report.json").read_bytes()
 
 
+def test_R02_R13_b1_two_ranks_stop_resume_and_equal_one(tmp_path, settings):
+    keep = ["--training.keep_last", 10, "--training.save_interval", 1]
+    whole = runs.check_two_ranks(MAIN, tmp_path, lambda folder, *more: settings(folder, *more, *keep))
+    flags = ["--training.max_steps", 6, "--training.eval_interval", 3, *keep]
+    train(tmp_path, settings(tmp_path / "one", *flags))
+    runs.assert_one_rank_or_two(tmp_path / "one" / "run", whole, rel=1e-4, near_zero=1e-6)
+    assert len(records(whole)) == 7
+
+
 def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     other = shutil.copytree(few, tmp_path / "other")
     shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
@@ -86,6 +95,7 @@ def test_R09_another_adapter_at_the_same_path_is_another_reference(tmp_path, set
     train(tmp_path, settings(tmp_path, *flags, "--training.max_steps", 2))
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file({key: 0.5 * tensor for key, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    (adapter / "MANIFEST.json").unlink()  # as one must who changes it by hand
     refused(tmp_path, settings(tmp_path, *flags, "--training.max_steps", 4), "another run")
 
 

@@ -1,4 +1,4 @@
-"""R01, R03, R04, R09, R13, R14 of train_rl.py with GRPO and PPO, as whole runs."""
+"""R01 to R04, R09, R13, R14 of train_rl.py with GRPO and PPO, as whole runs."""
 
 import functools
 import json
@@ -9,6 +9,7 @@ import pytest
 import train_rl
 from tests import runs
 from tests.faults import trainers
+from tests.runs import lines, samples
 
 MAIN = train_rl.main
 BOTH = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
@@ -104,3 +105,20 @@ def test_R09_what_may_change(tmp_path, settings, straight, rate, old):
     shutil.rmtree(tmp_path / "run" / f"step-{runs.STEPS:06d}")
     status, out, err = run(tmp_path, settings("ppo")(tmp_path, f"--{rate}", 5e-4))
     assert status == 0 and f"{rate} {old} -> 0.0005" in out, err
+
+
+@BOTH
+def test_R02_R13_b1_b38_two_ranks_stop_resume_and_equal_one(tmp_path, settings, algorithm):
+    keep = ["--training.keep_last", 10, "--training.save_interval", 1]
+    keep += ["--rl.num_ppo_epochs", 2 if algorithm == "grpo" else 1]
+    whole = runs.check_two_ranks(MAIN, tmp_path, lambda *args: settings(algorithm)(*args, *keep))
+    one = tmp_path / "one"
+    begin = ["--training.max_steps", 2, "--training.eval_interval", 3]  # as many as the critic's warm-up leaves one of
+    train(tmp_path, settings(algorithm)(one, *begin, *keep))
+    mine, theirs = samples(one / "run"), samples(whole)
+    assert [row["row"] for row in theirs[:8]] == list(range(8)) and len({row["completion"] for row in theirs[:8]}) > 4
+    for name in ("step", "row", "id", "completion", "tokens"):  # the same prompts and numbers, whoever draws them
+        assert [row[name] for row in mine[:8]] == [row[name] for row in theirs[:8]], name
+    now, then = lines(one / "run")[0], lines(whole)[0]
+    for key in now.keys() - runs.CLOCK - {"peak_memory_gb", "sampler_mean", "sampler_max"}:
+        assert then[key] == pytest.approx(now[key], rel=1e-4, abs=1e-6), key

@@ -81,11 +81,11 @@ def check_hang(folder, argv, number, body):
         assert f"rank {number} hangs or is busy: the others have waited for 2 s (training.timeout)" in err, err
 
 
-def test_r12_a_rank_that_hangs_ends_the_run(tmp_path, settings):
+def test_R12_a_rank_that_hangs_ends_the_run(tmp_path, settings):
     check_hang(tmp_path, settings(tmp_path), 1, lambda main, argv: main([str(word) for word in argv]))
 
 
-def test_r12_a_backend_that_goes_on_waiting_is_ended(tmp_path, settings):
+def test_R12_a_backend_that_goes_on_waiting_is_ended(tmp_path, settings):
     """As NCCL may, which cannot be tried here: the backend's own limit is an hour. It is rank 0 that hangs."""
 
     def patient(main, argv):
@@ -101,7 +101,7 @@ def test_r12_a_backend_that_goes_on_waiting_is_ended(tmp_path, settings):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_r12_a_rank_that_leaves_ends_the_run_at_once(tmp_path, settings, number):
+def test_R12_a_rank_that_leaves_ends_the_run_at_once(tmp_path, settings, number):
     bodies = [runs.call, runs.call]
     bodies[number] = runs.at_step(2, marked(tmp_path, leave))
     argv = settings(tmp_path, "--training.timeout", 120)
@@ -121,7 +121,7 @@ def test_a_rank_that_never_comes_ends_the_start(tmp_path, settings):
     assert status == 1 and "not all of 2 ranks joined within training.timeout, 2 s" in err, err
 
 
-def test_r10_started_again_in_the_store_of_the_dead(tmp_path, settings):
+def test_R10_started_again_in_the_store_of_the_dead(tmp_path, settings):
     """As --max-restarts does: the agent's store outlives the workers, one of which was killed between two saves."""
     port, short = runs.free_port(), ["--training.max_steps", 6, "--training.save_interval", 2]
     keeper = runs.start(lambda argv: None, tmp_path, [], lambda *_: keep_store(port))

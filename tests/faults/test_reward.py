@@ -51,6 +51,10 @@ def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
     assert result["step"] == runs.STEPS
 
 
+def test_R02_R13_two_ranks_stop_together_and_resume(tmp_path, settings):
+    runs.check_two_ranks(MAIN, tmp_path, settings)
+
+
 def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     other = shutil.copytree(few, tmp_path / "other")
     lines = (few / "train.jsonl").read_text().splitlines(True)

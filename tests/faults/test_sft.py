@@ -56,6 +56,10 @@ def test_R03_kills_at_random_moments(tmp_path, settings, straight):
     runs.check_kills(MAIN, tmp_path, settings, straight, 4)
 
 
+def test_R02_R13_two_ranks_stop_together_and_resume(tmp_path, settings):
+    runs.check_two_ranks(MAIN, tmp_path, settings)
+
+
 def test_R11_second_start_is_refused(tmp_path, settings):
     argv, run_dir = settings(tmp_path, "--training.max_steps", 4), tmp_path / "run"
     pid = runs.start(MAIN, tmp_path, argv, runs.at_step(2, lambda: time.sleep(60)))
