@@ -168,6 +168,7 @@ def _sampling(net, decodes, width):
         ("the sampler's copy of the weights", weights * width),
         ("its keys and values", max(rows * slots for rows, slots in most) * slot),
         ("logits of the rows", at_once * config.vocab_size * (width if cpu else width + 4)),
+        *([("what reading the tokenizer left, in the first step", TOKENIZER)] if cpu else []),
     ]
 
 
