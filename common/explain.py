@@ -12,7 +12,7 @@ from common.log import UserError, say
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 LIBRARIES = 0.5e9  # bytes of Python, torch, transformers and Gemma's tokenizer before any weight
-TOKENIZER = 0.3e9  # bytes that reading Gemma's tokenizer leaves in the heap until the first step trims it
+WORD = 1200  # bytes a word that reading a tokenizer leaves in the heap until the first step trims it: 0.3 GB of Gemma's
 
 
 def token_view(tokenizer, example, colour=True, limit=400):
@@ -147,7 +147,7 @@ def _held(net, frozen, body):
 
 def _loading(net, body):
     """What reading a bf16 file takes until the first step. In bf16 the weights are the file's own pages."""
-    head, tokenizer = net.lm_head.weight, ("what reading the tokenizer leaves", TOKENIZER)
+    head, tokenizer = net.lm_head.weight, ("what reading the tokenizer leaves", WORD * net.config.vocab_size)
     if head.dtype == torch.bfloat16:
         return [tokenizer]
     return [("the weight file", (body + head.numel()) * 2), tokenizer]
@@ -168,7 +168,7 @@ def _sampling(net, decodes, width):
         ("the sampler's copy of the weights", weights * width),
         ("its keys and values", max(rows * slots for rows, slots in most) * slot),
         ("logits of the rows", at_once * config.vocab_size * (width if cpu else width + 4)),
-        *([("what reading the tokenizer left, in the first step", TOKENIZER)] if cpu else []),
+        *([("what reading the tokenizer left, in the first step", WORD * config.vocab_size)] if cpu else []),
     ]
 
 

@@ -160,8 +160,8 @@ def test_plan_of_lora_by_hand(adapted):
         moments, 2 * vocabulary * 256 * 4, 6 * 16 * vocabulary * 4]  # fmt: skip
     cache = 2 * LAYERS * GROUP * 4 * 64 * 50  # 64 rows at a time: 64 x 50 is more than 8 x 300
     assert [size for _, size in plan["sampling"]] == [
-        moments, 4 * LAYERS * LAYER, cache, 32 * vocabulary * 4, explain.TOKENIZER]  # fmt: skip
-    assert [size for _, size in plan["loading"]] == [2 * (vocabulary * D + LAYERS * LAYER), explain.TOKENIZER]
+        moments, 4 * LAYERS * LAYER, cache, 32 * vocabulary * 4, explain.WORD * vocabulary]  # fmt: skip
+    assert [size for _, size in plan["loading"]] == [2 * (vocabulary * D + LAYERS * LAYER), explain.WORD * vocabulary]
     size, phase = explain.peak(plan)
     assert (size, phase) == max((size, phase) for phase, size in totals(plan).items())
 
