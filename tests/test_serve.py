@@ -628,10 +628,9 @@ def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path):
         assert set(statuses) == {200, 429} and statuses.count(200) >= 12, statuses
         late = [reply for reply in found if reply.status == 429]
         assert all(int(reply.headers["Retry-After"]) >= 1 for reply in late)
-        waits = [
-            float(each) for each in re.findall(r'"/generate" 429 (\S+) s ', read(one.err))
-        ]  # without 64 clients' own
-        assert len(waits) == len(late) and statistics.median(waits) <= 0.1, "refusals waited in line"
+        assert statistics.median(reply.seconds for reply in late) < statistics.median(
+            reply.seconds for reply in found if reply.status == 200
+        ), "refusals waited in line"
         assert number(one, "engine_finished_total") == statuses.count(200)
         text = ask(one, "GET", "/metrics").text
         assert f'path="/generate",status="429"}} {len(late)}\n' in text
