@@ -108,9 +108,10 @@ def handler_of(app, call):
 
 async def fail(call, error):
     """Tell the client what went wrong, without a traceback; into the stream if it has begun."""
+    if isinstance(error, engine.Busy):
+        error = Refused(429, "too many requests wait", Retry_After=error.args[0])
     if isinstance(error, TimeoutError):
-        late = (504, "the answer took too long") if call.body is not None else (408, f"{READ_SECONDS} s are over")
-        error = Refused(*late)
+        error = Refused(408, "reading took too long") if call.body is None else Refused(504, "answering took too long")
     if not isinstance(error, Refused):
         with contextlib.suppress(OSError):
             print(f"request {call.id} failed:", file=sys.stderr)
@@ -136,6 +137,7 @@ async def jobs_of(app, dialogues, asked, param):
     """One engine request for each dialogue (a list of turns), tokenised outside the loop; all or none."""
     if status(app) != "ok":
         raise Refused(503, f"the model is {status(app)}", Retry_After=5)
+    app.engine.check_room(len(dialogues))  # before the work of tokenising
     tokenizer, longest = app.tokenizers[asked["model"]], app.longest
     names = [param] if len(dialogues) == 1 else [f"{param}[{i}]" for i in range(len(dialogues))]
     for where, turns in zip(names, dialogues):
@@ -166,8 +168,6 @@ async def events(app, call, jobs):
         job.emit = lambda token, finish, i=i: loop.call_soon_threadsafe(inbox.put_nowait, (i, token, finish))
     try:
         app.engine.submit(jobs)
-    except engine.Busy:
-        raise Refused(429, "too many requests wait", Retry_After=1 + app.engine.in_flight()[1] // ROWS) from None
     except RuntimeError:
         raise Refused(503, "the generation worker has stopped", Retry_After=30) from None
 

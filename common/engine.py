@@ -22,7 +22,7 @@ PATIENCE = 3  # steps in a row that may fail before the engine gives up
 
 
 class Busy(Exception):
-    """No room in the queue: come again later."""
+    """No room in the queue; its argument: seconds after which to come again, if an answer took one."""
 
 
 def request(ids, model, emit, max_tokens=128, temperature=0.7, top_p=0.9, seed=0, stop=chat.STOP_TOKENS):
@@ -65,10 +65,15 @@ class Engine:
         with self.door:
             if not self.alive or self.closed:
                 raise RuntimeError("the engine has stopped")
-            if sum(self.in_flight()) + len(requests) > self.limit + sum(group.rows for group in self.each):
-                raise Busy
+            self.check_room(len(requests))
             self.queue.extend(requests)
             self.door.notify()
+
+    def check_room(self, count):
+        """Busy if `count` requests more would not be taken now."""
+        rows, flying = sum(group.rows for group in self.each), self.in_flight()
+        if sum(flying) + count > self.limit + rows:
+            raise Busy(1 + flying[1] // rows)
 
     def cancel(self, requests):
         """Stop these at the next token; nothing is emitted for them any more."""
@@ -88,7 +93,6 @@ class Engine:
             self.door.notify()
         self.thread.join(seconds)
 
-    @torch.no_grad()
     def _work(self):
         try:
             while True:

@@ -636,6 +636,11 @@ def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path):
         assert f'path="/generate",status="429"}} {len(late)}\n' in text
         assert f'path="/generate",status="200"}} {statuses.count(200)}\n' in text
         assert number(one, "requests_running") == number(one, "requests_waiting") == 0
+        held = [pool.submit(generate, one, max_tokens=300) for _ in range(12)]
+        wait_for(lambda: number(one, "requests_waiting") == 8)
+        late = [generate(one) for _ in range(11)]
+        assert {reply.status for reply in late} == {429} and statistics.median(reply.seconds for reply in late) < 0.1
+        assert {reply.result().status for reply in held} == {200}
 
 
 def test_H8_generation_stops_when_the_client_leaves(tmp_path):
