@@ -99,17 +99,6 @@ def test_clinical_names_the_section_and_joins_line_ends(go, tmp_path):
     assert row["response"] == "Note 0." and row["rejected"] is None
 
 
-def test_duplicates_and_leaks_are_dropped_and_counted(go, server, tmp_path):
-    rows = [pair(f"train {i}?", "No.", "Yes.") for i in range(50)]
-    server.files[HH_TRAIN] = hh([*rows, rows[0], pair("TEST  1?", "Never.", "Sure."), pair("test 1?", "a", "b")])
-    report = go("safety")["safety"]["splits"]
-    assert report["train"]["duplicates"] + report["val"]["duplicates"] == 1
-    leaks = [report[split]["also_in"]["test"] for split in ("train", "val")]
-    assert {"rows": 2, "prompts": 1} in leaks  # found in spite of case and spaces
-    prompts = [row["prompt"][0]["content"].lower() for s in ("train", "val") for row in read(tmp_path, "safety", s)]
-    assert not any(prompt.startswith("test") for prompt in prompts) and len(prompts) == 50
-
-
 def test_dirty_pairs_are_dropped_by_reason(go, server, tmp_path, monkeypatch, script):
     dirt = [
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},

@@ -24,7 +24,7 @@ train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, ru
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    return trainers.runs.write_data(tmp_path_factory.mktemp("data") / "few", "grpo")
+    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "grpo")
 
 
 @pytest.fixture(scope="module")

@@ -442,6 +442,17 @@ def test_S5_bad_rows_of_a_json_list_name_file_line_and_key(go, server, tmp_path,
     assert leftovers(tmp_path) == []
 
 
+def test_S5_duplicates_and_leaks_are_dropped_and_counted(go, server, tmp_path):
+    rows = [pair(f"train {i}?", "No.", "Yes.") for i in range(50)]
+    server.files[HH_TRAIN] = hh([*rows, rows[0], pair("TEST  1?", "Never.", "Sure."), pair("test 1?", "a", "b")])
+    report = go("safety")["safety"]["splits"]
+    assert report["train"]["duplicates"] + report["val"]["duplicates"] == 1
+    leaks = [report[split]["also_in"]["test"] for split in ("train", "val")]
+    assert {"rows": 2, "prompts": 1} in leaks  # found in spite of case and spaces
+    prompts = [row["prompt"][0]["content"].lower() for s in ("train", "val") for row in read(tmp_path, "safety", s)]
+    assert not any(prompt.startswith("test") for prompt in prompts) and len(prompts) == 50
+
+
 # ---------------------------------------------------------------- S5: records
 
 

@@ -24,6 +24,14 @@ def settings(tmp_path_factory, tiny_folder):
     return trainers.settings("grpo", tiny_folder, few, *sizes)
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, settings):
+    """The run of the script as it is."""
+    folder = tmp_path_factory.mktemp("original")
+    runs.train(train_rl.main, folder, settings(folder))
+    return folder / "run"
+
+
 def fork(folder, name):
     """The main of a copy of the script, changed at its mark; only common/ is the project's."""
     text, (before, after) = SCRIPT.read_text(encoding="utf-8"), FORKS[name]
@@ -39,11 +47,10 @@ def fork(folder, name):
 
 
 @pytest.mark.parametrize("name", FORKS)
-def test_R01_R03_a_fork_with_another_objective_resumes_to_the_bit(tmp_path, settings, name):
-    main, folders = fork(tmp_path, name), [tmp_path / which for which in ("straight", "cut", "plain")]
-    for folder in folders:
-        folder.mkdir()
-    straight, cut, plain = folders
+def test_R01_R03_a_fork_with_another_objective_resumes_to_the_bit(tmp_path, settings, original, name):
+    main, straight, cut = fork(tmp_path, name), tmp_path / "straight", tmp_path / "cut"
+    straight.mkdir()
+    cut.mkdir()
     runs.train(main, straight, settings(straight))
     assert runs.run(main, cut, settings(cut), runs.crash_behind_save(4))[0] == 9
     with open(cut / "run" / "metrics.jsonl", "a") as file:
@@ -52,6 +59,5 @@ def test_R01_R03_a_fork_with_another_objective_resumes_to_the_bit(tmp_path, sett
     assert status == 0 and "at step 4 of 6" in out, err
     runs.assert_same_run(cut / "run", straight / "run")
     trainers.same_files(cut / "run", straight / "run")
-    runs.train(train_rl.main, plain, settings(plain))  # and it is another objective
-    norms = [[line.get("grad_norm") for line in runs.records(folder / "run")] for folder in (straight, plain)]
-    assert norms[0] != norms[1]
+    norms = [[line.get("grad_norm") for line in runs.records(found)] for found in (straight / "run", original)]
+    assert norms[0] != norms[1]  # it is another objective
