@@ -31,6 +31,7 @@ class Decoder:
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         self.config, self.embed, self.head = config, body.embed_tokens, head.detach().to(self.dtype)
         self.layers = [_layer(layer, merge, self.dtype, adapters) for layer in body.layers]
+        self.product, self.scorer = products.product, self.head
         self.norm, self.scale = _scale(body.norm), config.query_pre_attn_scalar**-0.5
         positions = torch.arange(slots, device=head.device)[:, None, None]
         angles = {kind: positions * getattr(body.rotary_emb, f"{kind}_inv_freq").float() for kind in config.layer_types}
@@ -40,7 +41,8 @@ class Decoder:
         self.values = torch.zeros_like(self.keys)
         self.lengths = []  # tokens of each row in flight
         self.names = []  # and its adapter, None for the base as it was read
-        self.product = products.steady if steady and kind == "cpu" else products.product
+        if steady and kind == "cpu":
+            self._steady()
         self.parts = {}  # {adapter: places of its tokens} in the product at hand
 
     @torch.no_grad()
@@ -92,7 +94,7 @@ class Decoder:
 
     def scores(self, hidden):
         """Logits (rows, V) of hidden states (rows, d), in the model's dtype."""
-        return self.product(hidden, (self.head, None))
+        return self.product(hidden, (self.scorer, None))
 
     def select(self, rows):
         """Keep only these of the rows in flight; returns which of them stands where now.
@@ -110,6 +112,14 @@ class Decoder:
         self.lengths = [self.lengths[row] for row in order]
         self.names = [self.names[row] for row in order]
         return order
+
+    def _steady(self):
+        assert all(a is None for layer in self.layers for _, a in layer.products.values()), "an adapter is active"
+        self.product, self.scorer = products.steady, products.pack(self.head)
+        for layer in self.layers:
+            layer.products = {kind: (products.pack(weight), None) for kind, (weight, _) in layer.products.items()}
+            layer.thin = {kind: {name: tuple(map(products.pack, pair)) for name, pair in pairs.items()}
+                          for kind, pairs in layer.thin.items()}  # fmt: skip
 
     def _share(self, names):
         """Note which tokens go through which adapter."""
