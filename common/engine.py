@@ -94,6 +94,7 @@ class Engine:
         self.thread.join(seconds)
 
     def _work(self):
+        torch.set_num_threads(torch.get_num_threads())  # a new thread's OpenMP, which oneDNN asks, has not heard of it
         try:
             while True:
                 with self.door:

@@ -64,12 +64,13 @@ def pack(weight):
 def steady(x, linear):
     """As `product`, of weights that `pack` made, but the bits of a row do not depend on the rows beside it.
 
-    Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike for any number
-    (bf16: from two rows on, so there are at least 8); without them every product has 4 rows, some of them empty.
+    Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike from two rows on;
+    without them every product has 4 rows. Rows that are missing are empty.
     """
     weight, _ = linear
     if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        padded = F.pad(x, (0, 0, 0, int(len(x) == 1)))
+        return torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")[: len(x)]
     if len(x) > 64:  # a prompt, which is computed alone
         return product(x, linear)
     if x.dtype != torch.float32:

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from common import base, checkpoint, config, data, log, model, rewards, sheets  # noqa: E402
 from common.log import UserError  # noqa: E402
 from tests import runs  # noqa: E402
-from tests.faults import trainers  # noqa: E402
+from tests.faults import clients, trainers  # noqa: E402
 
 PAD = 50 * 2**20  # bytes beside every save, so that it takes long enough to be hit
 EVERY, LAST = 3, f"step-{runs.STEPS:06d}"  # training.save_interval, the last step
@@ -546,6 +546,8 @@ def rows(n):
     yield "S5", "data rows with random damage", lambda b: s05(b, 20 * n)
     yield "S6", "random hostile code to the rewards", lambda b: s06(b, 10 * n)
     yield "S8", "random cells of spreadsheets", lambda b: s08(b, n)
+    for row, (what, one, count) in clients.rows(n).items():
+        yield row, what, lambda b, one=one, count=count: (count, *clients.tried(one, b.new(), count))
 
 
 def machine(arguments):
