@@ -35,8 +35,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 from common import base, chat, config, engine, fields, httpd, lora, manifest, model, ratings
 from common.httpd import Refused, respond
 from common.log import UserError, command, say
@@ -421,7 +419,6 @@ def start_loading(app, device, dtype):
             done.set_exception(error) if error else done.set_result(None)
 
     def work():
-        torch.set_num_threads(torch.get_num_threads())  # as in engine.py
         error = None
         try:
             found, app.tokenizers = load(app.models, device, dtype)

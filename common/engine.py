@@ -42,6 +42,7 @@ class Engine:
     def __init__(self, models, rows=16, slots=2048, waiting=32):
         """models: {name: (model, its adapter's name or None)}; room for `rows` requests of `slots` tokens at a time on
         each base, and for `waiting` more in line."""
+        torch.set_num_threads(torch.get_num_threads())  # a new thread's OpenMP, which oneDNN asks, has not heard of it
         self.groups, self.slots, self.limit = {}, slots, waiting
         self.adapters = {name: adapter for name, (_, adapter) in models.items()}
         for net, names in _by_base(models).values():
@@ -94,7 +95,7 @@ class Engine:
         self.thread.join(seconds)
 
     def _work(self):
-        torch.set_num_threads(torch.get_num_threads())  # a new thread's OpenMP, which oneDNN asks, has not heard of it
+        torch.set_num_threads(torch.get_num_threads())  # as above
         try:
             while True:
                 with self.door:

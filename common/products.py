@@ -64,7 +64,7 @@ def pack(weight):
 def steady(x, linear):
     """As `product`, of weights that `pack` made, but the bits of a row do not depend on the rows beside it.
 
-    Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike from two rows on;
+    Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike from 2 rows on;
     without them every product has 4 rows. Rows that are missing are empty.
     """
     weight, _ = linear
