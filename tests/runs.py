@@ -75,7 +75,8 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
 def finish(folder, pid):
     """Wait for a child of `start` -> (exit status, stdout, stderr)."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return status, *((folder / f"{name}-{pid}").read_text() for name in ("out", "err"))
+    files = [folder / f"{name}-{pid}" for name in ("out", "err")]
+    return status, *(file.read_text() if file.exists() else "" for file in files)  # none yet where it died at once
 
 
 def run(main, folder, argv, body=call, **options):
