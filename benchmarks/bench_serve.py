@@ -169,7 +169,8 @@ def main():
         "# The server under load against generate, one request at a time",
         "",
         f"`python benchmarks/bench_serve.py --checkpoint outputs/sft_lora_270m/final --clients {args.clients} "
-        f"--tokens {args.tokens} --requests {args.requests} --rounds {args.rounds}`",
+        f"--tokens {args.tokens} --requests {args.requests} --alone {args.alone} --rounds "
+        f"{args.rounds}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}; a LoRA fine-tune of Gemma "
         f"3 270M, {args.clients} clients at once with {args.requests} requests of at most {args.tokens} tokens, one "
