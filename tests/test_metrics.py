@@ -12,7 +12,8 @@ import pytest
 from common import metrics, rewards, stats, synthetic
 from common.log import UserError
 from data import download_datasets
-from tests.test_rewards import HARM, HOSTILE, KIND
+from tests.faults.test_hostile import HOSTILE
+from tests.test_rewards import HARM, KIND
 
 CODE = (
     ("x.sort(key=len)", "x.sort(key=len, reverse=True)"),
