@@ -9,7 +9,7 @@ from tests import test_serve as web
 
 
 def rows(trials=50):
-    """{id: (what, function(folder, trials) -> (trials that held, remark), trials)}"""
+    """{id: (what, function(folder, trials, base) -> (trials that held, remark), trials)}"""
     few = max(1, trials // 5)
     return {
         "H2": ("200 dripping connections, 10 s for a request", drips, 1),
@@ -19,17 +19,17 @@ def rows(trials=50):
     }
 
 
-def tried(one, folder, trials):
+def tried(one, folder, trials, tiny):
     """(trials that held, remark) of one row; what it asserts and does not hold is a row that failed."""
     try:
-        return one(folder, trials)
+        return one(folder, trials, tiny)
     except AssertionError as error:
         return 0, " ".join(str(error).split())[:200]
 
 
-def drips(folder, trials):
+def drips(folder, trials, tiny):
     web.READ_SECONDS = 10
-    with web.serving(folder, "--checkpoint", "tiny") as one:
+    with web.serving(folder, "--checkpoint", tiny) as one:
         web.generate(one, max_tokens=4)
         before = web.process(one.pid)
         closed, slowest = web.drip(one, 200, 0.5)
@@ -40,9 +40,9 @@ def drips(folder, trials):
                        f"{(after[0] - before[0]) / 1e6:+.1f} MB, {after[1] - before[1]:+d} threads")  # fmt: skip
 
 
-def crowds(folder, trials):
+def crowds(folder, trials, tiny):
     passed, refused, change = 0, 0, web.both(web.endless(0.005), web.small_queue(4, 8))
-    with web.serving(folder, "--checkpoint", "tiny", change=change) as one, ThreadPoolExecutor(64) as pool:
+    with web.serving(folder, "--checkpoint", tiny, change=change) as one, ThreadPoolExecutor(64) as pool:
         for _ in range(trials):
             before = web.number(one, "engine_finished_total")
             found = list(pool.map(lambda i: web.generate(one, max_tokens=30, seed=i), range(64)))
@@ -55,9 +55,9 @@ def crowds(folder, trials):
     return passed, f"{refused} of {64 * trials} refused with Retry-After, all others answered"
 
 
-def leavers(folder, trials):
+def leavers(folder, trials, tiny):
     passed, longest, dice = 0, 0.0, random.Random(0)
-    with web.serving(folder, "--checkpoint", "tiny", change=web.endless(0.002)) as one:
+    with web.serving(folder, "--checkpoint", tiny, change=web.endless(0.002)) as one:
         idle = max(web.generate(one, max_tokens=10).seconds for _ in range(3))
         for _ in range(trials):
             lines = [socket.create_connection(("127.0.0.1", one.port)) for _ in range(20)]
@@ -76,12 +76,12 @@ def leavers(folder, trials):
     return passed, f"idle again after at most {longest:.2f} s"
 
 
-def repeats(folder, trials):
+def repeats(folder, trials, tiny):
     dice = random.Random(0)
     kinds = [
         {"seed": dice.randrange(2**40), "temperature": dice.choice([0, 0.7, 1.0]), "max_tokens": 16} for _ in range(10)
     ]
-    with web.serving(folder, "--checkpoint", "tiny") as one, ThreadPoolExecutor(8) as pool:
+    with web.serving(folder, "--checkpoint", tiny) as one, ThreadPoolExecutor(8) as pool:
         right = [web.generate(one, **kind).json["generated_text"] for kind in kinds]
         list(pool.map(lambda i: web.generate(one, **kinds[i % 10]), range(60)))
         before = web.process(one.pid)

@@ -547,7 +547,7 @@ def rows(n):
     yield "S6", "random hostile code to the rewards", lambda b: s06(b, 10 * n)
     yield "S8", "random cells of spreadsheets", lambda b: s08(b, n)
     for row, (what, one, count) in clients.rows(n).items():
-        yield row, what, lambda b, one=one, count=count: (count, *clients.tried(one, b.new(), count))
+        yield row, what, lambda b, one=one, count=count: (count, *clients.tried(one, b.new(), count, b.base))
 
 
 def machine(arguments):
