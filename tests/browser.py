@@ -86,7 +86,16 @@ class Browser:
 
     def wait(self, script, timeout=30):
         end = time.monotonic() + timeout
-        while not self.run(f"!!({script})"):
+
+        def holds():
+            try:
+                return self.run(f"!!({script})")
+            except RuntimeError as error:
+                if "navigated" not in str(error) and "context was destroyed" not in str(error):
+                    raise
+                return False  # asked while one page made way for another
+
+        while not holds():
             if time.monotonic() > end:
                 raise TimeoutError(f"not true in {timeout} s: {script}\n{self.run('document.body.innerText')}")
             time.sleep(0.02)
