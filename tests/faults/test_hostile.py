@@ -249,7 +249,8 @@ def test_S6_hostile_texts_are_bounded_quick_and_start_nothing(task, tmp_path, mo
     for text in HOSTILE:
         for reference in ("x = 1", "a b " * 20_000):
             taken, before = [], len(seen)
-            while len(taken) < 5 and min(taken, default=1) > 0.05:  # 50 ms, where no neighbour disturbs
+            while len(taken) < 30 and min(taken, default=1) > 0.05:  # 50 ms, where no neighbour disturbs
+                time.sleep(0.1 * (len(taken) > 2))
                 started = time.thread_time()
                 total, parts = rewards.heuristic_reward(task, HARM, text, reference)
                 taken.append(time.thread_time() - started)
