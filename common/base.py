@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from common import chat, tiny, versions
-from common.checkpoint import MANIFEST, verify
+from common.checkpoint import verify
 from common.log import UserError, say
 
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -48,8 +48,7 @@ def resolve(checkpoint):
     if path.suffix == ".gguf":
         return _converted_gguf(path)
     if path.is_dir():
-        if (path / MANIFEST).is_file():  # a run's: a flipped bit would go unseen
-            verify(path)
+        verify(path, optional=True)  # a run's: a flipped bit would go unseen
         return path
     if path.exists() or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1:
         raise UserError(f"model.base_checkpoint: no such folder or .gguf file: {checkpoint}")

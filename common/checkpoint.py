@@ -79,10 +79,11 @@ def load_step(folder):
         raise UserError(f"{folder} cannot be read: {error!r}") from error
 
 
-def verify(folder):
-    """Return the manifest of a complete folder; UserError names the first file that is missing or was changed."""
-    folder = Path(folder)
-    path = folder / MANIFEST
+def verify(folder, optional=False):
+    """The manifest of a complete folder (`optional`: None without one); UserError names what is missing or changed."""
+    folder, path = Path(folder), Path(folder) / MANIFEST
+    if optional and not path.is_file():
+        return None  # not a run's
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} does not exist or is not a folder")
     try:
@@ -93,8 +94,7 @@ def verify(folder):
             raise ValueError(f"it is that of step {manifest['step']}, the folder was renamed")
         for name, expected in manifest["files"].items():
             path = _plain_file(folder, name)
-            found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            if found != expected:
+            if (found := {"bytes": path.stat().st_size, "sha256": sha256(path)}) != expected:
                 raise UserError(f"{path} is damaged: {found}, but {MANIFEST} says {expected}")
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error!r}") from error

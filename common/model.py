@@ -207,8 +207,7 @@ def save_adapter(model, tokenizer, folder, name, base_checkpoint):
 def load_adapter(model, name, folder, trainable=True):
     """Inject the adapter saved in `folder` as `name`; returns (rank, alpha, targets). UserError if it does not fit."""
     folder = Path(folder)
-    if (folder / checkpoint.MANIFEST).is_file():  # of a run: a flipped bit would go unseen
-        checkpoint.verify(folder)
+    checkpoint.verify(folder, optional=True)
     try:
         rank, alpha, targets, dropout = lora.read_config((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")

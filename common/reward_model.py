@@ -91,8 +91,7 @@ def load(net, name, folder, fingerprint):
         Path(folder),
         next(iter(lora.lora_modules(net).values())).active if lora.lora_modules(net) else None,
     )
-    if (folder / checkpoint.MANIFEST).is_file():  # of a run: a flipped bit would go unseen
-        checkpoint.verify(folder)
+    checkpoint.verify(folder, optional=True)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         about = json.loads((folder / "reward.json").read_text())
