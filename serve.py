@@ -154,7 +154,7 @@ async def jobs_of(app, dialogues, asked, param):
         if len(ids) + wanted > CONTEXT:
             raise Refused(400, f"{where} has {len(ids)} tokens and max_tokens is {wanted}: together more than the "
                                f"context of {CONTEXT}", where)  # fmt: skip
-        jobs.append(engine.request(ids, emit=None, **{**asked, "max_tokens": wanted}))
+        jobs.append(engine.request(ids, asked | {"max_tokens": wanted}))
     return jobs
 
 

@@ -25,15 +25,14 @@ class Busy(Exception):
     """No room in the queue; its argument: seconds after which to come again, if an answer took one."""
 
 
-def request(ids, model, emit, max_tokens=128, temperature=0.7, top_p=0.9, seed=0, stop=chat.STOP_TOKENS):
-    """What Engine.submit takes. ids: the prompt; model: a name that the engine knows; temperature 0 is greedy.
+def request(ids, asked, emit=None, stop=chat.STOP_TOKENS):
+    """What Engine.submit takes. ids: the prompt; asked: {"model": a name that the engine knows, "max_tokens",
+    "temperature": 0 is greedy, "top_p", "seed"}.
 
     emit(token, finish) is called from the engine's thread for each token, with finish None, "stop" behind a stop token
     or "length"; instead emit(None, error) where an exception ended the request.
     """
-    asked = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    state = {"stop": frozenset(stop), "tokens": [], "cancelled": False, "done": False}
-    return SimpleNamespace(ids=ids, model=model, emit=emit, **asked, **state)
+    return SimpleNamespace(ids=ids, **asked, emit=emit, stop=frozenset(stop), tokens=[], cancelled=False, done=False)
 
 
 class Engine:

@@ -10,16 +10,10 @@ from common.decoder import Decoder
 from tests import runs
 from tests.test_gemma import random_gemma
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WAIT = 60
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small only wait for each other on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+ASKED = {"max_tokens": 128, "temperature": 0.7, "top_p": 0.9, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +61,8 @@ class Inbox:
 def ask(machine, jobs):
     """Submit [(ids, model, settings)] at once -> their inboxes."""
     boxes = [Inbox() for _ in jobs]
-    machine.submit([engine.request(ids, name, box, **more) for (ids, name, more), box in zip(jobs, boxes)])
+    machine.submit([engine.request(ids, {"model": name, **ASKED, **more}, box)
+                    for (ids, name, more), box in zip(jobs, boxes)])  # fmt: skip
     return boxes
 
 
@@ -171,9 +166,9 @@ def test_batches_are_taken_whole_or_not_at_all(tokenizer, start, monkeypatch):
 
 def test_cancelled_requests_leave_at_once(net, tokenizer, start):
     machine, (ids, name, more) = start(rows=2), jobs_of(tokenizer, 3)[1]
-    endless = {"seed": 1, "max_tokens": 230, "temperature": 1.0, "top_p": 1.0, "stop": ()}
+    endless = {"seed": 1, "max_tokens": 230, "temperature": 1.0, "top_p": 1.0}
     boxes = [Inbox() for _ in range(4)]
-    made = [engine.request(ids, name, box, **endless) for box in boxes]
+    made = [engine.request(ids, {"model": name, **endless}, box, stop=()) for box in boxes]
     machine.submit(made)
     boxes[0].first.wait(WAIT)
     machine.cancel([made[0], made[3]])  # one that runs and one that waits
