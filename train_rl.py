@@ -270,11 +270,10 @@ def main(argv=None):
     if job.explain:
         with context:
             shown = experience.look(rollout(run, 0), tokenizer) if online else pairs.look(source)
-            sizes = (
-                explain.rollout_sizes(source, rl, cfg.evaluation)
-                if online
-                else {"total": sum(source.lengths[i] for i in source.batch(0))}
-            )
+            if online:
+                sizes = explain.rollout_sizes(source, rl, cfg.evaluation)
+            else:
+                sizes = {"total": sum(source.lengths[i] for i in source.batch(0))}
             held = frozen if full or run.referred else None
             return explain.show(shown, tokenizer, net, named, training.micro_batch_tokens, frozen=held, **sizes)
     if not online:  # the reference's log-probs, in the layouts that they will be compared in

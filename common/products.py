@@ -30,12 +30,11 @@ def thin(linears, name, dtype):
     if not any(adapted):
         return None
     bases = [m.base if isinstance(m, lora.LoraLinear) else m for m in linears]
-    a = [torch.zeros(0, w.in_features) if m is None else m.lora_A[name] for w, m in zip(bases, adapted)]
-    b = [
-        torch.zeros(w.out_features, 0) if m is None else m.lora_B[name] * m.scale[name] for w, m in zip(bases, adapted)
-    ]
-    device = next(m for m in adapted if m is not None).lora_A[name].device
-    return torch.cat([t.to(device) for t in a]).to(dtype), torch.block_diag(*(t.to(device) for t in b)).to(dtype)
+    device = bases[0].weight.device
+    a = [torch.zeros(0, w.in_features, device=device) if m is None else m.lora_A[name] for w, m in zip(bases, adapted)]
+    b = [torch.zeros(w.out_features, 0, device=device) if m is None else m.lora_B[name] * m.scale[name]
+         for w, m in zip(bases, adapted)]  # fmt: skip
+    return torch.cat(a).to(dtype), torch.block_diag(*b).to(dtype)
 
 
 def product(x, linear):
