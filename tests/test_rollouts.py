@@ -5,16 +5,9 @@ import torch
 
 from common import base, chat, lora, model, rollouts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUESTIONS = ["How do I make tea?", "Say hi", "Tell me a long story about " * 20, "Why?"]  # the third exceeds the window
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small only wait for each other on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def encode(tokenizer, questions=QUESTIONS):

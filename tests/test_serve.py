@@ -22,6 +22,8 @@ from common import chat, engine, httpd, lora, manifest, model, ratings, rollouts
 from common.decoder import Decoder
 from tests import runs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WAIT = 60
 READ_SECONDS = 2  # of the servers under test, to be quick
 JSON = {"Content-Type": "application/json"}
@@ -175,14 +177,6 @@ def small_queue(rows, waiting):
         serve.ROWS, serve.QUEUE = rows, waiting
 
     return change
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -20,27 +20,8 @@ ROOT = Path(train_rl.__file__).parent
 MAIN = train_rl.main
 BOTH = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "grpo")
-
-
-@pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    """settings(algorithm, *flags) -> a function that returns the flags of a short run."""
-    return lambda algorithm, *more: trainers.settings(algorithm, tiny_folder, few, *more)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory, tiny_folder):
-    return runs.random_start(tmp_path_factory.mktemp("start") / "final", tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory, tiny_folder):
-    return runs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
+few, settings, _ = trainers.fixtures("online")
+judge, start = trainers.judge, trainers.start
 
 
 # ---------------------------------------------------------------- a run, and what it leaves behind

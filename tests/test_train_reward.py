@@ -21,16 +21,7 @@ from tests.runs import write_data
 ROOT = Path(train_reward.__file__).parent
 MAIN = train_reward.main
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "reward")
-
-
-@pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    return trainers.settings("reward", tiny_folder, few)
+few, settings, _ = trainers.fixtures("reward")
 
 
 def plain_rewards(folder, base_folder, pairs):

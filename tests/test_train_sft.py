@@ -22,16 +22,7 @@ from tests.runs import records, write_data
 ROOT = Path(train_sft.__file__).parent
 MAIN = train_sft.main
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory, tiny_folder):
-    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "sft")
-
-
-@pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    return trainers.settings("sft", tiny_folder, few)
+few, settings, _ = trainers.fixtures("sft")
 
 
 # ---------------------------------------------------------------- a run, and what it leaves behind

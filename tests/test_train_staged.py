@@ -13,6 +13,7 @@ import train_sft
 import train_staged
 from common import checkpoint, config, data
 from tests import runs
+from tests.faults.test_staged import in_stage
 from tests.runs import lines, write_data
 
 ROOT = Path(train_staged.__file__).parent
@@ -176,25 +177,9 @@ def test_r1_r3_killed_in_any_stage_it_goes_on_to_the_same_bits(tmp_path, compare
     """SIGTERM in the first SFT, SIGKILL in RL: started again, every stage ends as if nothing had happened."""
     argv = settings(tmp_path, "--paradigms", "rl,staged", "--training.budget_tokens", BUDGET)
 
-    def at_save(folder, act):
-        def body(main, argv):
-            save, left = checkpoint.save_step, [folder]
-
-            def hit(run_dir, *rest):
-                found = save(run_dir, *rest)
-                if Path(run_dir).name in left:
-                    left.clear()  # the save that a signal brings must not send another
-                    act()
-                return found
-
-            checkpoint.save_step = hit
-            runs.call(main, argv)
-
-        return body
-
-    status, out, err = run(tmp_path, argv, at_save("rl", lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    status, out, err = run(tmp_path, argv, in_stage("rl", lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert status == -9
-    status, out, err = run(tmp_path, argv, at_save("staged-sft", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    status, out, err = run(tmp_path, argv, in_stage("staged-sft", lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert status == 1 and "run the same command again" in err and out.count("finished before") == 2
     train(tmp_path, argv)
     for name in ("rl", "staged-sft", "staged-rl"):

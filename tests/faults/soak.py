@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from common import base, checkpoint, config, data, log, model, rewards, sheets  # noqa: E402
 from common.log import UserError  # noqa: E402
 from tests import runs  # noqa: E402
-from tests.faults import clients, trainers  # noqa: E402
+from tests.faults import clients, test_hostile, trainers  # noqa: E402
 
 PAD = 50 * 2**20  # bytes beside every save, so that it takes long enough to be hit
 EVERY, LAST = 3, f"step-{runs.STEPS:06d}"  # training.save_interval, the last step
@@ -485,27 +485,7 @@ def s06(bench, count):
 
 
 def cells(number, bench):
-    parts = [
-        "=",
-        "+",
-        "-",
-        "@",
-        "＝",
-        "−",
-        "'",
-        '"',
-        ",",
-        ";",
-        "\t",
-        "\r",
-        "\n",
-        "\0",
-        " ",
-        "\u00a0",
-        "\u200b",
-        "a",
-        "\ufeff",
-    ]
+    parts = [*test_hostile.ALPHABET, "−", "\ufeff"]
     texts = ["".join(bench.dice.choices(parts, k=bench.dice.randrange(9))) for _ in range(1000)]
     path = bench.folder / "cells.csv"
     sheets.save({path: [("text",), *((text,) for text in texts)]})

@@ -1,28 +1,11 @@
 """R20: hostile and mistaken YAML is one line that names file, line and key, within a second, and runs nothing."""
 
 import os
-import time
 
 import pytest
 
 from common import config
-from common.log import UserError
-
-
-def write(folder, text):
-    path = folder / "run.yml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def refusal(call, *args):
-    """The message of the UserError that the call must raise: one line, within a second."""
-    start = time.process_time()  # not the clock's: other tests run beside
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert time.process_time() - start < 1
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+from tests.test_config import refusal, write
 
 
 @pytest.mark.parametrize("marker_call", ["!!python/object/apply:os.system", "!!python/object/new:os.system"])

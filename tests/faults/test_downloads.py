@@ -15,6 +15,7 @@ import pytest
 from common import data
 from common.log import UserError
 from tests.publishers import HH_TEST, HH_TRAIN, MTS, MTS_NAMES, hh, leftovers, pair, read
+from tests.test_data import record, without, write
 
 # ---------------------------------------------------------------- S3: archives
 
@@ -454,26 +455,6 @@ def test_S5_duplicates_and_leaks_are_dropped_and_counted(go, server, tmp_path):
 
 
 # ---------------------------------------------------------------- S5: records
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def record(index=0, prompt="question", response="answer", **changes):
-    turns = [user(prompt)] if isinstance(prompt, str) else prompt
-    return {"id": f"r{index}", "prompt": turns, "response": response, "rejected": None, "reference": None} | changes
-
-
-def write(folder, *lines):
-    """train.jsonl with a good record in front of the lines given, as text, bytes or records."""
-    rows = [line if isinstance(line, str | bytes) else json.dumps(line) for line in (record("first"), *lines)]
-    (folder / "train.jsonl").write_bytes(b"\n".join(r.encode() if isinstance(r, str) else r for r in rows))
-    return folder
-
-
-def without(key):
-    return {k: v for k, v in record().items() if k != key}
 
 
 BAD = {

@@ -19,32 +19,9 @@ from tests.runs import lines, records
 
 MAIN = train_rl.main
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+few, settings, straight = trainers.fixtures("dpo")
+cache = trainers.cache
 LOG2 = math.log(2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory, tiny_folder):
-    """No reference that another version of this code left in the user's cache may take part."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GEMMA_ALIGNMENT_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Twenty pairs: with four a step, epochs begin at steps 5 and 10."""
-    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "dpo")
-
-
-@pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    return trainers.settings("dpo", tiny_folder, few)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, settings):
-    return runs.straight(MAIN, tmp_path_factory, settings)
 
 
 def test_R01_R13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):

@@ -26,38 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def folder(tiny_folder, tmp_path):
-    return Path(shutil.copytree(tiny_folder, tmp_path / "base"))
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def raising(*args, **kwargs):
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", raising)
-    monkeypatch.setattr(socket, "getaddrinfo", raising)
-
-
-@pytest.fixture
-def refused(capsys, no_network):
-    """The one line on stderr with which a command that loads this base ends."""
-
-    def run(checkpoint, **options):
-        main = command(lambda argv: model.load(argv, CPU, torch.float32, **options))
-        capsys.readouterr()
-        start = time.perf_counter()
-        with pytest.raises(SystemExit) as stop:
-            main(str(checkpoint))
-        assert time.perf_counter() - start < 10
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        return error
-
-    return run
-
-
 def edit(path, **changes):
     """Change keys of a JSON file; None takes the key out."""
     config = json.loads(path.read_text()) | changes
@@ -302,27 +270,7 @@ NASTY += [
 ]
 NASTY += ['"', '""', '"=1"', "a,b;c\td", "a\nb", "a\rb", "a\r\nb", "a\n", " ", "a\0b", "a\u2028b\x0bc\x1cd\x85e", "🙂"]
 NASTY += ["👩\u200d👩\u200d👧", "\u202eשלום", "=" * 50_000, "x" * 200_000, "--- a\n+++ b", "- first\n- second"]
-ALPHABET = [
-    "=",
-    "+",
-    "-",
-    "@",
-    "＝",
-    "'",
-    '"',
-    ",",
-    ";",
-    "\t",
-    "\r",
-    "\n",
-    "\0",
-    " ",
-    "\u00a0",
-    "\u200b",
-    "a",
-    "é",
-    "🙂",
-]
+ALPHABET = list("=+-@＝'\",;\t\r\n\0 \u00a0\u200baé🙂")
 
 
 def texts(n=3000):

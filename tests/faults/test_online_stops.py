@@ -14,32 +14,8 @@ from tests.runs import lines, samples
 MAIN = train_rl.main
 BOTH = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Twenty prompts: with four a step, epochs begin at steps 5 and 10."""
-    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "grpo")
-
-
-@pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    """settings(algorithm, *flags) -> a function that returns the flags of a short run."""
-    return lambda algorithm, *more: trainers.settings(algorithm, tiny_folder, few, *more)
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory, tiny_folder):
-    return runs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, settings):
-    @functools.cache
-    def folder(algorithm):
-        return runs.straight(MAIN, tmp_path_factory, settings(algorithm))
-
-    return folder
+few, settings, straight = trainers.fixtures("online")
+judge = trainers.judge
 
 
 @BOTH

@@ -4,8 +4,6 @@ import functools
 import json
 import shutil
 
-import pytest
-
 import train_reward
 from common import reward_model
 from tests import runs
@@ -13,22 +11,7 @@ from tests.faults import trainers
 
 MAIN = train_reward.main
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Twenty pairs: with four a step, epochs begin at steps 5 and 10."""
-    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "reward")
-
-
-@pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    return trainers.settings("reward", tiny_folder, few)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, settings):
-    return runs.straight(MAIN, tmp_path_factory, settings)
+few, settings, straight = trainers.fixtures("reward")
 
 
 def test_R01_R13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):

@@ -26,22 +26,7 @@ from tests.runs import lines
 
 MAIN = train_sft.main
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Twenty records: with four a step, epochs begin at steps 5 and 10."""
-    return trainers.write_data(tmp_path_factory.mktemp("data") / "few", "sft")
-
-
-@pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    return trainers.settings("sft", tiny_folder, few)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, settings):
-    return runs.straight(MAIN, tmp_path_factory, settings)
+few, settings, straight = trainers.fixtures("sft")
 
 
 def test_R01_R13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):

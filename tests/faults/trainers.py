@@ -1,5 +1,9 @@
 """The trainers as the fault tests and soak.py drive them: short runs of the tiny base, with dropout and epoch edges."""
 
+import functools
+
+import pytest
+
 import train_reward
 import train_rl
 import train_sft
@@ -35,6 +39,52 @@ def settings(kind, base_folder, source, *more):
     flags = ["--training.mode", "rl", "--rl.algorithm", kind, *RATES]
     online = [*SIZES, "--rl.critic_learning_rate", 1e-3]
     return runs.settings(base_folder, source, *flags, *(PAIRS if kind == "dpo" else online), *more)
+
+
+def fixtures(kind):
+    """(few, settings, straight) of a module whose tests are short runs of one trainer.
+
+    few: the data; settings: the function above; straight: the folder of a run that nothing stopped, by peft_type. For
+    `online`, which is GRPO and PPO, the last two are functions of the algorithm.
+    """
+
+    @pytest.fixture(scope="module")
+    def few(tmp_path_factory):
+        return write_data(tmp_path_factory.mktemp("data") / "few", kind)
+
+    @pytest.fixture(scope="module")
+    def flags(few, tiny_folder):
+        if kind == "online":
+            return lambda algorithm, *more: settings(algorithm, tiny_folder, few, *more)
+        return settings(kind, tiny_folder, few)
+
+    @pytest.fixture(scope="module")
+    def straight(request, tmp_path_factory):
+        made = request.getfixturevalue("settings")
+        if kind == "online":
+            return functools.cache(lambda algorithm: runs.straight(main_of(kind), tmp_path_factory, made(algorithm)))
+        return runs.straight(main_of(kind), tmp_path_factory, made)
+
+    return few, flags, straight
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory, tiny_folder):
+    """No reference that another version left in the user's cache may take part; the base is built before."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEMMA_ALIGNMENT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, tiny_folder):
+    return runs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tiny_folder):
+    return runs.random_start(tmp_path_factory.mktemp("start") / "final", tiny_folder)
 
 
 def staged_settings(base_folder, source):
