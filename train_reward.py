@@ -206,7 +206,7 @@ def main(argv=None):
         reward_model.restore(net, NAME, head, folder)
         resume.load_optimizer(optimizer, named, tensors["optimizer"])
     metrics_file = run_dir / "metrics.jsonl"
-    resume.begin(run_dir, state["step"], config.dump(cfg), facts)
+    resume.begin(run_dir, state, config.dump(cfg))
     send = log.open_wandb(cfg.logging.wandb, run_dir.name, config.flatten(cfg))
 
     def save(step):

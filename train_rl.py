@@ -302,7 +302,7 @@ def main(argv=None):
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
     dist.barrier()
-    free = [*resume.FREE_TO_CHANGE, "rl.max_steps", "rl.learning_rate", "rl.critic_learning_rate", "evaluation.draws"]
+    free = [*resume.FREE_TO_CHANGE, "evaluation.draws"]
     if online:
         free.remove("evaluation.")  # evaluations are compared with each other
     folder, tensors = resume.go_on(run_dir, training.resume, state, steps, (*free, *([] if online else ["reward."])))
@@ -311,7 +311,7 @@ def main(argv=None):
         resume.restore(trained.get("critic", {}), tensors.get("critic", {}))
         resume.load_optimizer(optimizer, named, tensors["optimizer"])
     metrics_file, samples_file, held_out_file = (run_dir / f"{n}.jsonl" for n in ("metrics", "samples", "held_out"))
-    resume.begin(run_dir, state["step"], config.dump(cfg), facts)
+    resume.begin(run_dir, state, config.dump(cfg))
     if dist.is_main():
         resume.bring(folder, held_out_file)
         checkpoint.truncate_log(samples_file, state["step"] - 1)

@@ -133,7 +133,7 @@ def main(argv=None):
         model.restore(net, adapter, found)
         resume.load_optimizer(optimizer, named, tensors["optimizer"])
     metrics_file = run_dir / "metrics.jsonl"
-    resume.begin(run_dir, state["step"], config.dump(cfg), facts)
+    resume.begin(run_dir, state, config.dump(cfg))
     send = log.open_wandb(cfg.logging.wandb, run_dir.name, config.flatten(cfg))
 
     def save(step):

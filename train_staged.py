@@ -88,7 +88,8 @@ def write_halves(cfg, out):
 
 def settings(cfg, flags, fingerprint):
     """What decides the outcome of a stage: its resolved config, the base, the hashes of its data."""
-    kept = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(("evaluation.", "logging."))}
+    outside = ("evaluation.", "logging.", "training.resume_changed")
+    kept = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(outside)}
     kept |= {key: str(value) for key, value in flags.items()}
     folder = kept.get("dataset_path") or (None if cfg.debug else Path(__file__).parent / "data" / cfg.task)
     files = [Path(folder) / f"{split}.jsonl" for split in ("train", "val")] if folder else []
@@ -130,7 +131,8 @@ def main(argv=None):
         longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
         measure.items(records, base.load_tokenizer(base_folder), longest, cfg.evaluation.max_items, cfg.seed)
 
-    # --- distributed, run folder, the config that all stages read
+    # --- distributed, run folder, the config that all stages read: config.yml stays until no stage refuses the new one
+    config_file, draft, done_file = out / "config.yml", out / ".tmp-config.yml", out / "stages.json"
     fingerprint = base.fingerprint(base_folder)
     dist.init(model.pick_device(cfg.device), cfg.training.timeout)
     log.on_exit(dist.end)  # one group for all stages
@@ -138,11 +140,14 @@ def main(argv=None):
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
         if any(name == "judge" for name, _, _ in plan):
             write_halves(cfg, out)
-        (out / "config.yml").write_text(config.dump(cfg), "utf-8")
+        log.on_exit(functools.partial(draft.unlink, missing_ok=True))
+        log.replace(draft, config.dump(cfg))
+        if not config_file.exists():
+            log.replace(config_file, config.dump(cfg))
     dist.barrier()
-    done_file = out / "stages.json"
 
     # --- stages: those that are finished with these settings are skipped
+    result = None  # what the last stage returned, where it was not skipped
     for number, (name, mode, own) in enumerate(plan, 1):
         alone = {} if mode == "sft" else {"training.packing": "false", "training.last_turn_only": "false"}
         flags = {"training.mode": mode} | alone | own | {"logging.output_dir": out, "logging.run_name": name}
@@ -159,14 +164,15 @@ def main(argv=None):
         sections = ("", *{"sft": train_sft, "reward": train_reward, "rl": train_rl}[mode].SECTIONS)
         words = [word for key, value in flags.items() if key.rpartition(".")[0].partition(".")[0] in sections
                  for word in (f"--{key}", str(value))]  # fmt: skip
-        result = MAINS[mode](["--config", str(out / "config.yml"), *words])
+        result = MAINS[mode](["--config", str(draft), *words])
         gc.collect()
         model.trim_memory(model.pick_device(cfg.device))
         if dist.is_main():
-            draft = done_file.with_suffix(".tmp")
-            log.write_json(draft, done | {name: json.loads(json.dumps(about, default=str))})
-            os.replace(draft, done_file)
+            log.write_json(done_file, done | {name: json.loads(json.dumps(about, default=str))})
         dist.barrier()
+    if dist.is_main():
+        os.replace(draft, config_file)
+    dist.barrier()
     if not arms:
         return result
 

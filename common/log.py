@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import platform
 import resource
 import shutil
@@ -90,8 +91,27 @@ def write(path, text, mode="w"):
         with open(path, mode, encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        needed, free = len(text.encode()), shutil.disk_usage(Path(path).parent).free
-        raise UserError(f"cannot write {path}: {error.strerror} ({needed} bytes needed, {free} free)") from error
+        raise _unwritable(path, text, error) from error
+
+
+def replace(path, text):
+    """As write, but whole or not at all: a kill at any moment leaves the old file or the new one."""
+    path = Path(path)
+    draft = path.with_name(f".tmp-{path.name}-{os.getpid()}")  # of a killed run, checkpoint.lock_run removes it
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise _unwritable(path, text, error) from error
+
+
+def _unwritable(path, text, error):
+    needed, free = len(text.encode()), shutil.disk_usage(Path(path).parent).free
+    return UserError(f"cannot write {path}: {error.strerror} ({needed} bytes needed, {free} free)")
 
 
 def write_record(path, record):
@@ -101,7 +121,8 @@ def write_record(path, record):
 
 
 def write_json(path, value):
-    write(path, json.dumps(value, indent=2) + "\n")
+    """Write a JSON file, whole or not at all."""
+    replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_records(path, records):

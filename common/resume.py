@@ -20,12 +20,35 @@ import torch
 from common import checkpoint, dist, log
 from common.log import UserError, say
 
-# what may differ between a run and its continuation; everything else would make it another run
-FREE_TO_CHANGE = ("training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
-                  "training.max_grad_norm", "training.epochs", "training.max_steps", "training.eval_interval",
-                  "training.save_interval", "training.keep_last", "training.patience", "training.resume",
-                  "training.timeout", "training.budget_tokens", "training.micro_batch_tokens",
-                  "evaluation.", "logging.")  # fmt: skip
+# What may differ between a run and its continuation. A key ends with a dot where it stands for a section.
+# These settings do not change an update, so they are free.
+FREE_TO_CHANGE = (
+    "training.epochs",
+    "training.max_steps",
+    "training.budget_tokens",
+    "training.eval_interval",
+    "training.save_interval",
+    "training.keep_last",
+    "training.patience",
+    "training.timeout",
+    "training.resume",
+    "training.resume_changed",
+    "training.micro_batch_tokens",
+    "rl.max_steps",
+    "evaluation.",
+    "logging.",
+)
+# These change the updates from there on: training.resume_changed allows it. All others would make it another run.
+CHANGED_ON_REQUEST = (
+    "training.learning_rate",
+    "training.schedule",
+    "training.warmup_ratio",
+    "training.weight_decay",
+    "training.max_grad_norm",
+    "rl.learning_rate",
+    "rl.critic_learning_rate",
+)
+UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 
 
 def prepare(device):
@@ -78,20 +101,17 @@ def find(run_dir, choice):
 def go_on(run_dir, choice, state, steps, free=FREE_TO_CHANGE):
     """Fill `state` from the step folder to resume from, if there is one -> (folder, tensors) or (None, {}).
 
-    UserError where `state["facts"]` differ from the saved ones in more than `free`, or from those of another rank, or
-    the run is already past `steps`.
+    state["history"] becomes the settings by step, see history. UserError where `state["facts"]` differ from those of
+    another rank, or from the saved ones in what may not change, or the run is already past `steps`.
     """
     found = find(run_dir, choice)
     agree(state["facts"] | {"training.resume": found and found.name})
     if not found:
+        state["history"] = history(None, state)
         return None, {}
     tensors, saved = checkpoint.load_step(found)
-    refuse_changes(found, saved["facts"], state["facts"], free)
-    if saved["step"] > steps:
-        raise UserError(
-            f"{found} lies behind the {steps} steps of training.max_steps (or rl.max_steps, or epochs): raise it"
-        )
-    state |= saved | {"facts": state["facts"]}
+    refuse_changes(run_dir, found, saved, state["facts"], steps, free)
+    state |= saved | {"facts": state["facts"], "history": history(found, saved, state["facts"])}
     say(f"resuming {run_dir} at step {state['step']} of {steps}")
     return found, tensors
 
@@ -115,29 +135,79 @@ def bring(folder, path):
         shutil.copyfile(source, path)
 
 
-def begin(run_dir, step, config_text, facts):
-    """Leave in the run folder, on the main rank, what a run starts with: config.yml, run.json, the log up to `step`."""
+def begin(run_dir, state, config_text):
+    """Leave in the run folder, on the main rank, what a run starts with: config.yml, run.json, the log up to its step.
+
+    run.json holds the history too. It is copied from the state, so a damaged or lost run.json loses nothing.
+    """
     if dist.is_main():
-        checkpoint.truncate_log(run_dir / "metrics.jsonl", step - 1)
-        log.write(run_dir / "config.yml", config_text)
-        short = {key: value for key, value in facts.items() if "." not in key}
-        log.write_json(run_dir / "run.json", log.provenance(facts=short))
+        checkpoint.truncate_log(run_dir / "metrics.jsonl", state["step"] - 1)
+        log.replace(run_dir / "config.yml", config_text)
+        short = {key: value for key, value in state["facts"].items() if "." not in key}
+        log.write_json(run_dir / "run.json", log.provenance(facts=short, history=state["history"]))
 
 
-def refuse_changes(folder, saved, now, free):
-    """Compare the facts of the saved run with this one's: `free` ones (prefixes) are logged, others are a UserError."""
-    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    fixed = [key for key in changed if not key.startswith(free)]
+def history(folder, saved, now=None):
+    """The settings of a run by the step from which they hold: [{"step", "settings"}], all of them, then those changed.
 
-    def show(keys):
-        return ", ".join(f"{key} {str(saved.get(key))[:24]} -> {str(now.get(key))[:24]}" for key in keys)
+    saved: the state of the step folder that is resumed, `now` this run's facts. Without a folder the run begins, and
+    `saved` holds its facts. A run that was begun before there was a history has that of the settings that it saved.
+    """
+    told = [{key: value for key, value in facts.items() if not listed(key, UNTOLD)}
+            for facts in (saved["facts"], now or saved["facts"])]  # fmt: skip
+    if saved["step"] == 0:
+        return [{"step": 0, "settings": told[1]}]
+    found = [entry for entry in saved.get("history", ()) if entry["step"] < saved["step"]]  # later ones trained nothing
+    found = found or [{"step": 0, "settings": told[0], "source": f"{folder.name}/state.json"}]
+    held = {}
+    for entry in found:
+        held |= entry["settings"]
+    changed = {key: told[1].get(key) for key in held | told[1] if held.get(key) != told[1].get(key)}
+    return [*found, {"step": saved["step"], "settings": changed}] if changed else found
+
+
+def listed(key, names):
+    """Is a setting one of `names`, or in a section of them, whose names end with a dot?"""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+
+
+def refuse_changes(run_dir, folder, saved, now, steps, free):
+    """Compare the facts of the saved state with this run's: UserError where one differs that may not, see the lists."""
+    then = saved["facts"]
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key) and key != "training.resume_changed"]
+    kept = [key for key in changed if not listed(key, free)]
+    fixed = [key for key in kept if not listed(key, CHANGED_ON_REQUEST)]
+
+    def show(keys, form="{} {} -> {}", between=", "):
+        return between.join(form.format(key, then.get(key), now.get(key)) for key in keys)
 
     if fixed:
         raise UserError(
             f"{folder} cannot be resumed, this is another run: {show(fixed)}; choose another --logging.run_name"
         )
+    if saved["step"] > steps:
+        raise UserError(
+            f"{folder} lies behind the {steps} steps of training.max_steps (or rl.max_steps, or epochs): raise it"
+        )
+    if kept and finished(saved, now, steps):
+        elsewhere = folder.parent.resolve() != Path(run_dir).resolve()
+        way_out = "leave out --training.resume" if elsewhere else "choose another --logging.run_name"
+        raise UserError(f"{folder.parent} finished with {show(kept, '{} {}, now {}', '; ')}: {way_out}")
+    if kept and not now.get("training.resume_changed"):
+        raise UserError(
+            f"{folder} was trained with other settings: {show(kept)}; add --training.resume_changed true to go on with "
+            "the new ones, or choose another --logging.run_name"
+        )
     if changed:
         say(f"resuming with changed settings: {show(changed)}")
+
+
+def finished(saved, now, steps):
+    """Has a saved run no step left to make, with the steps, budget and patience of now?"""
+    budget, patience = now.get("training.budget_tokens"), now.get("training.patience")
+    heard = saved["evaluation"] is not None or saved["step"] % now["training.eval_interval"] != 0
+    waited = patience is not None and heard and saved["since_best"] >= patience
+    return saved["step"] == steps or (budget is not None and saved["tokens_seen"] >= budget) or waited
 
 
 def fingerprint(value):

@@ -358,6 +358,10 @@ def lines(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def history(run_dir):
+    return json.loads((run_dir / "run.json").read_text())["history"]
+
+
 def samples(run_dir, name="samples"):
     return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_bytes().splitlines()]
 
@@ -486,7 +490,7 @@ def check_two_ranks(main, folder, settings):
 
 
 def check_refusals(main, folder, settings, straight, *cases):
-    """R9: a run in `folder` is not resumed with other (flags, words of the refusal), and nothing in it changes."""
+    """R9: a finished run in `folder` does not take other (flags, words of the refusal), and nothing in it changes."""
     run_dir = folder / "run"
     shutil.copytree(straight(), run_dir)
     before = snapshot(folder)
@@ -496,6 +500,9 @@ def check_refusals(main, folder, settings, straight, *cases):
         (["--training.resume", folder / "none"], "training.resume", str(folder / "none")),
         (["--training.resume", "never"], "training.resume is never", str(run_dir)),
         (["--training.max_steps", 6], "training.max_steps", f"step-{STEPS:06d}"),
+        (["--training.weight_decay", 0.5], f"{run_dir} finished with training.weight_decay 0.0, now 0.5: choose"),
+        (["--training.learning_rate", 1e-5], "training.learning_rate 0.001, now 1e-05: choose another --logging.run"),
+        (["--training.learning_rate", 1e-5, "--training.resume_changed", "true"], "finished with", "now 1e-05"),
         *cases,
     ):
         refused(main, folder, settings(folder, *flags), *words)
@@ -505,14 +512,20 @@ def check_refusals(main, folder, settings, straight, *cases):
 
 
 def check_what_may_change(main, folder, settings, straight, rate="training.learning_rate", old=0.001, same="loss"):
-    """R9: the learning rate, so far `old`, and the number of steps may change, and it is said."""
+    """R9: the number of steps may change, the learning rate, so far `old`, where it is asked for, and both are told."""
     shutil.copytree(straight(), folder / "run")
     shutil.rmtree(folder / "run" / f"step-{STEPS:06d}")
-    argv = settings(folder, f"--{rate}", 5e-4, "--training.max_steps", 10)
-    status, out, err = run(main, folder, argv)
+    before, argv = snapshot(folder / "run"), settings(folder, f"--{rate}", 5e-4, "--training.max_steps", 10)
+    words = "was trained with other settings", "add --training.resume_changed true", "another --logging.run_name"
+    refused(main, folder, argv, "step-000009", f"{rate} {old} -> 0.0005", *words)
+    assert snapshot(folder / "run") == before
+    status, out, err = run(main, folder, [*argv, "--training.resume_changed", "true"])
     assert status == 0, err
     assert f"{rate} {old} -> 0.0005" in out and "training.max_steps 12 -> 10" in out, out
     assert "resuming" in out and "step 9 of 10" in out, out
+    first, second = history(folder / "run")
+    assert first["step"] == 0 and first["settings"][rate] == old and first["settings"]["training.max_steps"] == STEPS
+    assert second == {"step": 9, "settings": {rate: 5e-4, "training.max_steps": 10}}
     new, old = records(folder / "run"), records(straight())
     assert new[:9] == old[:9] and new[9][same] == old[9][same] and new[9]["lr"] != old[9]["lr"] and len(new) == 11
 

@@ -79,7 +79,9 @@ def test_R09_what_may_change(tmp_path, settings, straight, rate, old):
         return runs.check_what_may_change(MAIN, tmp_path, settings("grpo"), straight("grpo"), rate, old, "reward")
     shutil.copytree(straight("ppo")(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / f"step-{runs.STEPS:06d}")
-    status, out, err = run(tmp_path, settings("ppo")(tmp_path, f"--{rate}", 5e-4))
+    argv = settings("ppo")(tmp_path, f"--{rate}", 5e-4)
+    refused(tmp_path, argv, f"{rate} {old} -> 0.0005; add --training.resume_changed true")
+    status, out, err = run(tmp_path, [*argv, "--training.resume_changed", "true"])
     assert status == 0 and f"{rate} {old} -> 0.0005" in out, err
 
 

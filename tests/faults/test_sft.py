@@ -88,6 +88,54 @@ def test_R09_what_may_change(tmp_path, settings, straight):
     runs.check_what_may_change(MAIN, tmp_path, settings, straight)
 
 
+def test_R09_a_run_begun_before_there_was_a_history_goes_on(tmp_path, settings, straight):
+    """Its run.json is damaged, then lost: neither is needed. What spares memory may change unasked."""
+    run_dir, last = tmp_path / "run", tmp_path / "run" / "step-000009"
+    shutil.copytree(straight(), run_dir)
+    shutil.rmtree(run_dir / f"step-{runs.STEPS:06d}")
+    state, manifest = json.loads((last / "state.json").read_text()), checkpoint.verify(last)
+    del state["history"], state["facts"]["training.resume_changed"]
+    (last / "state.json").write_text(json.dumps(state))
+    (last / "MANIFEST.json").unlink()
+    checkpoint._seal(last, {"step": manifest["step"], "tensors": manifest["tensors"]})
+    (run_dir / "run.json").write_text('{"command"')
+    status, _, err = run(tmp_path, settings(tmp_path), runs.at_step(10, runs.terminate))
+    assert status == 1 and "stopped at step 11" in err, err
+    (first,) = runs.history(run_dir)
+    assert first["step"] == 0 and first["source"] == "step-000009/state.json"
+    assert first["settings"]["training.learning_rate"] == 0.001
+    (run_dir / "run.json").unlink()
+    train(tmp_path, settings(tmp_path, "--training.micro_batch_tokens", 64))
+    assert runs.history(run_dir) == [first, {"step": 11, "settings": {"training.micro_batch_tokens": 64}}]
+    assert len(lines(run_dir)) == runs.STEPS + 1
+
+
+def test_R09_the_history_survives_a_kill_and_follows_the_run(tmp_path, settings):
+    run_dir = tmp_path / "run"
+
+    def argv(steps, rate, *more):
+        return settings(tmp_path, "--training.max_steps", steps, "--training.learning_rate", rate, *more)
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    train(tmp_path, argv(3, 1e-3))
+    (first,) = runs.history(run_dir)
+    changed = {"training.learning_rate": 5e-4, "training.max_steps": 6}
+    for act in (kill, runs.terminate):  # the first leaves no checkpoint with the new settings
+        assert run(tmp_path, argv(6, 5e-4, "--training.resume_changed", "true"), runs.at_step(4, act))[0]
+        assert runs.history(run_dir) == [first, {"step": 3, "settings": changed}]
+    train(tmp_path, argv(6, 5e-4))  # as it was saved: nothing is asked for
+    assert runs.history(run_dir) == [first, {"step": 3, "settings": changed}]
+    assert [line["lr"] > 0 for line in lines(run_dir)[:6]].count(True) >= 5
+    shutil.rmtree(run_dir / "step-000006")
+    refused(tmp_path, argv(6, 1e-3), "training.learning_rate 0.0005 -> 0.001; add --training.resume_changed true")
+    train(tmp_path, argv(6, 1e-4, "--training.resume_changed", "true"))
+    step = checkpoint.verify(run_dir / "final")["step"]
+    assert step == 6 and runs.history(run_dir)[:2] == [first, {"step": 3, "settings": changed}]
+    assert runs.history(run_dir)[2] == {"step": 5, "settings": {"training.learning_rate": 1e-4}}
+
+
 def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings):
     runs.check_nan(MAIN, tmp_path, settings, "synthetic-conala-train-", model, "sequence_logprobs")
 

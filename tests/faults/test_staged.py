@@ -73,3 +73,19 @@ def test_R01_R03_R13_stopped_and_killed_in_every_stage(tmp_path, settings):
         assert "resuming" in out or name == "sft"
     trainers.same_files(cut / "run" / "rl", whole / "run" / "rl")
     assert not [*(cut / "run").rglob("*.tmp*")]
+
+
+def test_R09_a_finished_stage_takes_no_other_settings(tmp_path, settings):
+    out, argv = tmp_path / "run", settings(tmp_path)
+    train(tmp_path, argv)
+    before = runs.snapshot(out)
+    words = f"{out}/sft finished with training.learning_rate ", ", now 1e-05: choose another --logging.run_name"
+    runs.refused(MAIN, tmp_path, [*argv, "--training.learning_rate", 1e-5], *words)
+    assert runs.snapshot(out) == before
+    status, text, err = run(tmp_path, [*argv, "--training.resume_changed", "true"])  # free, and nothing to do
+    assert status == 0 and text.count("finished before") == 2, (text, err)
+    before, text = runs.snapshot(out / "rl"), (out / "config.yml").read_text()
+    status, _, err = run(tmp_path, [*argv, "--rl.learning_rate", 1e-5])
+    assert status == 2 and f"error: {out}/rl finished with rl.learning_rate " in err and err.count("\n") == 1, err
+    assert runs.snapshot(out / "rl") == before and (out / "config.yml").read_text() == text
+    assert not [*out.glob(".tmp*")]
