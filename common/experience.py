@@ -108,8 +108,7 @@ def collect(net, prompts, numbers, score, sampling):
     except FloatingPointError as error:
         names = listed([prompt["id"] for prompt in prompts])
         wrong = UserError(f"step {sampling['step']}: {error}; nothing was updated; it was answering {names}")
-    if dist.any_rank(wrong is not None):
-        raise wrong or UserError("another rank could not sample or score")
+    log.refuse_together(wrong, "another rank could not sample or score")
     return batch | {
         "rewards": found[0].float().to(batch["tokens"].device), "parts": found[1], "rows": rows, "records": records,
         "groups": [number for number in numbers for _ in range(group)], "lengths": batch["mask"].sum(1),

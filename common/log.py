@@ -67,6 +67,13 @@ def _refuse(message, error, status=2):
     raise SystemExit(status) from error
 
 
+def refuse_together(error, words):
+    """Raise on all ranks where one of them has an `error`, a UserError: a rank without raises `words` and the first."""
+    found = dist.gather_rows([] if error is None else [str(error)])
+    if found:
+        raise error or UserError(f"{words}: {found[0]}")
+
+
 def say(message):
     """One line on the main rank's console, above the progress bar."""
     if dist.is_main():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common import base, chat, data, decoder, dist, gemma, lora, rollouts, stats
+from common import base, chat, data, decoder, dist, gemma, log, lora, rollouts, stats
 from common import rewards as heuristics
 from common.log import UserError, say
 
@@ -57,8 +57,7 @@ def best_and_worst(records, answers, tokenizer, score):
                 raise UserError(f"the reward of a sample for {records[i]['id']} is not finite")
     except UserError as error:
         wrong = error
-    if dist.any_rank(wrong is not None):
-        raise wrong or UserError("another rank could not score its samples")
+    log.refuse_together(wrong, "another rank could not score its samples")
     rewards, found = dist.sum_tensor(rewards), []
     for record, samples, row in zip(records, answers, rewards):
         picked = [int(row.argmax()), int(row.argmin())]

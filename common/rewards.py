@@ -173,6 +173,8 @@ def load_function(spec):
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+    except SystemExit as error:  # it would end the run without a word
+        raise UserError(f"reward.function: {path} called exit() when it was imported{said(error)}") from error
     except Exception as error:  # the user's file may raise anything
         raise UserError(f"reward.function: {path} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
@@ -181,11 +183,13 @@ def load_function(spec):
 
 
 def call_function(function, records, texts):
-    """A user function's rewards -> list of floats; UserError if it raises or returns no finite number."""
+    """A user function's rewards -> list of floats; UserError if it raises, exits or returns no finite number."""
     found = []
     for record, text in zip(records, texts):
         try:
             value = float(function(record["prompt"], text, record["reference"]))
+        except SystemExit as error:  # it would end the run without a word
+            raise UserError(f"reward.function called exit() on {record['id']}{said(error)}") from error
         except Exception as error:  # the user's function may raise anything
             raise UserError(
                 f"reward.function: failed on {record['id']}: {type(error).__name__}: {error}; it says {text[:SHOWN]!r}"
@@ -194,6 +198,11 @@ def call_function(function, records, texts):
             raise UserError(f"reward.function: returned {value} for {record['id']}; it says {text[:SHOWN]!r}")
         found.append(value)
     return found
+
+
+def said(error):
+    """The words that a SystemExit carries, for the end of a message: `exit("no key")` -> ": no key"."""
+    return f": {error.code}" if isinstance(error.code, str) else ""
 
 
 def wants_model(reward):

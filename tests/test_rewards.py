@@ -1,5 +1,7 @@
 """Heuristic rewards: hand cases, official tokens, hostile texts, and any function of the user's."""
 
+import sys
+
 import pytest
 import torch
 
@@ -78,8 +80,16 @@ def test_user_function(tmp_path):
     for spec, reason in ((f"{file}:absent", "no function"), ("nowhere.py:f", "exists"), ("plain", "expected")):
         with pytest.raises(UserError, match=reason):
             rewards.load_function(spec)
-    file.write_text("1 / 0\n")
-    with pytest.raises(UserError, match="ZeroDivisionError"):
+    for text, reason in (
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("exit()\n", r"mine.py called exit\(\) when it was imported$"),
+        ("import sys\nsys.exit('no key')\n", r"mine.py called exit\(\) when it was imported: no key$"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=reason):
+            rewards.load_function(f"{file}:score")
+    file.write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
         rewards.load_function(f"{file}:score")
 
 
@@ -98,7 +108,15 @@ def test_user_function_that_fails_names_the_record():
     for function, words in (
         (lambda *_: 1 / 0, "failed on first: ZeroDivisionError"),
         (lambda *_: "x", "failed on first"),
+        (lambda *_: exec("exit()"), r"^reward.function called exit\(\) on first$"),
+        (lambda prompt, text, reference: sys.exit("no key") if text == "b" else 1, r"exit\(\) on second: no key$"),
         (lambda prompt, text, reference: float("nan") if text == "b" else 1, "nan for second"),
     ):
         with pytest.raises(UserError, match=words):
             rewards.call_function(function, rows, ["a", "b"])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # Ctrl-C is no fault of the function
+        rewards.call_function(interrupted, rows, ["a", "b"])

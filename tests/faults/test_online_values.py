@@ -69,10 +69,33 @@ def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings, algorithm):
     ("return float('inf')", ("returned inf", "synthetic-safety-")),
     ("return 1 / 0", ("ZeroDivisionError", "synthetic-safety-")),
     ("return 'good'", ("could not convert", "synthetic-safety-")),
+    ("exec('exit()'); return 1.0", ("reward.function called exit() on synthetic-safety-",)),
 ])  # fmt: skip
 def test_R18_a_reward_that_fails_ends_the_run(tmp_path, settings, body, words):
     flags = settings("grpo")(tmp_path, *mine(tmp_path, body))
     refused(tmp_path, flags, *words)
+
+
+def test_R18_a_reward_that_is_interrupted_is_no_refusal(tmp_path, settings):
+    status, _, err = run(tmp_path, settings("grpo")(tmp_path, *mine(tmp_path, "raise KeyboardInterrupt")))
+    assert status == 70 and err.rstrip().endswith("KeyboardInterrupt") and "error: " not in err, (status, err)
+
+
+def test_R18_a_reward_file_that_exits_when_imported_is_named(tmp_path, settings):
+    flags = mine(tmp_path, "return 1.0")
+    with open(tmp_path / "mine.py", "a") as file:
+        file.write("exit()\n")
+    refused(tmp_path, settings("grpo")(tmp_path, *flags), f"{tmp_path}/mine.py called exit() when it was imported")
+
+
+@pytest.mark.parametrize("pairs", [[], ["--rl.algorithm", "dpo", "--rl.pairs", "sampled"]], ids=["online", "pairs"])
+def test_R18_a_reward_that_exits_on_one_rank_ends_both(tmp_path, settings, pairs):
+    code = "import os; os.environ['RANK'] == '1' and exit(); return len(completion)"
+    flags = settings("grpo")(tmp_path, *mine(tmp_path, code), *pairs)
+    for status, _, err in runs.ranks(MAIN, tmp_path, flags):
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (status, err)
+        assert "reward.function called exit() on synthetic-safety-" in err, err
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def test_R18_a_reward_model_that_fails_is_named_with_its_sample(tmp_path, settings, judge):
