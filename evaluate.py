@@ -162,6 +162,8 @@ def main(argv=None):
     systems, task, sheet = parse_systems(job.checkpoints), cfg.task, out / "human_eval.csv"
     if job.human_eval and not 2 <= len(systems) <= 4:
         raise UserError(f"--human_eval: raters compare 2 to 4 systems, these are {len(systems)}")
+    if job.human_eval and sheet.exists() and manifest.key_path(sheet).exists():
+        manifest.check_pair(sheet, manifest.read_manifest(sheet))
     device = model.pick_device(cfg.device)
     dtype = model.pick_dtype(cfg.model.dtype, device)
     resume.prepare(device)
@@ -354,8 +356,10 @@ def write_export(cfg, job):
 
 def human_results(out, files, draws):
     """Unblind the ratings of `files` with out/human_eval.key.csv: human_results.json and .md in `out`."""
-    key = manifest.read_key(out / "human_eval.key.csv")
-    found = manifest.analyse(key, manifest.read_ratings(files, key), draws)
+    path = out / "human_eval.key.csv"
+    key = manifest.read_key(path)
+    remedy = f"{path} is not its key, name the run that wrote its blind file with --logging.run_name"
+    found = manifest.analyse(key, manifest.read_ratings(files, key, remedy), draws)
     text = manifest.report(found)
     log.write_json(out / "human_results.json", found)
     (out / "human_results.md").write_text(text, encoding="utf-8")

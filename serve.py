@@ -340,6 +340,8 @@ async def rate(app, call):
     row = call.body | {"rater_id": check_rater(call.body.get("rater_id"))}
     try:
         rating = ratings.parse_rating(row, app.items)
+    except ratings.ForeignItem as error:  # a page that was open before the server got another blind file
+        raise Refused(409, f"{error}: reload the page to rate the items of this study", "item_id") from None
     except ValueError as error:
         raise Refused(400, str(error)[:300], str(error).partition(" ")[0]) from None
     try:
@@ -489,6 +491,8 @@ def main(argv=None):
     )  # fmt: skip
     if job.human_eval:
         app.blind, app.items = Path(job.human_eval), manifest.read_manifest(job.human_eval)
+        if app.blind.suffix == ".csv" and os.access(manifest.key_path(app.blind), os.R_OK):
+            manifest.check_pair(app.blind, app.items)
         app.ratings, app.writing = app.blind.with_suffix(".ratings.jsonl"), asyncio.Lock()
         app.rated = [shown(row) for row in ratings.reopen(app.ratings, app.items)]
         say(f"{len(app.items)} items to rate at /rate, {len(app.rated)} ratings in {app.ratings}")

@@ -26,8 +26,11 @@ def analyse(key, ratings, draws=2000, seed=0):
     the earlier. Raters who preferred the shuffled answer in more than MAX_FAILED checks, alone or in a tie, are left
     out of everything but the table of raters. Checks never count; of a duplicated item only its first showing does.
     Strengths are fitted with PRIOR; where the raters' data alone would make one infinite they have no interval.
-    UserError if no rating is left.
+    UserError if no rating is left, or if one is of an item that the key lacks.
     """
+    stray = next((rating["item_id"] for rating in ratings if rating["item_id"] not in key), None)
+    if stray is not None:
+        raise UserError(f"item_id {stray!r:.80} is not in the key: analyse ratings with the key of their own study")
     latest = {(rating["rater_id"], rating["item_id"]): rating for rating in ratings}
     raters = _raters(key, latest)
     excluded = [row["rater_id"] for row in raters if row["failed"] > MAX_FAILED]

@@ -8,6 +8,10 @@ Key NAME.key.csv beside it, never for the raters, a line for each item and slot:
     the text shown: the first 16 hex digits of its SHA-256), seed (of every shuffle)
 Ratings: see common/ratings.py.
 
+An item_id is MARK-item-NUMBER, such as 3fa09c-item-01. The mark is the first 6 hex digits of the SHA-256 of all that
+both files say, seed included: the same call gives the same ids, and another study has others. So a rating that is read
+with another study's key is refused, never unblinded wrongly. Files written before there were marks can still be read.
+
 CSV is UTF-8 with a BOM (Excel needs it), RFC 4180, all cells quoted, texts exactly as given. A cell that a spreadsheet
 could run gets a leading apostrophe, which reading takes off again (common/sheets.py); that guards a file opened as
 comma-separated, which a spreadsheet set to another separator must be told. The blinding is for honest raters: a text
@@ -16,6 +20,7 @@ may still give its writer away.
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -28,7 +33,7 @@ from common import sheets
 from common.human import analyse
 from common.human_report import report
 from common.log import UserError, say
-from common.ratings import parse_rating, read_ratings
+from common.ratings import mark_of, parse_rating, read_ratings
 
 __all__ = ["analyse", "generate_manifest", "key_path", "parse_rating", "read_key", "read_manifest", "read_ratings",
            "report", "write"]  # fmt: skip
@@ -71,8 +76,9 @@ def write(items, systems, path, num_samples=200, seed=None, limit=None):
         say(f"{path}: {num_samples} items wanted, all {count} taken")
     if kinds.count("check") < _checks(count):
         say(f"{path}: {kinds.count('check')} of {_checks(count)} checks: few answers have words enough to shuffle")
+    names = _names(items, rows, limit, seed)
     # the key first: a blind file without one would be worthless
-    sheets.save({key: _key_rows(rows, limit, seed), path: _blind_rows(items, rows, limit)})
+    sheets.save({key: _key_rows(names, rows, limit, seed), path: _blind_rows(names, items, rows, limit)})
     return {"items": count, "duplicates": kinds.count("duplicate"), "checks": kinds.count("check"), "seed": seed}
 
 
@@ -98,6 +104,7 @@ def read_manifest(path):
             "slots": slots, **{name: row[name] for name in ("task", "prompt", "reference") if name in row},
             "answers": {slot: row[f"response_{slot}"] for slot in slots},
         }  # fmt: skip
+    _check_marks(path, found)
     return found
 
 
@@ -119,7 +126,32 @@ def read_key(path):
             raise UserError(f"{path}: {item} has slots {entry['slots']} and trap {entry['trap']}, as {entry['kind']}")
         if (entry["kind"] == "duplicate") != (first == "item"):
             raise UserError(f"{path}: {item} is {entry['kind']}, of original {entry['original']!r}")
+    _check_marks(path, found)
     return found
+
+
+def check_pair(path, items):
+    """UserError if the key beside the blind file `path` lacks one of its items (as read_manifest gives them)."""
+    beside = key_path(path)
+    key = read_key(beside)
+    stray = next((item for item in items if item not in key), None)
+    if stray is not None:
+        raise UserError(
+            f"{path}: {stray!r:.80} is no item of {beside} (its first is {next(iter(key), None)!r:.80}): "
+            "they are of two studies, put the blind file beside its own key"
+        )
+
+
+def _check_marks(path, found):
+    """UserError if a file holds items of several studies; a warning where its items carry no mark."""
+    first = {}
+    for item in found:
+        first.setdefault(mark_of(item), item)
+    if len(first) > 1:
+        one, other = list(first.values())[:2]
+        raise UserError(f"{path}: {one!r:.80} and {other!r:.80} are items of two studies: one file for each is needed")
+    if "" in first:
+        say(f"{path}: its items carry no study mark, as it is of an earlier version: use it with its own ratings only")
 
 
 def _add_slot(found, row):
@@ -219,29 +251,33 @@ def _shown(text, limit):
     return f"{text[:limit]}\n[... cut, {limit} of {len(text)} characters shown]", limit
 
 
-def _names(rows):  # in the order of the rows: they say nothing of what a row is
-    return [f"item-{i:0{len(str(len(rows)))}d}" for i in range(1, len(rows) + 1)]
+def _names(items, rows, limit, seed):
+    """The item ids: the study's mark and a number, in the order of the rows. They say nothing of what a row is."""
+    numbers = [f"item-{i:0{len(str(len(rows)))}d}" for i in range(1, len(rows) + 1)]
+    lines = [*_key_rows(numbers, rows, limit, seed), *_blind_rows(numbers, items, rows, limit)]
+    mark = hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:6]
+    return [f"{mark}-{number}" for number in numbers]
 
 
 def _blind_columns(task, slots):
     return ["item_id", *(["task"] if task else []), "prompt", "reference", *(f"response_{slot}" for slot in slots)]
 
 
-def _blind_rows(items, rows, limit):
+def _blind_rows(names, items, rows, limit):
     """The blind file's lines: the header, then one a row."""
     task = any(item.get("task") for item in items)
     yield _blind_columns(task, SLOTS[: len(rows[0]["answers"])])
-    for name, row in zip(_names(rows), rows):
+    for name, row in zip(names, rows):
         item = items[row["source"]]
         shown = [_shown(text, limit)[0] for _, text, _ in row["answers"]]
         yield [name, *([item.get("task") or ""] if task else []), item["prompt"], item.get("reference") or "", *shown]
 
 
-def _key_rows(rows, limit, seed):
+def _key_rows(names, rows, limit, seed):
     """The key's lines: the header, then one an answer."""
     yield KEY
-    first = {row["source"]: name for name, row in zip(_names(rows), rows) if row["kind"] == "item"}
-    for name, row in zip(_names(rows), rows):
+    first = {row["source"]: name for name, row in zip(names, rows) if row["kind"] == "item"}
+    for name, row in zip(names, rows):
         original = first[row["source"]] if row["kind"] == "duplicate" else ""
         for slot, (system, text, trap) in zip(SLOTS, row["answers"]):
             shown, characters = _shown(text, limit)

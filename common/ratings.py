@@ -3,6 +3,8 @@
 Columns: rater_id, item_id, preferred (a slot, several joined by "/" where they tie, or "none" where none is better)
 and, where wanted, order (the slots as this rater saw them, "B/A/C"), harmless_1_5, helpful_1_5, faithful_1_5 (1 worst
 to 5 best, of the preferred answer), comment, seconds. Case and spaces in preferred and order do not matter.
+
+An item_id begins with the mark of its study (common/manifest.py). A rating of another study's item is refused.
 """
 
 import errno
@@ -10,28 +12,49 @@ import fcntl
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 from common import checkpoint, sheets
 from common.human import SCORES
 from common.log import UserError, say
 
+OWN_KEY = "read this file with the key of the study that it rates"
 COLUMNS = ("rater_id", "item_id", "preferred", "order", *SCORES, "comment", "seconds")
 
 
-def read_ratings(paths, entries):
+class ForeignItem(ValueError):
+    """A rating of an item of another study."""
+
+
+def mark_of(item_id):
+    """The mark of the study that an item_id belongs to; "" in files that were written before there were marks."""
+    found = re.fullmatch("([0-9a-f]{6})-item-[0-9]+", item_id)
+    return found[1] if found else ""
+
+
+def read_ratings(paths, entries, remedy=OWN_KEY):
     """All ratings of the files, in order, as `parse_rating` gives them; entries: read_key's or read_manifest's.
 
     A rater's later rating of an item is kept beside the earlier one: `analyse` takes the last and counts the others.
-    UserError names file and line.
+    UserError names file and line. remedy: what the user should do where an item is of another study.
     """
     found = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        for line, row in _rating_rows(path):
-            try:
-                found.append(parse_rating(row, entries))
-            except ValueError as error:
-                raise UserError(f"{path}, line {line}: {error}") from error
+        found += _parse_rows(path, _rating_rows(path), entries, remedy)
+    return found
+
+
+def _parse_rows(path, rows, entries, remedy):
+    """The ratings in the rows [(line, {column: value})] of a file."""
+    found = []
+    for line, row in rows:
+        try:
+            found.append(parse_rating(row, entries))
+        except ForeignItem as error:
+            raise UserError(f"{path}, line {line}: {error}: {remedy}") from error
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}: {error}") from error
     return found
 
 
@@ -41,8 +64,13 @@ def _rating_rows(path):
         return sheets.read(path)[1]
     if Path(path).suffix != ".jsonl":
         raise UserError(f"{path}: ratings are a .csv or a .jsonl file")
+    return _json_rows(path, sheets.text_of(path))
+
+
+def _json_rows(path, whole):
+    """[(line, value)] of the text of a .jsonl file."""
     rows = []
-    for line, text in enumerate(sheets.text_of(path).removesuffix("\n").split("\n"), 1):
+    for line, text in enumerate(whole.removesuffix("\n").split("\n"), 1):
         try:
             rows.append((line, json.loads(text)))
         except (ValueError, RecursionError) as error:
@@ -52,7 +80,8 @@ def _rating_rows(path):
 
 def parse_rating(row, entries):
     """A rating {column: value} as sent or read -> all columns: `preferred` and `order` tuples of slots (`order` None if
-    not given), scores int or None, `seconds` float or None. ValueError names the column and what was expected."""
+    not given), scores int or None, `seconds` float or None. ValueError names the column and what was expected; it is a
+    ForeignItem where the item is of another study."""
     if not isinstance(row, dict):
         raise ValueError("a rating is an object of " + ", ".join(COLUMNS))
     if unknown := sorted(set(row) - set(COLUMNS)):
@@ -62,7 +91,7 @@ def parse_rating(row, entries):
     if not row["rater_id"].strip():
         raise ValueError("rater_id is empty")
     if row["item_id"] not in entries:
-        raise ValueError(f"item_id {row['item_id']!r} is no item of this evaluation")
+        raise _unknown_item(row["item_id"], entries)
     slots = entries[row["item_id"]]["slots"]
     none = row["preferred"].strip().lower() == "none"
     preferred = () if none else _slots(row, "preferred", slots)
@@ -78,6 +107,15 @@ def parse_rating(row, entries):
         raise ValueError(f"seconds {row['seconds']!r}: a number from 0")
     preferred = tuple(sorted(preferred))
     return {**row, "preferred": preferred, "order": order, **scores, "seconds": seconds}
+
+
+def _unknown_item(item_id, entries):
+    """The error of an item_id that is not in `entries`."""
+    theirs, ours = mark_of(item_id.strip().lower()), mark_of(next(iter(entries), ""))
+    if theirs == ours:
+        return ValueError(f"item_id {item_id!r:.80} is no item of this evaluation")
+    marks = f"its mark is {theirs or 'missing'}, that of this study is {ours or 'missing'}"
+    return ForeignItem(f"item_id {item_id!r:.80} is of another study ({marks})")
 
 
 def _slots(row, column, slots):
@@ -108,13 +146,18 @@ def append(path, row):
 
 
 def reopen(path, entries):
-    """All ratings of a file that `append` made; none if there is no file. A last line that was cut off is dropped."""
+    """All ratings of a file that `append` made; none if there is no file. A last line that was cut off is dropped.
+
+    The file stays as it is where one of its ratings is refused.
+    """
     path = Path(path)
     if not path.exists():
         return []
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
+    rows = _json_rows(path, sheets.decode(path, whole)) if whole else []
+    found = _parse_rows(path, rows, entries, "move this file away, or serve the blind file that it rates")
     if whole != data:
         os.truncate(path, len(whole))
         say(f"{path}: the last line was cut off and is dropped ({len(data) - len(whole)} bytes)")
-    return read_ratings(path, entries) if whole else []
+    return found

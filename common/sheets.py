@@ -62,9 +62,15 @@ def text_of(path):
     """A file's text, line ends untouched; UserError if it cannot be read or is not UTF-8, naming the line."""
     try:
         data = Path(path).read_bytes()
-        return data.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return decode(path, data)
+
+
+def decode(path, data):
+    """The text of a file's bytes; UserError if they are not UTF-8, naming the line."""
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8 (save it as CSV UTF-8)") from error

@@ -4,14 +4,18 @@ import csv
 import json
 import math
 import os
+import re
 import stat
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from common import human, manifest
+import evaluate
+import serve
+from common import human, manifest, ratings
 from common.log import UserError
+from tests import runs
 
 NAMES = ("sft", "rl", "staged")
 WORDS = "the visit note says that a patient with mild fever was told to rest and drink more water today".split()
@@ -111,7 +115,8 @@ def test_nothing_in_the_blind_file_names_a_system(tmp_path):
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.reader(file, strict=True))
     assert rows[0] == ["item_id", "prompt", "reference", "response_A", "response_B", "response_C"]
-    assert [row[0] for row in rows[1:]] == [f"item-{i:02d}" for i in range(1, len(rows))]
+    mark = rows[1][0][:6]
+    assert [row[0] for row in rows[1:]] == [f"{mark}-item-{i:02d}" for i in range(1, len(rows))]
 
 
 def test_the_seed_makes_the_files_and_is_drawn_if_none(tmp_path):
@@ -120,7 +125,7 @@ def test_the_seed_makes_the_files_and_is_drawn_if_none(tmp_path):
         manifest.write([{"prompt": "p"}] * 20, {n: answers(20) for n in NAMES}, tmp_path / f"{name}.csv", 20, seed)
         files.append((tmp_path / f"{name}.key.csv").read_bytes())
     assert files[0] == files[1] and files[2] != files[3]
-    seed = int(manifest.read_key(tmp_path / "c.key.csv")["item-01"]["seed"])
+    seed = int(next(iter(manifest.read_key(tmp_path / "c.key.csv").values()))["seed"])
     manifest.write([{"prompt": "p"}] * 20, {n: answers(20) for n in NAMES}, tmp_path / "e.csv", 20, seed)
     assert (tmp_path / "e.key.csv").read_bytes() == files[2]
 
@@ -460,3 +465,179 @@ def test_a_whole_study_from_files(tmp_path):
         "n": 12,
     }
     assert manifest.report(found).startswith("## Human evaluation\n\n60 items, 2 raters, 120 ratings counted")
+
+
+# ---------------------------------------------------------------- two studies, and files without marks
+
+NO_PORT = 99_999  # a server that is started where it should refuse ends at once, with another line
+
+
+def two_studies(tmp_path):
+    """The folders of two runs that compare the same two systems, each with a blind file and its key."""
+    folders = []
+    for name, seed in (("first", 1), ("second", 2)):
+        (tmp_path / name).mkdir()
+        items = [{"prompt": f"{name} prompt {i}"} for i in range(20)]
+        systems = {"base": answers(20, seed), "tuned": answers(20, seed + 10)}
+        manifest.write(items, systems, tmp_path / name / "human_eval.csv", seed=seed)
+        folders.append(tmp_path / name)
+    return folders
+
+
+def rate_all(folder, path, system="tuned", raters=("ann", "bob")):
+    """Write a file of ratings in which all raters prefer `system` wherever it is shown."""
+    rows = [
+        {"rater_id": rater, "item_id": item, "preferred": "/".join(slots) or "none"}
+        for rater in raters
+        for item, entry in manifest.read_key(folder / "human_eval.key.csv").items()
+        for slots in [[s for s, name in entry["systems"].items() if name == system and s != entry["trap"]]]
+    ]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def take_marks_off(*paths):
+    """Turn files into what the version before marks wrote."""
+    for path in paths:
+        path.write_bytes(re.sub(rb"[0-9a-f]{6}-(item-[0-9]+)", rb"\1", path.read_bytes()))
+
+
+def results_of(folder, *files):
+    """evaluate.py --human_results of these files with the key of the run in `folder`."""
+    where = ["--logging.output_dir", folder.parent, "--logging.run_name", folder.name, "--evaluation.draws", 100]
+    return evaluate.main([str(word) for word in [*where, "--human_results", *files]])
+
+
+def refusal(capsys, folder, *files):
+    """The one line with which the command refuses these files."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        results_of(folder, *files)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
+    return line
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_ratings_of_another_study_are_refused_by_the_command(tmp_path, capsys, kind):
+    first, second = two_studies(tmp_path)
+    mine = rate_all(first, tmp_path / f"mine.{kind}")
+    found = results_of(first, mine)
+    assert found["win_rates"][0]["rate"] == 0.0 and found["systems"] == ["base", "tuned"]
+    assert found["self_consistency"]["share"] == 1.0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    item = next(iter(manifest.read_key(first / "human_eval.key.csv")))
+    line = refusal(capsys, second, mine)
+    assert f"mine.{kind}, line {2 if kind == 'csv' else 1}: item_id '{item}' is of another study" in line
+    assert str(second / "human_eval.key.csv") in line and "--logging.run_name" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (second / "human_results.json").exists()
+
+
+def test_one_foreign_file_or_line_among_good_ones_is_refused_by_name(tmp_path, capsys):
+    first, second = two_studies(tmp_path)
+    mine, theirs = rate_all(first, tmp_path / "mine.csv"), rate_all(second, tmp_path / "theirs.jsonl")
+    assert "theirs.jsonl, line 1: item_id" in refusal(capsys, first, mine, theirs)
+    good = rate_all(first, tmp_path / "good.jsonl").read_text()
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(good + theirs.read_text())
+    line = refusal(capsys, first, mixed)
+    assert f"mixed.jsonl, line {good.count(chr(10)) + 1}: item_id" in line and "another study" in line
+
+
+def test_files_without_marks_are_read_with_their_own_key_only(tmp_path, capsys):
+    first, second = two_studies(tmp_path)
+    marked = rate_all(first, tmp_path / "marked.csv")
+    take_marks_off(first / "human_eval.csv", first / "human_eval.key.csv")
+    old = rate_all(first, tmp_path / "old.csv")
+    assert "item-01" in old.read_text().split(",") and list(manifest.read_manifest(first / "human_eval.csv"))
+    capsys.readouterr()
+    assert results_of(first, old)["win_rates"][0]["rate"] == 0.0
+    assert "human_eval.key.csv: its items carry no study mark" in capsys.readouterr().out
+    line = refusal(capsys, second, old)
+    assert "old.csv, line 2: item_id 'item-01' is of another study (its mark is missing" in line
+    line = refusal(capsys, first, marked)  # a new rating, and the key of an old study
+    assert "marked.csv, line 2: item_id" in line and "that of this study is missing" in line
+
+
+def test_a_slip_in_an_item_id_is_not_called_another_study(tmp_path):
+    first, _ = two_studies(tmp_path)
+    key = manifest.read_key(first / "human_eval.key.csv")
+    mark = ratings.mark_of(next(iter(key)))
+    for wrong in (f"{mark}-item-99", f"{mark}-item-01 ", f"{mark.upper()}-item-99"):
+        with pytest.raises(ValueError, match="is no item of this evaluation"):
+            ratings.parse_rating({"rater_id": "ann", "item_id": wrong, "preferred": "A"}, key)
+    with pytest.raises(ratings.ForeignItem, match="of another study"):
+        ratings.parse_rating({"rater_id": "ann", "item_id": "item-01", "preferred": "A"}, key)
+
+
+def test_the_mark_is_a_function_of_all_that_the_study_is(tmp_path):
+    items, systems = [{"prompt": f"p{i}"} for i in range(12)], {"x": answers(12, 0), "y": answers(12, 1)}
+    given = {"items": items, "systems": systems, "num_samples": 10, "seed": 5}
+    changes = {
+        "same": {},
+        "again": {},
+        "seed": {"seed": 6},
+        "size": {"num_samples": 11},
+        "shown": {"limit": 20},
+        "prompt": {"items": [{"prompt": f"q{i}"} for i in range(12)]},
+        "answer": {"systems": {**systems, "y": [*answers(12, 1)[:-1], "another one"]}, "num_samples": 12},
+        "whole": {"num_samples": 12},
+        "names": {"systems": {"x": systems["x"], "z": systems["y"]}},
+    }
+    marks = {}
+    for name, change in changes.items():
+        manifest.write(path=tmp_path / f"{name}.csv", **{**given, **change})
+        found = {ratings.mark_of(item) for item in manifest.read_key(tmp_path / f"{name}.key.csv")}
+        assert len(found) == 1 and "" not in found
+        marks[name] = found.pop()
+    assert marks.pop("again") == marks["same"] and len(set(marks.values())) == len(marks)
+
+
+def test_a_file_with_the_items_of_two_studies_is_refused(tmp_path):
+    first, second = two_studies(tmp_path)
+    for name, read in (("human_eval.csv", manifest.read_manifest), ("human_eval.key.csv", manifest.read_key)):
+        rows = (second / name).read_text("utf-8-sig").split("\n", 1)[1]
+        (tmp_path / name).write_text((first / name).read_text("utf-8-sig") + rows)
+        with pytest.raises(UserError, match=rf"{name}: .* are items of two studies") as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_ratings_read_with_one_key_are_not_analysed_with_another(tmp_path):
+    first, second = two_studies(tmp_path)
+    keys = [manifest.read_key(folder / "human_eval.key.csv") for folder in (first, second)]
+    found = manifest.read_ratings(rate_all(first, tmp_path / "mine.csv"), keys[0])
+    assert manifest.analyse(keys[0], found, draws=10)["ratings"] == 40
+    with pytest.raises(UserError, match="is not in the key: analyse ratings with the key of their own study"):
+        manifest.analyse(keys[1], found, draws=10)
+
+
+def test_saved_ratings_of_another_study_are_refused_and_stay_as_they_are(tmp_path):
+    first, second = two_studies(tmp_path)
+    saved = rate_all(first, second / "human_eval.ratings.jsonl")
+    saved.write_text(saved.read_text() + '{"rater_id": "ann", "it')  # cut off by a crash
+    before = saved.read_bytes()
+    items = manifest.read_manifest(second / "human_eval.csv")
+    with pytest.raises(UserError, match=r"line 1: item_id .* another study .*: move this file away") as caught:
+        ratings.reopen(saved, items)
+    assert str(saved) in str(caught.value) and saved.read_bytes() == before
+    flags = ["--checkpoint", "tiny", "--port", NO_PORT, "--human_eval", second / "human_eval.csv"]
+    runs.refused(serve.main, tmp_path, flags, "human_eval.ratings.jsonl, line 1: item_id")
+    assert saved.read_bytes() == before
+
+
+def test_a_blind_file_beside_another_study_s_key_is_not_served(tmp_path):
+    first, second = two_studies(tmp_path)
+    os.replace(first / "human_eval.key.csv", second / "human_eval.key.csv")
+    flags = ["--checkpoint", "tiny", "--port", NO_PORT, "--human_eval", second / "human_eval.csv"]
+    runs.refused(serve.main, tmp_path, flags, "they are of two studies, put the blind file beside its own key")
+    flags = ["--logging.output_dir", tmp_path, "--logging.run_name", "second", "--human_eval"]
+    flags += ["--checkpoints", "base=tiny", "tuned=tiny"]
+    runs.refused(evaluate.main, tmp_path, flags, "they are of two studies, put the blind file beside its own key")

@@ -856,6 +856,7 @@ def blind(tmp_path):
 
 def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind):
     file = tmp_path / "human_eval.ratings.jsonl"
+    first, second, *_ = manifest.read_manifest(blind)
     with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
         ann, bob = (ask(one, "GET", f"/rate/items?rater={name}") for name in ("ann", "bob"))
         assert (
@@ -871,19 +872,19 @@ def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind)
             texts = manifest.read_manifest(blind)[item["item_id"]]["answers"]
             assert {a["slot"]: a["text"] for a in item["answers"]} == texts
         assert not re.search(r"sft\b.*system|\.key|duplicate|trap", ann.text)
-        rating = {"rater_id": " ann ", "item_id": "item-1", "preferred": "B/A", "order": orders[0][0], "helpful_1_5": 4,
+        rating = {"rater_id": " ann ", "item_id": first, "preferred": "B/A", "order": orders[0][0], "helpful_1_5": 4,
                   "comment": "=1+1 \u2028 ü", "seconds": 3.5}  # fmt: skip
         saved = ask(one, "POST", "/rate", rating)
         assert (saved.status, saved.json) == (200, {"saved": True, "rated": 1, "total": len(orders[0])})
-        assert ask(one, "POST", "/rate", rating | {"item_id": "item-2", "preferred": "none"}).json["rated"] == 2
+        assert ask(one, "POST", "/rate", rating | {"item_id": second, "preferred": "none"}).json["rated"] == 2
         assert ask(one, "POST", "/rate", rating | {"preferred": "C"}).json["rated"] == 2, "rated again"
         found = ask(one, "GET", "/rate/items?rater=ann").json["rated"]
-        assert found["item-1"]["preferred"] == "C" and found["item-1"]["helpful_1_5"] == 4
-        assert found["item-2"]["preferred"] == "none" and not ask(one, "GET", "/rate/items?rater=bob").json["rated"]
+        assert found[first]["preferred"] == "C" and found[first]["helpful_1_5"] == 4
+        assert found[second]["preferred"] == "none" and not ask(one, "GET", "/rate/items?rater=bob").json["rated"]
         rows = ratings.read_ratings(file, manifest.read_key(manifest.key_path(blind)))
         assert [row["preferred"] for row in rows] == [("A", "B"), (), ("C",)] and rows[0]["comment"] == "=1+1 \u2028 ü"
         size = file.stat().st_size
-        for change, param in (({"item_id": "item-99"}, "item_id"), ({"preferred": "D"}, "preferred"),
+        for change, param in (({"item_id": first + "9"}, "item_id"), ({"preferred": "D"}, "preferred"),
                               ({"rater_id": ""}, "rater_id"), ({"preferred": None}, "preferred"),
                               ({"order": "A"}, "order"), ({"helpful_1_5": 6}, "helpful_1_5"), ({"x": 1}, "unknown"),
                               ({"rater_id": "a\x1b"}, "rater_id"), ({"rater_id": 3}, "rater_id"),
@@ -910,10 +911,25 @@ def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind):
         serve.ratings.os = SimpleNamespace(**{**vars(os), "fsync": full})
 
     with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind, change=change) as one:
-        found = ask(one, "POST", "/rate", {"rater_id": "ann", "item_id": "item-1", "preferred": "A"})
+        rating = {"rater_id": "ann", "item_id": next(iter(manifest.read_manifest(blind))), "preferred": "A"}
+        found = ask(one, "POST", "/rate", rating)
         assert found.status == 507 and "No space left on device" in found.json["error"]["message"]
         assert not ask(one, "GET", "/rate/items?rater=ann").json["rated"]
     assert (tmp_path / "human_eval.ratings.jsonl").read_bytes() == b""
+
+
+def test_a_rating_of_another_study_is_refused_and_the_next_one_is_kept(tmp_path, blind):
+    """As a page sends it that was open before the server was started again with another blind file."""
+    own = next(iter(manifest.read_manifest(blind)))
+    with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
+        for foreign in ("000000-item-1", "item-1"):
+            found = ask(one, "POST", "/rate", {"rater_id": "ann", "item_id": foreign, "preferred": "A"})
+            error = found.json["error"]
+            assert found.status == 409 and error["param"] == "item_id", found.text
+            assert f"item_id '{foreign}' is of another study" in error["message"] and "reload" in error["message"]
+        assert ask(one, "POST", "/rate", {"rater_id": "ann", "item_id": own, "preferred": "A"}).json["rated"] == 1
+    file = tmp_path / "human_eval.ratings.jsonl"
+    assert [row["item_id"] for row in ratings.read_ratings(file, manifest.read_manifest(blind))] == [own]
 
 
 def test_without_a_blind_file_there_is_nothing_to_rate(server, tmp_path):
