@@ -201,7 +201,7 @@ def main(argv=None):
     dist.barrier()
     unread = ("rl.", "reward.type", "reward.alpha", "reward.beta", "reward.checkpoint", "reward.function",
               "reward.normalize_rewards", "reward.clip_rewards", "reward.heuristic.")  # fmt: skip
-    folder, tensors = resume.go_on(run_dir, training.resume, state, steps, (*resume.FREE_TO_CHANGE, *unread))
+    folder, tensors = resume.go_on(run_dir, training, state, steps, (*resume.FREE_TO_CHANGE, *unread))
     if folder:
         reward_model.restore(net, NAME, head, folder)
         resume.load_optimizer(optimizer, named, tensors["optimizer"])

@@ -305,7 +305,7 @@ def main(argv=None):
     free = [*resume.FREE_TO_CHANGE, "evaluation.draws"]
     if online:
         free.remove("evaluation.")  # evaluations are compared with each other
-    folder, tensors = resume.go_on(run_dir, training.resume, state, steps, (*free, *([] if online else ["reward."])))
+    folder, tensors = resume.go_on(run_dir, training, state, steps, (*free, *([] if online else ["reward."])))
     if folder:
         model.restore(net, run.adapter, folder)
         resume.restore(trained.get("critic", {}), tensors.get("critic", {}))

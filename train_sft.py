@@ -128,7 +128,7 @@ def main(argv=None):
     if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
     dist.barrier()
-    found, tensors = resume.go_on(run_dir, training.resume, state, steps, (*resume.FREE_TO_CHANGE, "rl.", "reward."))
+    found, tensors = resume.go_on(run_dir, training, state, steps, (*resume.FREE_TO_CHANGE, "rl.", "reward."))
     if found:
         model.restore(net, adapter, found)
         resume.load_optimizer(optimizer, named, tensors["optimizer"])

@@ -98,19 +98,20 @@ def find(run_dir, choice):
     return folder
 
 
-def go_on(run_dir, choice, state, steps, free=FREE_TO_CHANGE):
+def go_on(run_dir, training, state, steps, free=FREE_TO_CHANGE):
     """Fill `state` from the step folder to resume from, if there is one -> (folder, tensors) or (None, {}).
 
-    state["history"] becomes the settings by step, see history. UserError where `state["facts"]` differ from those of
-    another rank, or from the saved ones in what may not change, or the run is already past `steps`.
+    training: that section of the config. state["history"] becomes the settings by step, see history. UserError where
+    `state["facts"]` differ from those of another rank, or from the saved ones in what may not change, or the run is
+    already past `steps`.
     """
-    found = find(run_dir, choice)
+    found = find(run_dir, training.resume)
     agree(state["facts"] | {"training.resume": found and found.name})
     if not found:
         state["history"] = history(None, state)
         return None, {}
     tensors, saved = checkpoint.load_step(found)
-    refuse_changes(run_dir, found, saved, state["facts"], steps, free)
+    refuse_changes(run_dir, found, saved, state["facts"], steps, free, training.resume_changed)
     state |= saved | {"facts": state["facts"], "history": history(found, saved, state["facts"])}
     say(f"resuming {run_dir} at step {state['step']} of {steps}")
     return found, tensors
@@ -171,8 +172,11 @@ def listed(key, names):
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
 
 
-def refuse_changes(run_dir, folder, saved, now, steps, free):
-    """Compare the facts of the saved state with this run's: UserError where one differs that may not, see the lists."""
+def refuse_changes(run_dir, folder, saved, now, steps, free, allowed):
+    """Compare the facts of the saved state with this run's: UserError where one differs that may not.
+
+    What is in `free` may differ, and CHANGED_ON_REQUEST where that is `allowed` and a step is left to make.
+    """
     then = saved["facts"]
     changed = [key for key in {**then, **now} if then.get(key) != now.get(key) and key != "training.resume_changed"]
     kept = [key for key in changed if not listed(key, free)]
@@ -193,7 +197,7 @@ def refuse_changes(run_dir, folder, saved, now, steps, free):
         elsewhere = folder.parent.resolve() != Path(run_dir).resolve()
         way_out = "leave out --training.resume" if elsewhere else "choose another --logging.run_name"
         raise UserError(f"{folder.parent} finished with {show(kept, '{} {}, now {}', '; ')}: {way_out}")
-    if kept and not now.get("training.resume_changed"):
+    if kept and not allowed:
         raise UserError(
             f"{folder} was trained with other settings: {show(kept)}; add --training.resume_changed true to go on with "
             "the new ones, or choose another --logging.run_name"

@@ -419,6 +419,23 @@ def test_a_failed_save_says_so_keeps_the_choice_and_can_be_tried_again(browser, 
     assert [len(row["preferred"]) for row in kept(site, "cat")[0]] == [1] and text(browser, "count") == "1 of 6 rated"
 
 
+def test_a_page_of_another_study_is_told_to_reload(browser, site):
+    """The server was started again with another blind file while the page was open."""
+    browser.expected = (409,)
+    before = [{"item_id": "000000-item-1", "prompt": "old", "answers": [{"slot": s, "text": s} for s in "ABC"]}]
+    fulfil(browser, "/rate/items?rater=kim", 200, json.dumps({"items": before, "rated": {}}))
+    open_rate(browser, site, "kim")
+    browser.key("1")
+    browser.key("Enter")
+    browser.wait("$('chosen').textContent.startsWith('Not saved. ')")
+    told = text(browser, "chosen")
+    assert "'000000-item-1' is of another study" in told
+    assert told.endswith("reload the page to rate the items of this study.")
+    assert browser.run("document.querySelectorAll('#answers :checked').length") == 1
+    path = site.folder / "human_eval.ratings.jsonl"
+    assert not path.exists() or "kim" not in path.read_text()
+
+
 def test_every_rater_has_an_order_of_the_same_answers_and_nothing_tells_the_systems(browser, site):
     orders = set()
     for rater in ("dan", "eve", "flo", "gus"):

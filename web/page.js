@@ -61,12 +61,14 @@ export async function request(path, { signal, ...options } = {}) {
   }
 }
 
-// The JSON of a good response; a refusal is an Error in the server's words, with the time to wait where it names one.
+// The JSON of a good response; a refusal is an Error in the server's words, with the time to wait where it names one,
+// and with its `status`.
 export async function json(response) {
   const said = await response.json().catch(() => null), wait = response.headers.get("Retry-After");
   if (response.ok && said) return said;
   const words = said?.error?.message ?? `The server answered with status ${response.status}`;
-  throw new Error(words.replace(/[.\s]*$/, ".") + (wait ? ` Try again in ${wait} s.` : ""));
+  const error = new Error(words.replace(/[.\s]*$/, ".") + (wait ? ` Try again in ${wait} s.` : ""));
+  throw Object.assign(error, { status: response.status });
 }
 
 // Resolves when the model is there; until then show(words) says what is missing.

@@ -45,7 +45,8 @@ async function save() {
     progress(said.rated);
     announce("Saved.");
   } catch (error) {
-    return tell(`Not saved. ${error.message} Your choice is still here: save it again.`);
+    const again = error.status === 409 ? "" : " Your choice is still here: save it again."; // 409: of another study
+    return tell(`Not saved. ${error.message}${again}`);
   } finally {
     saving = false;
   }
