@@ -169,7 +169,6 @@ def main(argv=None):
     resume.prepare(device)
     places = {(name, k): base.locate(source) for name, sources in systems.items() for k, source in enumerate(sources)}
     home_folder = places["base", 0][0] if "base" in systems else base.resolve(cfg.model.base_checkpoint)
-    home_print = base.fingerprint(home_folder)
     words = checkpoint.sha256(home_folder / "tokenizer.json")
     for (name, _), (folder, _) in places.items():
         if checkpoint.sha256(folder / "tokenizer.json") != words:
@@ -178,6 +177,7 @@ def main(argv=None):
 
     # --- the base in memory, its judges, the items
     home, tokenizer = model.load(home_folder, device, dtype)
+    home_print = model.base_fingerprint(home)
     lora.wrap(home)
     lora.use(home, None)
     records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
@@ -220,7 +220,8 @@ def main(argv=None):
         last = config.load_config(runs[name, k][-1] / "config.yml") if runs[name, k] else None
         own, learned = folder.resolve() != home_folder.resolve(), last is not None and last.training.mode == "rl"
         start = last.model if learned else None
-        origin = base.resolve(start.base_checkpoint) if learned and own and not start.adapter else home_folder
+        full = learned and own and not adapter  # then what RL started from is a whole model too
+        origin = base.resolve(start.base_checkpoint) if full else home_folder
         key = resume.fingerprint([*shared, base.fingerprint(folder) if own else None, learned,
                                   base.fingerprint(origin) if origin != home_folder else None,
                                   model.adapter_fingerprint(adapter),
@@ -230,7 +231,8 @@ def main(argv=None):
             net = model.load(folder, device, dtype)[0] if own else home
             others = {"kl_base": (home, None)}
             if start:  # what RL started from and was held to
-                frozen = home if origin == home_folder else model.load(origin, device, dtype)[0]
+                frozen = net if adapter else home  # an adapter's reference is one beside it, on the same base
+                frozen = frozen if origin == home_folder else model.load(origin, device, dtype)[0]
                 if start.adapter:
                     model.load_adapter(frozen, f"reference-{name}-{k}", start.adapter, trainable=False)
                 others["kl_reference"] = (frozen, f"reference-{name}-{k}" if start.adapter else None)

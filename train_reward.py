@@ -142,9 +142,9 @@ def main(argv=None):
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
 
     # --- model, tokenizer, adapter with its head
-    fingerprint = base.fingerprint(base_folder)
     base_name = base.public_name(peft.base_checkpoint, base_folder)
     net, tokenizer = model.load(base_folder, device, dtype, quantize=peft.peft_type == "qlora")
+    fingerprint = model.base_fingerprint(net)
     torch.manual_seed(cfg.seed)
     if peft.adapter:
         model.load_adapter(net, NAME, peft.adapter)

@@ -242,7 +242,7 @@ def main(argv=None):
     net, frozen, tokenizer, trained, named = run.net, run.frozen, run.tokenizer, run.trained, roles.named(run.trained)
     parameters = {role: [*part.values()] for role, part in trained.items()}
     context = model.compute_context(device, dtype, full)
-    fingerprint, start = base.fingerprint(base_folder), model.adapter_fingerprint(peft.adapter)
+    fingerprint, start = model.base_fingerprint(net), model.adapter_fingerprint(peft.adapter)
     judge = judged and reward_model.judge(frozen, tokenizer, cfg.reward, fingerprint, training.micro_batch_tokens)
     run.score = rewards.make(cfg.task, cfg.reward, functools.partial(chat.decode, tokenizer), judge)
     run.forward = functools.partial(roles.forward, run, temperature=rl.temperature if online else 1.0,

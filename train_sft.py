@@ -120,7 +120,7 @@ def main(argv=None):
     facts = config.flatten(cfg) | {
         "world_size": dist.world_size(),
         "tokenizer": checkpoint.sha256(base_folder / "tokenizer.json"),
-        "model": base.fingerprint(base_folder),
+        "model": model.base_fingerprint(net),
         "data": resume.fingerprint([[e["id"], e["ids"], e["mask"]] for e in train + val]),
     }
     state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "norms": {},

@@ -31,6 +31,7 @@ LIMITS = {"vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16,
           "sliding_window": 2**20}  # fmt: skip
 LARGEST = 2**20  # bytes of a config.json: Gemma's has 2,000
 ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
+RECORD = "base.json"  # beside an adapter's files: the base that it was trained on
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 
 
@@ -142,6 +143,22 @@ def fingerprint(folder):
         with shard.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def record(folder):
+    """The base that the adapter in `folder` was trained on -> {"base_checkpoint": its public name, "fingerprint",
+    "quantised": "nf4" or None}. None without that file: peft writes none, nor did earlier versions."""
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        name, digest, quantised = (found[key] for key in ("base_checkpoint", "fingerprint", "quantised"))
+        if not isinstance(name, str) or not isinstance(digest, str) or quantised not in (None, "nf4"):
+            raise ValueError("a value of another kind")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: does not say which base the adapter was trained on ({error!r:.200})") from error
+    return {"base_checkpoint": name, "fingerprint": digest, "quantised": quantised}
 
 
 def build_once(target, build):

@@ -66,7 +66,20 @@ def load(checkpoint, device, dtype, quantize=False):
     )
     if quantize:
         quantise(model)
+    model.base_folder = folder
     return model.to(device).eval(), tokenizer
+
+
+def base_fingerprint(net):
+    """base.fingerprint of the folder that `load` read; the files are hashed once a net. None if `load` read none."""
+    if getattr(net, "base_sha256", None) is None:
+        net.base_sha256 = base.fingerprint(net.base_folder) if hasattr(net, "base_folder") else None
+    return net.base_sha256
+
+
+def is_quantised(net):
+    """Are the linears 4-bit ones?"""
+    return any(hasattr(parameter, "quant_state") for parameter in net.parameters())
 
 
 def quantise(model):
@@ -196,11 +209,18 @@ def save_model(model, tokenizer, folder, adapter=None, dtype=None):
 
 
 def save_adapter(model, tokenizer, folder, name, base_checkpoint):
-    """A folder that plain peft loads: adapter_model.safetensors (fp32), adapter_config.json, tokenizer."""
+    """A folder that plain peft loads: adapter_model.safetensors (fp32), adapter_config.json, tokenizer.
+
+    With base.json, which peft ignores: the base that the adapter belongs to, for check_base.
+    """
     tensors = {key: p.detach().cpu().contiguous() for key, p in lora.adapter_parameters(model, name).items()}
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(lora.adapter_config(model, name, base_checkpoint), indent=2)
     (Path(folder) / "adapter_config.json").write_text(text + "\n")
+    if base_fingerprint(model):
+        quantised = "nf4" if is_quantised(model) else None
+        about = {"base_checkpoint": str(base_checkpoint), "fingerprint": model.base_sha256, "quantised": quantised}
+        (Path(folder) / base.RECORD).write_text(json.dumps(about, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
 
 
@@ -208,6 +228,7 @@ def load_adapter(model, name, folder, trainable=True):
     """Inject the adapter saved in `folder` as `name`; returns (rank, alpha, targets). UserError if it does not fit."""
     folder = Path(folder)
     checkpoint.verify(folder, optional=True)
+    check_base(model, folder, "model.adapter")
     try:
         rank, alpha, targets, dropout = lora.read_config((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -218,6 +239,24 @@ def load_adapter(model, name, folder, trainable=True):
     for parameter in lora.adapter_parameters(model, name).values():
         parameter.requires_grad_(trainable)
     return rank, alpha, targets
+
+
+def check_base(net, folder, key):
+    """UserError if the adapter in `folder`, given as setting `key`, was trained on another base than that of `net`.
+
+    An adapter without a record of its base is taken as it is.
+    """
+    found = base.record(folder)
+    now = found and base_fingerprint(net)
+    if now and found["fingerprint"] != now:
+        name, here = found["base_checkpoint"], net.base_folder.resolve()
+        todo = f"pass --model.base_checkpoint {name}"
+        if name == str(here) or f"models--{name.replace('/', '--')}" in here.parts:
+            todo = "the files of this base have changed since: put back those that it was trained on"
+        raise UserError(
+            f"{key}: {folder} was trained on another base, {name} (sha256 {found['fingerprint'][:12]}), "
+            f"and this is {here} (sha256 {now[:12]}): {todo}"
+        )
 
 
 def adapter_fingerprint(folder):

@@ -1,0 +1,178 @@
+"""An adapter belongs to the base it was trained on: every script that takes one refuses another base of its shape."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import serve
+import train_reward
+import train_rl
+import train_sft
+import train_staged
+from common import base, checkpoint, model
+from common.log import UserError
+from tests import runs
+
+SHORT = ["--training.max_steps", 2, "--training.eval_interval", 2]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return runs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=20, val=6, test=8)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, tiny_folder):
+    """A base of the same shape with another weight."""
+    return runs.another_base(tmp_path_factory.mktemp("other") / "base", tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def settings(few, tiny_folder):
+    return runs.settings(tiny_folder, few)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, settings):
+    """The final/ of SFT on the tiny base."""
+    out = tmp_path_factory.mktemp("trained")
+    runs.train(train_sft.main, out, settings(out, *SHORT))
+    return out / "run" / "final"
+
+
+def asked(folder, few, base_folder, *checkpoints):
+    """The flags of evaluate.py."""
+    sizes = ["--evaluation.max_items", 4, "--evaluation.max_new_tokens", 8, "--evaluation.draws", 100]
+    where = ["--model.base_checkpoint", base_folder, "--dataset_path", few, "--logging.output_dir", folder]
+    kind = ["--logging.run_name", "run", "--reward.type", "heuristic", "--model.dtype", "float32"]
+    return ["--debug", *sizes, *where, *kind, "--checkpoints", *checkpoints]
+
+
+def without_record(folder, target):
+    """A copy of a sealed folder as it was before there were records."""
+    sealed = checkpoint.verify(folder)
+    facts = {key: sealed[key] for key in ("step", "tensors") if key in sealed}
+    with checkpoint.commit(target, facts, 0) as temp:
+        for name in sealed["files"].keys() - {base.RECORD}:
+            shutil.copyfile(folder / name, temp / name)
+    return target
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_the_record_names_the_base_and_peft_passes_it_by(trained, tiny_folder):
+    peft = pytest.importorskip("peft")
+    record = json.loads((trained / "base.json").read_text())
+    assert record == {"base_checkpoint": str(tiny_folder), "fingerprint": base.fingerprint(tiny_folder),
+                      "quantised": None}  # fmt: skip
+    assert "base.json" in checkpoint.verify(trained)["files"]
+    net, _ = model.load(str(tiny_folder), torch.device("cpu"), torch.float32)
+    assert peft.PeftModel.from_pretrained(net, trained).peft_config["default"].r == 8
+
+
+def test_a_record_that_is_changed_or_damaged_is_one_line(tmp_path, trained, settings):
+    folder = shutil.copytree(trained, tmp_path / "changed")
+    (folder / "base.json").write_text("{}")
+    flags = settings(tmp_path, "--model.adapter", folder)
+    runs.refused(train_sft.main, tmp_path, flags, "base.json is damaged")
+    (folder / "MANIFEST.json").unlink()
+    for text in ("{}", "[", '{"base_checkpoint": 1, "fingerprint": "", "quantised": null}', "[" * 10**5):
+        (folder / "base.json").write_text(text)
+        runs.refused(train_sft.main, tmp_path, flags, "base.json", "does not say which base")
+
+
+# ---------------------------------------------------------------- where an adapter meets a base
+
+
+def test_training_from_an_adapter_of_another_base_is_refused(tmp_path, trained, few, tiny_folder, other):
+    words = [str(trained), "another base", str(tiny_folder), str(other), f"--model.base_checkpoint {tiny_folder}"]
+    start = ["--model.adapter", trained, *SHORT]
+    for mode, main in (("sft", train_sft.main), ("reward", train_reward.main), ("rl", train_rl.main)):
+        flags = [*start, "--training.mode", mode, *(["--rl.algorithm", "dpo"] if mode == "rl" else [])]
+        runs.refused(main, tmp_path, runs.settings(other, few)(tmp_path / mode, *flags), *words)
+        runs.train(main, tmp_path, runs.settings(tiny_folder, few)(tmp_path / mode, *flags))
+    flags = [*start, "--training.mode", "staged", "--rl.algorithm", "dpo"]
+    runs.refused(train_staged.main, tmp_path, runs.settings(other, few)(tmp_path / "staged", *flags), *words)
+
+
+def test_it_starts_from_its_own_base_wherever_that_lies(tmp_path, trained, few, tiny_folder):
+    moved = shutil.copytree(tiny_folder, tmp_path / "moved")
+    flags = runs.settings(moved, few)(tmp_path, "--model.adapter", trained, *SHORT)
+    runs.train(train_sft.main, tmp_path, flags)
+    record = json.loads((tmp_path / "run" / "final" / "base.json").read_text())
+    assert record["base_checkpoint"] == str(moved) and record["fingerprint"] == base.fingerprint(tiny_folder)
+
+
+@pytest.fixture
+def changed(tmp_path, tiny_folder, few):
+    """The final/ of DPO from an adapter on a base whose files have changed since."""
+    home = shutil.copytree(tiny_folder, tmp_path / "home")
+    flags = runs.settings(home, few)
+    runs.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
+    more = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--model.adapter", tmp_path / "sft" / "run" / "final"]
+    runs.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
+    shutil.rmtree(home)
+    runs.another_base(home, tiny_folder)
+    return tmp_path / "rl" / "run" / "final"
+
+
+def test_a_base_that_changed_is_refused_by_evaluate_export_and_serve(tmp_path, changed, few, tiny_folder):
+    words = [str(changed), "another base", str(tmp_path / "home"), "have changed since"]
+    for home in (tiny_folder, tmp_path / "home"):
+        flags = asked(tmp_path / "out", few, home, f"base={home}", f"rl={changed}")
+        status, _, err = runs.run(evaluate.main, tmp_path, flags)
+        assert status == 2 and err.count("\n") == 1 and "have changed since" in err, err
+    flags = asked(tmp_path, few, tiny_folder, f"rl={changed}", "--export", tmp_path / "merged")
+    runs.refused(evaluate.main, tmp_path, flags, *words)
+    assert not (tmp_path / "merged").exists()
+    runs.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", changed], *words)
+
+
+def test_a_reference_stands_on_the_base_of_its_policy(tmp_path, few, tiny_folder, other):
+    """RL on one base, compared on another: the KL to the reference is that of the run, as if its base were home."""
+    flags = runs.settings(other, few)
+    runs.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
+    more = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--model.adapter", tmp_path / "sft" / "run" / "final"]
+    runs.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
+    found = []
+    for number, home in enumerate((other, tiny_folder)):
+        system = f"rl={tmp_path / 'rl' / 'run' / 'final'}"
+        argv = asked(tmp_path / str(number), few, home, f"base={home}", system)
+        found.append(runs.train(evaluate.main, tmp_path, argv)["cells"])
+    own, foreign = (cells["kl_reference"]["rl"]["value"] for cells in found)
+    assert own == foreign > 0
+    assert found[0]["kl_base"]["rl"]["value"] != found[1]["kl_base"]["rl"]["value"]
+
+
+# ---------------------------------------------------------------- without a record
+
+
+def test_adapters_without_a_record_are_taken(tmp_path, trained, few, tiny_folder, other):
+    old = without_record(trained, tmp_path / "old" / "final")
+    assert not (old / "base.json").exists()
+    for folder in (tiny_folder, other):
+        net, _ = model.load(str(folder), torch.device("cpu"), torch.float32)
+        model.load_adapter(net, "policy", old)
+    with pytest.raises(UserError, match="another base"):
+        model.load_adapter(net, "next", trained)
+
+
+def test_a_run_begun_without_records_goes_on_to_the_same_adapter(tmp_path, settings):
+    flags = [*SHORT, "--training.save_interval", 1, "--training.max_steps", 4]
+    runs.train(train_sft.main, tmp_path, settings(tmp_path / "whole", *flags))
+    argv = settings(tmp_path / "cut", *flags)
+    assert runs.run(train_sft.main, tmp_path, argv, runs.crash_behind_save(2))[0] == 9
+    for step in sorted((tmp_path / "cut" / "run").glob("step-*")):
+        without_record(step, tmp_path / "old" / step.name)
+        shutil.rmtree(step)
+        shutil.copytree(tmp_path / "old" / step.name, step)
+    runs.train(train_sft.main, tmp_path, argv)
+    runs.assert_same_records(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
+    one, two = (load_file(tmp_path / name / "run" / "final" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert (tmp_path / "cut" / "run" / "final" / "base.json").is_file()
