@@ -169,17 +169,35 @@ def main(argv=None):
     resume.prepare(device)
     places = {(name, k): base.locate(source) for name, sources in systems.items() for k, source in enumerate(sources)}
     home_folder = places["base", 0][0] if "base" in systems else base.resolve(cfg.model.base_checkpoint)
-    words = checkpoint.sha256(home_folder / "tokenizer.json")
-    for (name, _), (folder, _) in places.items():
+    words, bases = checkpoint.sha256(home_folder / "tokenizer.json"), {home_folder: base.fingerprint(home_folder)}
+    home_print, small = bases[home_folder], {}
+    for (name, k), (folder, adapter) in places.items():
         if checkpoint.sha256(folder / "tokenizer.json") != words:
             raise UserError(f"--checkpoints: {name} has another tokenizer than the base: not the same items")
+        bases[folder] = bases.get(folder) or base.fingerprint(folder)
+        small[name, k] = adapter is not None and model.trained_quantised(adapter)
+        if adapter:  # before hours of answers
+            base.check_record(adapter, f"--checkpoints {name}", folder, bases[folder], None)
     dist.init(device, cfg.training.timeout)
 
     # --- the base in memory, its judges, the items
     home, tokenizer = model.load(home_folder, device, dtype)
-    home_print = model.base_fingerprint(home)
+    home.base_sha256 = home_print  # hashed already
     lora.wrap(home)
     lora.use(home, None)
+
+    @functools.cache
+    def home_in_4_bits():
+        """The base once more, for what was trained on it with qlora. The system `base` is the unquantised one."""
+        net = model.load(home_folder, device, dtype, quantize=True)[0]
+        net.base_sha256 = home_print
+        lora.wrap(net)
+        return net
+
+    def home_of(folder):
+        """The base as the reward model in `folder` saw it."""
+        return home_in_4_bits() if model.trained_quantised(folder) else home
+
     records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, counts = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
@@ -193,14 +211,16 @@ def main(argv=None):
                 "evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one"
             )
         about = SimpleNamespace(checkpoint=second, normalize_rewards=True)
-        scorers["judge"] = reward_model.judge(home, tokenizer, about, home_print, measure.TOGETHER, "judge")
+        scorers["judge"] = reward_model.judge(home_of(second), tokenizer, about, home_print, measure.TOGETHER, "judge")
         prints["judge"] = scorers["judge"].about
     if rewards.wants_model(cfg.reward) and cfg.reward.checkpoint is None:
         notes.append(f"The optimised reward was not measured: reward.type {cfg.reward.type} needs --reward.checkpoint.")
         say(notes[-1])
     else:
         wanted = rewards.wants_model(cfg.reward)
-        trained = wanted and reward_model.judge(home, tokenizer, cfg.reward, home_print, measure.TOGETHER)
+        trained = wanted and reward_model.judge(
+            home_of(cfg.reward.checkpoint), tokenizer, cfg.reward, home_print, measure.TOGETHER
+        )
         scored = rewards.make(task, cfg.reward, functools.partial(chat.decode, tokenizer), trained)
         scorers["reward"] = lambda *both: scored(*both)[0]
         prints["reward"] = [scored.about, json.loads(json.dumps(cfg.reward, default=vars))]
@@ -222,13 +242,17 @@ def main(argv=None):
         start = last.model if learned else None
         full = learned and own and not adapter  # then what RL started from is a whole model too
         origin = base.resolve(start.base_checkpoint) if full else home_folder
-        key = resume.fingerprint([*shared, base.fingerprint(folder) if own else None, learned,
+        key = resume.fingerprint([*shared, bases[folder] if own else None, learned,
                                   base.fingerprint(origin) if origin != home_folder else None,
-                                  model.adapter_fingerprint(adapter),
+                                  model.adapter_fingerprint(adapter), small[name, k],
                                   model.adapter_fingerprint(start.adapter if learned else None)])  # fmt: skip
 
         def answer(name=name, k=k, folder=folder, adapter=adapter, start=start, own=own, origin=origin):
-            net = model.load(folder, device, dtype)[0] if own else home
+            if own:
+                net = model.load(folder, device, dtype, quantize=small[name, k])[0]
+                net.base_sha256 = bases[folder]
+            else:
+                net = home_in_4_bits() if small[name, k] else home
             others = {"kl_base": (home, None)}
             if start:  # what RL started from and was held to
                 frozen = net if adapter else home  # an adapter's reference is one beside it, on the same base
@@ -262,6 +286,12 @@ def main(argv=None):
     order = [headline, *(name for name in table if name != headline)]
     costs = {name: comparison.cost(runs[name, 0]) for name in systems}
     notes += remarks(cfg, systems, costs, floors, second)
+    if any(small.values()):
+        names = ", ".join(dict.fromkeys(name for (name, _), found in small.items() if found))
+        notes.append(
+            f"Trained on a 4-bit base and measured on it: {names}. The KL to the base, which is not quantised, "
+            "counts what the 4 bits change, too."
+        )
     results = {
         "task": task, "items": len(items), "draws": draws, "systems": list(systems), "headline": headline,
         "seeds": {name: len(sources) for name, sources in systems.items()},

@@ -396,14 +396,19 @@ def parse_models(words):
 
 
 def load(sources, device, dtype):
-    """({name: (model, its adapter's name or None)}, {name: tokenizer}); a base that several share is loaded once."""
+    """({name: (model, its adapter's name or None)}, {name: tokenizer}); a base that several share is loaded once.
+
+    And once more in 4 bits where adapters were trained on it so: beside the unquantised base they say something else.
+    """
     bases, found, tokenizers = {}, {}, {}
     for name, source in sources.items():
         folder, adapter = base.locate(source)
-        if folder.resolve() not in bases:
-            bases[folder.resolve()] = model.load(folder, device, dtype)
-            lora.wrap(bases[folder.resolve()][0])
-        net, tokenizers[name] = bases[folder.resolve()]
+        quantised = adapter is not None and model.trained_quantised(adapter)
+        key = folder.resolve(), quantised
+        if key not in bases:
+            bases[key] = model.load(folder, device, dtype, quantize=quantised)
+            lora.wrap(bases[key][0])
+        net, tokenizers[name] = bases[key]
         inner = f"adapter{len(found)}" if adapter else None  # a part of a model cannot have a dot in its name
         if adapter:
             model.load_adapter(net, inner, adapter, trainable=False)

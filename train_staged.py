@@ -134,6 +134,9 @@ def main(argv=None):
     # --- distributed, run folder, the config that all stages read: config.yml stays until no stage refuses the new one
     config_file, draft, done_file = out / "config.yml", out / ".tmp-config.yml", out / "stages.json"
     fingerprint = base.fingerprint(base_folder)
+    given = cfg.reward.checkpoint
+    if given and cfg.model.peft_type != "none" and any(stage == "rl" for _, stage, _ in plan):  # before hours of SFT
+        base.check_record(given, "reward.checkpoint", base_folder, fingerprint, cfg.model.peft_type == "qlora")
     dist.init(model.pick_device(cfg.device), cfg.training.timeout)
     log.on_exit(dist.end)  # one group for all stages
     if dist.is_main():

@@ -161,6 +161,36 @@ def record(folder):
     return {"base_checkpoint": name, "fingerprint": digest, "quantised": quantised}
 
 
+def check_record(folder, key, here, fingerprint, quantised):
+    """UserError if the adapter in `folder`, given as setting `key`, was trained on another base than the one in folder
+    `here` with this fingerprint (None: unknown). An adapter without a record is taken as it is.
+
+    quantised: is this base held in 4 bits? None: it does not matter. An adapter of a 4-bit base has learned to correct
+    the error of the 4 bits, so without that error it is refused. The other way is only said: to go on with QLoRA from a
+    LoRA adapter is usual, and training then corrects what the 4 bits changed.
+    """
+    found = record(folder)
+    if found and fingerprint and found["fingerprint"] != fingerprint:
+        name, here = found["base_checkpoint"], here.resolve()
+        todo = f"pass --model.base_checkpoint {name}"
+        if name == str(here) or f"models--{name.replace('/', '--')}" in here.parts:
+            todo = "the files of this base have changed since: put back those that it was trained on"
+        raise UserError(
+            f"{key}: {folder} was trained on another base, {name} (sha256 {found['fingerprint'][:12]}), "
+            f"and this is {here} (sha256 {fingerprint[:12]}): {todo}"
+        )
+    if found and found["quantised"] and quantised is False:
+        raise UserError(
+            f"{key}: {folder} was trained on a 4-bit base, and this one is not quantised: "
+            "pass --model.peft_type qlora, or take one that was trained with lora"
+        )
+    if found and not found["quantised"] and quantised:
+        say(
+            f"{key}: {folder} was trained on the unquantised base; on this 4-bit one its numbers differ from those it "
+            "ended with. If that is not meant, pass --model.peft_type lora"
+        )
+
+
 def build_once(target, build):
     """`target` if it exists, else what `build(folder)` writes: under a lock, in a temporary folder, then renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)

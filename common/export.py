@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import base, chat, checkpoint, comparison, config, data, log, lora, losses, measure, model
+from common import base, chat, checkpoint, data, log, lora, losses, measure, model
 
 # isort: split
 from common import resume, rollouts
@@ -38,8 +38,7 @@ def run(source, target, how, records, sizes):
         raise UserError("--export: runs in one process: start it with python, not with torchrun")
     (folder, adapter), (device, dtype) = base.locate(source), how
     resume.prepare(device)
-    runs = comparison.history(source) if adapter else []
-    quantized = bool(runs) and config.load_config(runs[-1] / "config.yml").model.peft_type == "qlora"
+    quantized = adapter is not None and model.trained_quantised(adapter)
     net, tokenizer = load(folder, adapter, quantized, device)
     asked = questions(records, tokenizer, sizes)
     right = answers(net, adapter, asked)
@@ -76,7 +75,7 @@ def load(folder, adapter, quantized, device):
     """(net, tokenizer) in fp32, the linears in 4 bits if `quantized`; with the adapter saved in `adapter`, if any."""
     net, tokenizer = model.load(str(folder), device, torch.float32, quantize=quantized)
     if adapter:
-        model.load_adapter(net, NAME, adapter, trainable=False)
+        model.load_adapter(net, NAME, adapter, trainable=False, any_bits=True)
     return net, tokenizer
 
 

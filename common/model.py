@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from common import base, chat, checkpoint, gemma, lora, losses, resume
+from common import base, chat, checkpoint, config, gemma, lora, losses, resume
 from common.log import UserError, say
 
 
@@ -224,11 +224,14 @@ def save_adapter(model, tokenizer, folder, name, base_checkpoint):
     tokenizer.save_pretrained(folder)
 
 
-def load_adapter(model, name, folder, trainable=True):
-    """Inject the adapter saved in `folder` as `name`; returns (rank, alpha, targets). UserError if it does not fit."""
+def load_adapter(model, name, folder, trainable=True, any_bits=False):
+    """Inject the adapter saved in `folder` as `name`; returns (rank, alpha, targets). UserError if it does not fit.
+
+    any_bits: also where one of base and adapter is of 4 bits and the other is not.
+    """
     folder = Path(folder)
     checkpoint.verify(folder, optional=True)
-    check_base(model, folder, "model.adapter")
+    check_base(model, folder, "model.adapter", any_bits)
     try:
         rank, alpha, targets, dropout = lora.read_config((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -241,22 +244,25 @@ def load_adapter(model, name, folder, trainable=True):
     return rank, alpha, targets
 
 
-def check_base(net, folder, key):
-    """UserError if the adapter in `folder`, given as setting `key`, was trained on another base than that of `net`.
+def check_base(net, folder, key, any_bits=False):
+    """Say or refuse what base.check_record finds on the adapter in `folder`, given as setting `key`, and this net.
 
-    An adapter without a record of its base is taken as it is.
+    any_bits: it does not matter whether base and adapter are both of 4 bits.
     """
-    found = base.record(folder)
-    now = found and base_fingerprint(net)
-    if now and found["fingerprint"] != now:
-        name, here = found["base_checkpoint"], net.base_folder.resolve()
-        todo = f"pass --model.base_checkpoint {name}"
-        if name == str(here) or f"models--{name.replace('/', '--')}" in here.parts:
-            todo = "the files of this base have changed since: put back those that it was trained on"
-        raise UserError(
-            f"{key}: {folder} was trained on another base, {name} (sha256 {found['fingerprint'][:12]}), "
-            f"and this is {here} (sha256 {now[:12]}): {todo}"
-        )
+    if base.record(folder):
+        here, quantised = getattr(net, "base_folder", None), None if any_bits else is_quantised(net)
+        base.check_record(folder, key, here, base_fingerprint(net), quantised)
+
+
+def trained_quantised(folder):
+    """Was the adapter in `folder` trained on a 4-bit base? An older one has no record: then its run's config.yml says,
+    and away from its run it counts as trained on the unquantised base."""
+    if found := base.record(folder):
+        return found["quantised"] is not None
+    run = Path(folder).resolve().parent
+    if not (run / "metrics.jsonl").is_file() or not (run / "config.yml").is_file():
+        return False
+    return config.load_config(run / "config.yml").model.peft_type == "qlora"
 
 
 def adapter_fingerprint(folder):

@@ -92,6 +92,7 @@ def load(net, name, folder, fingerprint):
         next(iter(lora.lora_modules(net).values())).active if lora.lora_modules(net) else None,
     )
     checkpoint.verify(folder, optional=True)
+    key = "evaluation.reward_checkpoint" if name == "judge" else "reward.checkpoint"
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         about = json.loads((folder / "reward.json").read_text())
@@ -99,12 +100,12 @@ def load(net, name, folder, fingerprint):
             raise ValueError("not a reward model of train_reward.py")
         if about["base"] != fingerprint:
             raise ValueError(f"it was trained on another base, {about['base_checkpoint']}")
+        model.check_base(net, folder, key)
         rank, alpha, targets, _ = lora.read_config(json.dumps(config | {"modules_to_save": None}))
         head = torch.nn.Parameter(torch.zeros(1, net.config.hidden_size, device=net.lm_head.weight.device))
         lora.inject(net, name, rank, alpha, targets)
         restore(net, name, head, folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        key = "evaluation.reward_checkpoint" if name == "judge" else "reward.checkpoint"
         raise UserError(f"{key}: {folder} cannot be used ({error})") from error
     for parameter in parameters(net, name, head).values():
         parameter.requires_grad_(False)

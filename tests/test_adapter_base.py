@@ -1,4 +1,4 @@
-"""An adapter belongs to the base it was trained on: every script that takes one refuses another base of its shape."""
+"""An adapter belongs to the base it was trained on, in 4 bits or not: every script that takes one minds it."""
 
 import json
 import shutil
@@ -13,9 +13,10 @@ import train_reward
 import train_rl
 import train_sft
 import train_staged
-from common import base, checkpoint, model
+from common import base, checkpoint, config, data, lora, model
 from common.log import UserError
 from tests import runs
+from tests.faults import trainers
 
 SHORT = ["--training.max_steps", 2, "--training.eval_interval", 2]
 
@@ -176,3 +177,98 @@ def test_a_run_begun_without_records_goes_on_to_the_same_adapter(tmp_path, setti
     one, two = (load_file(tmp_path / name / "run" / "final" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert (tmp_path / "cut" / "run" / "final" / "base.json").is_file()
+
+
+# ---------------------------------------------------------------- in 4 bits or not
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, settings):
+    """The final/ of QLoRA on the tiny base."""
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path_factory.mktemp("small")
+    runs.train(train_sft.main, out, settings(out, *SHORT, peft="qlora"))
+    return out / "run" / "final"
+
+
+@pytest.fixture
+def items(few, tokenizer):
+    return data.encode_records(data.load_split(few, "test"), tokenizer, 128)[0]
+
+
+def logprobs(net, items):
+    tokens, mask = data.collate(items)
+    with torch.no_grad():
+        return model.sequence_logprobs(net, tokens, mask)
+
+
+def test_training_from_a_qlora_adapter_needs_qlora(tmp_path, small, trained, settings):
+    assert json.loads((small / "base.json").read_text())["quantised"] == "nf4"
+    words = [str(small), "4-bit base", "--model.peft_type qlora"]
+    for mode, main in (("sft", train_sft.main), ("reward", train_reward.main), ("rl", train_rl.main)):
+        flags = ["--training.mode", mode, *(["--rl.algorithm", "dpo"] if mode == "rl" else [])]
+        runs.refused(main, tmp_path, settings(tmp_path / mode, *SHORT, *flags, "--model.adapter", small), *words)
+    runs.train(train_sft.main, tmp_path, settings(tmp_path / "same", *SHORT, "--model.adapter", small, peft="qlora"))
+    argv = settings(tmp_path / "other", *SHORT, "--model.adapter", trained, peft="qlora")  # usual after LoRA
+    status, out, err = runs.run(train_sft.main, tmp_path, argv)
+    assert status == 0 and out.count("trained on the unquantised base") == 1, (out, err)
+
+
+def test_evaluate_measures_each_adapter_on_the_base_it_knows(tmp_path, small, trained, few, tiny_folder):
+    argv = asked(tmp_path, few, tiny_folder, f"base={tiny_folder}", f"lora={trained}", f"qlora={small}")
+    cells = runs.train(evaluate.main, tmp_path, argv)["cells"]["loss_per_byte"]
+    given = {word[2:]: str(value) for word, value in zip(argv[1:-3:2], argv[2:-3:2]) if word.startswith("--eval")}
+    cfg = config.load_config("configs/debug.yml", given)
+    for name, folder, quantised in (("base", None, False), ("lora", trained, False), ("qlora", small, True)):
+        found = []
+        for bits in (quantised, not quantised):
+            net, tokenizer = model.load(str(tiny_folder), torch.device("cpu"), torch.float32, quantize=bits)
+            lora.wrap(net)
+            if folder:
+                model.load_adapter(net, "policy", folder, trainable=False, any_bits=True)
+            lines = evaluate.evaluate(net, tokenizer, data.load_split(few, "test"), cfg)
+            found.append(lines["metrics"]["loss_per_byte"]["value"])
+        assert cells[name]["value"] == pytest.approx(found[0], rel=1e-6), name
+        assert cells[name]["value"] != pytest.approx(found[1], rel=1e-4), name
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "measured on it: qlora." in " ".join(results["notes"])
+
+
+def test_serve_holds_each_adapter_beside_the_base_it_knows(small, trained, tiny_folder, items):
+    sources = {"base": str(tiny_folder), "lora": str(trained), "qlora": str(small)}
+    found, _ = serve.load(sources, torch.device("cpu"), torch.float32)
+    assert found["base"][0] is found["lora"][0] is not found["qlora"][0]
+    net, _ = model.load(str(tiny_folder), torch.device("cpu"), torch.float32, quantize=True)
+    model.load_adapter(net, "policy", small)
+    served, name = found["qlora"]
+    with lora.using(served, name):
+        assert torch.equal(logprobs(served, items), logprobs(net, items))
+    with lora.using(served, None), lora.using(net, "policy"):
+        assert not torch.equal(logprobs(served, items), logprobs(net, items))
+
+
+def test_an_older_qlora_run_is_known_by_its_config(tmp_path, small):
+    shutil.copytree(small.parent, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    final = without_record(small, tmp_path / "run" / "final")
+    assert base.record(final) is None and model.trained_quantised(final)
+    assert not model.trained_quantised(without_record(small, tmp_path / "alone" / "final"))
+
+
+def test_a_comparison_of_paradigms_in_4_bits_comes_to_its_end(tmp_path, few, tiny_folder):
+    """With reward model and judge, all trained on the 4-bit base and measured on it."""
+    pytest.importorskip("bitsandbytes")
+    flags = trainers.staged_settings(tiny_folder, few)(
+        tmp_path, "--model.peft_type", "qlora", "--reward.type", "hybrid"
+    )
+    more = ["--paradigms", "sft,staged", "--training.budget_tokens", 1500, "--evaluation.max_items", 4]
+    cells = runs.train(train_staged.main, tmp_path, [*flags, *more])["cells"]
+    assert {"judge", "reward", "loss_per_byte"} <= cells.keys() and {"sft", "staged"} <= cells["judge"].keys()
+    first = runs.lines(tmp_path / "run" / "staged-rl")[0]
+    assert first["eval/kl"] == 0  # RL starts from the very policy that SFT ended with
+
+    reward = tmp_path / "run" / "reward" / "final"
+    flags = trainers.staged_settings(tiny_folder, few)(tmp_path / "lora", "--reward.type", "hybrid")
+    words = ["reward.checkpoint", str(reward), "4-bit base"]
+    runs.refused(train_staged.main, tmp_path, [*flags, "--reward.checkpoint", reward], *words)
+    assert not (tmp_path / "lora" / "run").exists()  # before SFT

@@ -325,7 +325,11 @@ def test_a_qlora_adapter_is_merged_into_the_base_it_was_trained_on(tmp_path, fla
     merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
     assert (merged - right).abs().max() < 1e-6 < (merged - weight).abs().max()
 
-    shutil.copytree(final, tmp_path / "alone" / "final")  # away from its run nothing says that it was QLoRA
+    shutil.copytree(final, tmp_path / "alone" / "final")  # away from its run it is still known for QLoRA
+    figures = train(tmp_path, flags(tmp_path / "again", f"sft={tmp_path / 'alone' / 'final'}"))
+    assert figures["unquantised"]["mean"] > 100 * figures["mean"]
+    for name in ("base.json", "MANIFEST.json"):  # without its record, too, nothing says that it was
+        (tmp_path / "alone" / "final" / name).unlink()
     figures = train(tmp_path, flags(tmp_path / "plain", f"sft={tmp_path / 'alone' / 'final'}"))
     assert "unquantised" not in figures and figures["mean"] < 1e-5
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import train_reward
 from common import base, config, lora, model, reward_model
+from common.log import UserError
 from tests import runs
 from tests.faults import trainers
 from tests.runs import write_data
@@ -143,6 +144,9 @@ def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, tin
     assert f"starting from {tmp_path}/adapter" in out
     final = tmp_path / "run" / "final"
     net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match=r"reward\.checkpoint: .* trained on a 4-bit base"):
+        reward_model.load(net, "reward", final, base.fingerprint(tiny_folder))
+    net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32, quantize=True)
     head, about = reward_model.load(net, "reward", final, base.fingerprint(tiny_folder))
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, parameter in lora.adapter_parameters(net, "reward").items():
