@@ -18,7 +18,6 @@ Run the same command again to go on: systems whose answers are there already are
 """
 
 import functools
-import json
 import os
 import sys
 from pathlib import Path
@@ -27,13 +26,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import base, chat, checkpoint, comparison, config, data, decoder, dist, experience, export, gemma, log
+from common import base, chat, checkpoint, comparison, config, data, decoder, dist, export, gemma, log
 
 # isort: split
-from common import lora, losses, manifest, measure, metrics, model, reference, report, resume, reward_model
+from common import lora, losses, manifest, measure, metrics, model, report, resume, reward_model
 
 # isort: split
-from common import products, rewards, rollouts, stats
+from common import products, prompts, rewards, rollouts, stats
 from common.log import UserError, command, say
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
@@ -46,7 +45,7 @@ JOBS = (
 BEST_OF = 4
 SHOWN = 6  # items side by side in the report
 HEADLINES = {"safety": ("judge", "reward", "loss_per_byte"), "clinical": ("rougeL",), "conala": ("bleu",)}
-SOURCES = (chat, data, decoder, experience, gemma, lora, losses, measure, metrics, model, reference, reward_model)
+SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
 SOURCES += (products, rewards, rollouts)  # what decides an answer and its scores
 
 
@@ -127,7 +126,7 @@ def best_of(home, tokenizer, items, cfg, scorers):
     oracle = " (oracle)" if task_reads_references(cfg) else ""
     with lora.using(home, None):  # the adapter that was loaded last is active
         answers, _ = measure.generate(home, items, whole, BEST_OF)
-    records = [item["record"] for item in items for _ in range(BEST_OF)]
+    records = [item.record for item in items for _ in range(BEST_OF)]
     mine, rewards_found = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records)).double()
     flat = [ids for group in answers for ids in group]
     rewards_found[mine] = scorers["reward"]([records[i] for i in mine], [flat[i] for i in mine]).double().cpu()
@@ -210,27 +209,29 @@ def main(argv=None):
             raise UserError(
                 "evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one"
             )
-        about = SimpleNamespace(checkpoint=second, normalize_rewards=True)
-        scorers["judge"] = reward_model.judge(home_of(second), tokenizer, about, home_print, measure.TOGETHER, "judge")
-        prints["judge"] = scorers["judge"].about
+        settings = SimpleNamespace(checkpoint=second, normalize_rewards=True)
+        scorers["judge"] = reward_model.scorer(
+            home_of(second), tokenizer, settings, home_print, measure.TOGETHER, "judge"
+        )
+        prints["judge"] = model.adapter_fingerprint(second)
     if rewards.wants_model(cfg.reward) and cfg.reward.checkpoint is None:
         notes.append(f"The optimised reward was not measured: reward.type {cfg.reward.type} needs --reward.checkpoint.")
         say(notes[-1])
     else:
         wanted = rewards.wants_model(cfg.reward)
-        trained = wanted and reward_model.judge(
+        trained = wanted and reward_model.scorer(
             home_of(cfg.reward.checkpoint), tokenizer, cfg.reward, home_print, measure.TOGETHER
         )
-        scored = rewards.make(task, cfg.reward, functools.partial(chat.decode, tokenizer), trained)
+        scored = rewards.scorer(task, cfg.reward, functools.partial(chat.decode, tokenizer), trained)
         scorers["reward"] = lambda *both: scored(*both)[0]
-        prints["reward"] = [scored.about, json.loads(json.dumps(cfg.reward, default=vars))]
+        prints["reward"] = [rewards.fingerprint(cfg.reward), config.plain(cfg.reward)]
     lora.use(home, None)
     if dist.is_main():
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
     dist.barrier()
     decoding = vars(cfg.evaluation) | {"draws": None}
     shared = [home_print, words, prints, task, decoding, cfg.seed, cfg.training.max_seq_length, str(dtype),
-              resume.fingerprint([item["record"] for item in items]),
+              resume.fingerprint([item.record for item in items]),
               [checkpoint.sha256(file) for file in (__file__, *(module.__file__ for module in SOURCES))]]  # fmt: skip
 
     # --- every system, one at a time
@@ -270,7 +271,7 @@ def main(argv=None):
 
     # --- what needs no training: floors, and the best of several answers of the base
     floors = {}
-    for name, texts in metrics.floors(task, [item["record"] for item in items]).items():
+    for name, texts in metrics.floors(task, [item.record for item in items]).items():
         answers = [[*chat.encode_text(tokenizer, text), chat.END_OF_TURN] for text in texts]
         floors[name] = measure.merge(measure.text_lines(task, items, answers, tokenizer, scorers), {})
     if places.get(("base", 0), (None, True))[1] is None and "reward" in scorers:
@@ -332,7 +333,7 @@ def main(argv=None):
             say(f"{sheet} is there already and may have been rated: kept")
         elif job.human_eval:
             texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in found.items()}
-            asked = [{"task": task, "prompt": line["prompt"], "reference": item["record"]["reference"] or ""}
+            asked = [{"task": task, "prompt": line["prompt"], "reference": item.record["reference"] or ""}
                      for item, line in zip(items, next(iter(found.values()))[0])]  # fmt: skip
             manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
         for name, row in results["cells"][headline].items():
@@ -362,7 +363,7 @@ def remarks(cfg, systems, costs, floors, second):
 
 def judge_worth(score, items, tokenizer):
     """Accuracy of a reward model on the items' own pairs, beside that of the shorter answer; None without pairs."""
-    records = [item["record"] for item in items if item["record"]["rejected"]]
+    records = [item.record for item in items if item.record["rejected"]]
     if not records:
         return None
     answers = [[[*chat.encode_text(tokenizer, record[side]), chat.END_OF_TURN] for record in records]
@@ -415,7 +416,7 @@ def examples(found, headline, seed):
         scores = [line["scores"].get("reward", -np.inf) for line in found[name][0]]
         order = sorted(range(count), key=lambda i: -scores[i])
         top += [row(i) | {"system": name, "reward": scores[i]} for i in order[:2]]
-    return {"samples": [row(i) for i in sorted(experience.shuffled(count, f"shown/{seed}")[:SHOWN])], "top": top}
+    return {"samples": [row(i) for i in sorted(data.shuffled(count, f"shown/{seed}")[:SHOWN])], "top": top}
 
 
 if __name__ == "__main__":

@@ -16,64 +16,88 @@ Run the same command again to resume. At its end report.json and reliability.png
 floors that need no training.
 """
 
-import functools
-import math
-import os
-import time
-from pathlib import Path
-
 import numpy as np
 import torch
 
-from common import base, chat, checkpoint, config, data, dist, explain, log, lora, losses, model
-
-# isort: split
-from common import preferences, resume, reward_model, stats, watch
+from common import (
+    chat,
+    config,
+    data,
+    dist,
+    explain,
+    log,
+    lora,
+    losses,
+    model,
+    optim,
+    preferences,
+    resume,
+    reward_model,
+    stats,
+)
 from common import rewards as heuristics
 from common.log import UserError, command, say, say_counts
-from common.schedule import learning_rate
+from common.run import Run
 
 SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
-NAME = "reward"  # of the adapter
+ADAPTER = "reward"  # its name in the model
 SAMPLED = "/sample"  # ends the id of a pair whose better answer is a sample, not a reference
 MATCHED = 5  # tokens by which two answers may differ and still count as equally long
+NOT_READ = (  # settings of the policy's reward, which a resumed run may change
+    "rl.",
+    "reward.type",
+    "reward.alpha",
+    "reward.beta",
+    "reward.checkpoint",
+    "reward.function",
+    "reward.normalize_rewards",
+    "reward.clip_rewards",
+    "reward.heuristic.",
+)
+PANELS = (
+    ("loss (nats per pair)", ("loss", "eval/loss")),
+    ("pair accuracy", ("accuracy", "eval/accuracy")),
+    ("gradient norm", ("grad_norm",)),
+)
 
 
 @torch.no_grad()
-def evaluate(net, head, examples, budget, device):
+def evaluate(net, head, pairs, budget, device):
     """Rewards of all held-out answers (pairs, 2), chosen first, gathered from all ranks, and their metrics."""
     net.eval()
-    found = torch.zeros(len(examples), 2, dtype=torch.float64)
-    lengths = [data.pair_tokens(pair) for pair in examples]
-    for rows in data.micro_batches(range(dist.rank(), len(examples), dist.world_size()), lengths, budget):
-        tokens, mask = data.collate_pairs([examples[i] for i in rows], device)
-        found[rows] = reward_model.scores(net, head, tokens, mask).cpu().double().view(-1, 2)
-    found = dist.sum_tensor(found)
+    rewards = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    lengths = [data.pair_tokens(pair) for pair in pairs]
+    for rows in data.micro_batches(range(dist.rank(), len(pairs), dist.world_size()), lengths, budget):
+        tokens, mask = data.collate_pairs([pairs[i] for i in rows], device)
+        rewards[rows] = reward_model.scores(net, head, tokens, mask).cpu().double().view(-1, 2)
+    rewards = dist.sum_tensor(rewards)
     net.train()
-    margin = found[:, 0] - found[:, 1]
-    good = found[[not example["id"].endswith(SAMPLED) for example in examples], 0]  # rewards of reference answers
-    extra = torch.tensor([pair["margin"] for pair in examples], dtype=torch.float64)
-    return found, {"eval/loss": losses.reward_loss(found[:, 0], found[:, 1], extra).mean().item(),
-                   "eval/accuracy": stats.preference_accuracy(margin)[0], "eval/margin": margin.mean().item(),
-                   "eval/reward_mean": good.mean().item(),
-                   "eval/reward_std": good.std(correction=0).item()}  # fmt: skip
+    chosen, rejected = rewards.T
+    margins = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float64)
+    reference_rewards = chosen[[not pair["id"].endswith(SAMPLED) for pair in pairs]]
+    return rewards, {
+        "eval/loss": losses.reward_loss(chosen, rejected, margins).mean().item(),
+        "eval/accuracy": stats.preference_accuracy(chosen - rejected)[0],
+        "eval/margin": (chosen - rejected).mean().item(),
+        "eval/reward_mean": reference_rewards.mean().item(),
+        "eval/reward_std": reference_rewards.std(correction=0).item(),
+    }
 
 
-def make_pairs(net, tokenizer, records, sampling, task, split):
-    """Two pairs a record, ranked by the task's metric: its reference and its best sample, each against its worst."""
+def make_pairs(net, tokenizer, records, sampling, task):
+    """Two pairs per record, ranked by the task's metric: its reference and its best sample, each against its worst."""
     metric = {"clinical": heuristics.overlap, "conala": heuristics.sentence_bleu}[task]
 
     def score(rows, answers):
         texts = [chat.decode(tokenizer, ids) for ids in answers]
-        found = [metric(text, row["reference"]) for row, text in zip(rows, texts)]
-        return torch.tensor(found), [{metric.__name__: value} for value in found]
+        values = [metric(text, row["reference"]) for row, text in zip(rows, texts, strict=True)]
+        return torch.tensor(values), [{metric.__name__: value} for value in values]
 
-    usable, made = [record for record in records[split] if record["reference"]], []
-    if not usable:
-        raise UserError(f"{split}: no record has a reference to compare samples with")
-    answers = preferences.sample(net, tokenizer, usable, sampling)
-    for record, (best, worst) in zip(usable, preferences.best_and_worst(usable, answers, tokenizer, score)):
+    answers = preferences.sample(net, tokenizer, records, sampling)
+    made = []
+    sides = preferences.best_and_worst(records, answers, tokenizer, score)
+    for record, (best, worst) in zip(records, sides, strict=True):
         if worst["score"] < 1:
             made.append(preferences.pair_record(record, {"text": record["reference"]}, worst))
         if best["score"] > worst["score"]:
@@ -81,14 +105,34 @@ def make_pairs(net, tokenizer, records, sampling, task, split):
     return made
 
 
-def report(found, examples, task):
-    """What the held-out rewards are worth, each figure with n and a 95 % interval, beside floors without a model."""
-    margins = (found[:, 0] - found[:, 1]).numpy()
-    answers = [[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in examples]  # tokens
-    shorter = [b - a for a, b in answers]
+def load_pairs(run, net, tokenizer, explain_only):
+    """{split: records} with pairs of the data, or of the base's own samples where the data has none."""
+    cfg, rl = run.cfg, run.cfg.rl
+    records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
+    if cfg.task == "safety" or any(record["rejected"] is not None for rows in records.values() for record in rows):
+        return records
+    sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
+    key = resume.fingerprint([run.start_key[:4], sampling, cfg.seed, cfg.task, records])
+    if explain_only:  # one batch is enough, and it leaves nothing in the cache
+        records, key = {split: rows[: cfg.training.batch_size] for split, rows in records.items()}, None
+
+    def make(split):
+        usable = [record for record in records[split] if record["reference"]]
+        if not usable:
+            raise UserError(f"{split}: no record has a reference to compare samples with")
+        return make_pairs(net, tokenizer, usable, sampling | {"seed": cfg.seed}, cfg.task)
+
+    return preferences.cached(key, ("train", "val"), make)
+
+
+def report(rewards, pairs, task):
+    """What held-out rewards (pairs, 2) say: figures with n and a 95 % interval, beside floors without a model."""
+    margins = (rewards[:, 0] - rewards[:, 1]).numpy()
+    lengths = [[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in pairs]  # tokens
+    shorter = [rejected - chosen for chosen, rejected in lengths]
     rules = {"shorter answer": shorter}
     if task == "safety":
-        texts = [pair["texts"] for pair in examples]
+        texts = [pair["texts"] for pair in pairs]
         rules["refusal phrase"] = [heuristics.refuses(a) - heuristics.refuses(b) for a, b in texts]
         rules["fewer toxic words"] = [heuristics.toxicity(a) - heuristics.toxicity(b) for a, b in texts]
 
@@ -98,247 +142,157 @@ def report(found, examples, task):
         rate, low, high = stats.preference_accuracy(values)
         return {"accuracy": rate, "interval": [low, high], "pairs": len(values)}
 
-    right, floor = margins > 0, np.array(shorter) > 0
-    only, other, chance = stats.mcnemar(right, floor)
-    error, rows = stats.calibration(torch.sigmoid(found[:, 0] - found[:, 1]).numpy())
-    sampled = torch.tensor([pair["id"].endswith(SAMPLED) for pair in examples]).numpy()
+    only_model, only_floor, p = stats.mcnemar(margins > 0, np.array(shorter) > 0)
+    calibration_error, bins = stats.calibration(torch.sigmoid(rewards[:, 0] - rewards[:, 1]).numpy())
+    sampled = torch.tensor([pair["id"].endswith(SAMPLED) for pair in pairs]).numpy()
+    reference_rewards = rewards[~sampled, 0]
     return {
         "held_out": accuracy(margins[~sampled]),
         **({"held_out_between_samples": accuracy(margins[sampled])} if sampled.any() else {}),
         f"length_matched_within_{MATCHED}_tokens": accuracy(stats.length_matched(margins, shorter, MATCHED)),
         "floors": {name: accuracy(values) for name, values in rules.items()},
-        "against_shorter_answer": {"only_model_right": only, "only_floor_right": other, "p": chance},
-        "calibration_error": error,
-        "reliability": [{"predicted": p, "observed": share, "count": n} for p, share, n in rows],
+        "against_shorter_answer": {"only_model_right": only_model, "only_floor_right": only_floor, "p": p},
+        "calibration_error": calibration_error,
+        "reliability": [{"predicted": mean, "observed": share, "count": n} for mean, share, n in bins],
         "correlation_of_reward_and_length": stats.correlation(
-            found.flatten().numpy(), [n for pair in answers for n in pair]
+            rewards.flatten().numpy(), [tokens for pair in lengths for tokens in pair]
         ),
         "reward_on_reference_answers": {
-            "mean": found[~sampled, 0].mean().item(),
-            "std": found[~sampled, 0].std(correction=0).item(),
+            "mean": reference_rewards.mean().item(),
+            "std": reference_rewards.std(correction=0).item(),
         },
     }
 
 
+def write_report(run_dir, rows):
+    """Write report.json and reliability.png, and say what is in them."""
+    log.write_json(run_dir / "report.json", rows)
+    shown = {
+        name.replace("held_out", "reward model"): row
+        for name, row in rows.items()
+        if name.startswith(("held_out", "length_matched"))
+    }
+    for name, row in (shown | {f"floor: {name}": row for name, row in rows["floors"].items()}).items():
+        accuracy = "no pairs"
+        if row["interval"] is not None:
+            low, high = row["interval"]
+            accuracy = f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        say(f"{name.replace('_', ' ')}: accuracy {accuracy} of {row['pairs']} pairs")
+    paired = rows["against_shorter_answer"]
+    say(
+        f"against the shorter answer: right where that is wrong {paired['only_model_right']} times, wrong where "
+        f"that is right {paired['only_floor_right']} times, p = {paired['p']:.2g}"
+    )
+    say(
+        f"calibration error {rows['calibration_error']:.3f}, correlation of reward and length "
+        f"{rows['correlation_of_reward_and_length']:+.3f}"
+    )
+    log.plot_reliability(rows["reliability"], run_dir / "reliability.png")
+    say(f"wrote {run_dir}/report.json and reliability.png")
+
+
 @command
 def main(argv=None):
-    # --- config
+    # --- config, device, process group, run folder
     cfg, job = config.parse_args("train_reward.py", __doc__, SECTIONS, ("reward",), argv, JOBS)
     training, peft = cfg.training, cfg.model
     if peft.peft_type == "none":
         raise UserError("model.peft_type: a reward model is an adapter on the policy's base: lora or qlora")
     if training.packing or training.last_turn_only or training.budget_tokens is not None:
         raise UserError("training.packing, last_turn_only and budget_tokens do not belong to pairs: leave them out")
+    run = Run(cfg, job, "reward")
 
-    # --- distributed, run folder
-    device = model.pick_device(cfg.device)
-    dtype = model.pick_dtype(peft.dtype, device)
-    resume.prepare(device)
-    base_folder = base.resolve(peft.base_checkpoint)  # may build or download: before the group's clock runs
-    dist.init(device, training.timeout)
-    run_dir = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "reward")
-    locked = dist.is_main() and run_dir.exists() and not job.explain
-    if locked:
-        log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
-
-    # --- model, tokenizer, adapter with its head
-    base_name = base.public_name(peft.base_checkpoint, base_folder)
-    net, tokenizer = model.load(base_folder, device, dtype, quantize=peft.peft_type == "qlora")
-    fingerprint = model.base_fingerprint(net)
+    # --- model: an adapter on the frozen base, and a scalar head
+    net, tokenizer = model.load(run.base_folder, run.device, run.dtype, quantize=peft.peft_type == "qlora")
     torch.manual_seed(cfg.seed)
     if peft.adapter:
-        model.load_adapter(net, NAME, peft.adapter)
+        model.load_adapter(net, ADAPTER, peft.adapter)
         say(f"starting from {peft.adapter}, whose sizes the adapter takes")
     else:
-        lora.inject(net, NAME, peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
-    head = reward_model.new_head(net.config.hidden_size, device)
-    named = reward_model.parameters(net, NAME, head)
+        lora.inject(net, ADAPTER, peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
+    head = reward_model.new_head(net.config.hidden_size, run.device)
+    named = reward_model.parameters(net, ADAPTER, head)
     parameters = list(named.values())
-    numbers = sum(p.numel() for p in parameters)
-    say(f"{peft.base_checkpoint} on {device} in {dtype}, {peft.peft_type}: {numbers:,} parameters to train")
+    count = sum(p.numel() for p in parameters)
+    say(f"{peft.base_checkpoint} on {run.device} in {run.dtype}, {peft.peft_type}: {count:,} parameters to train")
 
-    # --- pairs: token ids of chosen and rejected answer behind one prompt
-    records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
-    if cfg.task != "safety" and all(record["rejected"] is None for part in records.values() for record in part):
-        rl = cfg.rl
-        sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
-        about = [fingerprint, model.adapter_fingerprint(peft.adapter), str(dtype), peft.peft_type]
-        key = resume.fingerprint([*about, sampling, cfg.seed, cfg.task, records])
-        if job.explain:  # a look needs no more, and leaves nothing behind
-            records, key = {split: part[: training.batch_size] for split, part in records.items()}, None
-        make = functools.partial(make_pairs, net, tokenizer, records, sampling | {"seed": cfg.seed}, cfg.task)
-        records = preferences.cached(key, ("train", "val"), make)
-    encoded = {}
-    for split in ("train", "val"):
-        encoded[split], counts = data.encode_pairs(records[split], tokenizer, training.max_seq_length)
+    # --- pairs: token ids of the chosen and the rejected answer after one prompt
+    pairs = {}
+    for split, records in load_pairs(run, net, tokenizer, job.explain).items():
+        pairs[split], counts = data.encode_pairs(records, tokenizer, training.max_seq_length)
         say_counts(split, counts)
-        if not encoded[split]:
+        if not pairs[split]:
             raise UserError(f"{split}: no usable pair in {counts['records']} records")
-    train, val = encoded["train"], encoded["val"]
+    train, val = pairs["train"], pairs["val"]
     lengths = [data.pair_tokens(pair) for pair in train]
-    per_epoch = math.ceil(len(train) / training.batch_size)
-    steps = training.epochs * per_epoch if training.max_steps is None else training.max_steps
+    batches = data.EpochBatches(lengths, training.batch_size, cfg.seed)
+    steps = training.epochs * batches.per_epoch if training.max_steps is None else training.max_steps
     if job.explain:
-        first = data.epoch_batches(lengths, training.batch_size, cfg.seed, 0)[0]
-        shown = [train[i][side] for i in first for side in ("chosen", "rejected")]
-        return explain.show(shown, tokenizer, net, named, training.micro_batch_tokens, logits=False)
+        first = [train[i][side] for i in batches[0] for side in ("chosen", "rejected")]
+        return explain.show(first, tokenizer, net, named, training.micro_batch_tokens, logits=False)
 
-    # --- optimizer
+    # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.weight_decay)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = training.learning_rate
+    facts = {"data": resume.fingerprint([[p["id"], p["margin"], p["chosen"], p["rejected"]] for p in train + val])}
+    reward_stats = {"base_checkpoint": run.base_name, "base": run.base_fingerprint, "task": cfg.task}
+    reward_stats |= {"mean": 0.0, "std": 1.0}
+    step_folder = run.start(steps, batches.tokens_per_step, facts, not_read=("evaluation.", *NOT_READ))
+    if step_folder:
+        reward_stats = reward_model.restore(net, ADAPTER, head, step_folder)
+        optim.load(optimizer, named, step_folder)
 
-    # --- resume: the newest folder that verifies, with the same config, data, tokenizer and number of ranks
-    facts = config.flatten(cfg) | {
-        "world_size": dist.world_size(),
-        "tokenizer": checkpoint.sha256(base_folder / "tokenizer.json"),
-        "model": fingerprint,
-        "data": resume.fingerprint([[p["id"], p["margin"], p["chosen"], p["rejected"]] for p in train + val]),
-    }
-    state = {"step": 0, "best": math.inf, "since_best": 0, "tokens_seen": 0, "evaluation": None, "norms": {},
-             "facts": facts}  # fmt: skip
-    state["about"] = {"base_checkpoint": base_name, "base": facts["model"], "task": cfg.task, "mean": 0.0, "std": 1.0}
-    if dist.is_main() and not locked:  # a new folder appears only when everything above was in order
-        log.on_exit(functools.partial(os.close, checkpoint.lock_run(run_dir)))
-    dist.barrier()
-    unread = ("rl.", "reward.type", "reward.alpha", "reward.beta", "reward.checkpoint", "reward.function",
-              "reward.normalize_rewards", "reward.clip_rewards", "reward.heuristic.")  # fmt: skip
-    folder, tensors = resume.go_on(run_dir, training, state, steps, (*resume.FREE_TO_CHANGE, *unread))
-    if folder:
-        reward_model.restore(net, NAME, head, folder)
-        resume.load_optimizer(optimizer, named, tensors["optimizer"])
-    metrics_file = run_dir / "metrics.jsonl"
-    resume.begin(run_dir, state, config.dump(cfg))
-    send = log.open_wandb(cfg.logging.wandb, run_dir.name, config.flatten(cfg))
-
-    def save(step):
-        if dist.is_main():
-            tensors = {"optimizer": resume.optimizer_tensors(optimizer, named)}
-            write = functools.partial(reward_model.save, net, tokenizer, name=NAME, head=head, about=state["about"])
-            checkpoint.save_step(run_dir, step, tensors, state, write)
-            checkpoint.prune(run_dir, training.keep_last)
-        dist.barrier()
-
-    # --- loop: set lr -> evaluate / save -> make batch -> update -> log. Step 0 evaluates the fresh head.
-    stop = resume.stop_signals(grace=1.0)
-    batches, epoch, found = [], None, None
-    bar = log.progress(steps, state["step"])
+    # --- loop: set lr -> evaluate -> save -> make batch -> update -> log. Step 0 evaluates the fresh head.
     net.train()
-    for step in range(state["step"], steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, training.learning_rate, training.warmup_ratio, training.schedule)
-        record = {"step": step}
-
-        # --- evaluate, save
-        stopped = dist.any_rank(stop())
-        due = step % training.eval_interval == 0 or step == steps
-        if due and not stopped and state["evaluation"] is None:
-            found, state["evaluation"] = evaluate(net, head, val, training.micro_batch_tokens, device)
-            state["about"] |= {"mean": state["evaluation"]["eval/reward_mean"],
-                               "std": state["evaluation"]["eval/reward_std"]}  # fmt: skip
-            better = state["evaluation"]["eval/loss"] < state["best"]
-            state["best"] = min(state["best"], state["evaluation"]["eval/loss"])
-            state["since_best"] = 0 if better else state["since_best"] + 1
-        improved = state["evaluation"] is not None and state["since_best"] == 0
-        record |= state["evaluation"] or {}
-        patience_over = training.patience is not None and state["since_best"] >= training.patience
-        done = step == steps or patience_over
-        state["step"] = step
-        if stopped or done or (step > 0 and (improved or step % training.save_interval == 0)):
-            save(step)
-        if improved and step > 0 and dist.is_main():
-            checkpoint.publish(run_dir / f"step-{step:06d}", run_dir, "best")
-        if stopped:
-            raise SystemExit(f"stopped at step {step} of {steps}, saved; run the same command again to go on")
-        if done:
+    rewards = None
+    for step in range(run.step, steps + 1):
+        lr = optim.set_learning_rate(optimizer, step, steps, training)
+        if run.evaluation_due(step):
+            rewards, metrics = evaluate(net, head, val, training.micro_batch_tokens, run.device)
+            run.keep_evaluation(metrics)
+            reward_stats |= {"mean": metrics["eval/reward_mean"], "std": metrics["eval/reward_std"]}
+        if run.save_due(step) and dist.is_main():
+            with run.new_checkpoint(step) as step_folder:
+                reward_model.save(net, tokenizer, step_folder, ADAPTER, head, reward_stats)
+                optim.save(optimizer, named, step_folder)
+        if run.finished(step):
             break
-
-        # --- make batch: every rank draws the same pairs and takes its share
-        started = time.perf_counter()
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
-            batches = data.epoch_batches(lengths, training.batch_size, cfg.seed, epoch)
-        chosen = batches[step % per_epoch]
-        mine = sorted(chosen, key=lambda i: (-lengths[i], i))[dist.rank() :: dist.world_size()]
         resume.seed_step(cfg.seed, step, dist.rank())
 
-        # --- update
-        loss = hits = torch.zeros((), device=device)
+        # batch: every rank draws the same pairs and takes its share
+        batch = batches[step]
+        mine = data.shard(batch, lengths)
+
+        # update
         optimizer.zero_grad()
+        loss = hits = torch.zeros((), device=run.device)
         for micro in data.micro_batches(mine, lengths, training.micro_batch_tokens):
-            tokens, mask = data.collate_pairs([train[i] for i in micro], device)
-            good, bad = reward_model.scores(net, head, tokens, mask).view(-1, 2).T  # (pairs,) each
-            margin = torch.tensor([train[i]["margin"] for i in micro], device=device)
+            tokens, mask = data.collate_pairs([train[i] for i in micro], run.device)
+            chosen, rejected = reward_model.scores(net, head, tokens, mask).view(-1, 2).T  # (pairs,) each
+            margin = torch.tensor([train[i]["margin"] for i in micro], device=run.device)
             # >>> edit here: the objective, a loss for each pair
-            pair_loss = losses.reward_loss(good, bad, margin)
-            pair_loss = pair_loss + cfg.reward.center_coefficient * losses.centering_loss(good, bad)
-            micro_loss = pair_loss.sum() / len(chosen)
+            pair_loss = losses.reward_loss(chosen, rejected, margin)
+            pair_loss = pair_loss + cfg.reward.center_coefficient * losses.centering_loss(chosen, rejected)
+            micro_loss = pair_loss.sum() / len(batch)
             micro_loss.backward()
-            loss, hits = loss + micro_loss.detach(), hits + (good > bad).sum()
-        dist.sum_gradients(parameters)
-        record["loss"], hits = dist.sum_all(loss, hits)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        record["grad_norm"] = norm.item()
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-            ids = ", ".join(train[i]["id"] for i in chosen)
-            raise UserError(
-                f"step {step}: loss {record['loss']} or gradient norm {norm} is not finite; not updated; pairs {ids}"
-            )
-        torch.nn.utils.clip_grads_with_norm_(parameters, training.max_grad_norm, norm)
+            loss, hits = loss + micro_loss.detach(), hits + (chosen > rejected).sum()
+        grad_norm = optim.clip_gradients(parameters, training.max_grad_norm)
+        loss, hits = dist.sum_all(loss, hits)
+        run.check_finite({"loss": loss, "grad_norm": grad_norm}, [train[i]["id"] for i in batch])
         optimizer.step()
-        if step % 16 == 0:
-            model.trim_memory(device)
-        state["evaluation"] = None
+        run.count(tokens=sum(lengths[i] for i in batch), pairs=len(batch))
 
-        # --- log
-        seconds, seen = time.perf_counter() - started, sum(lengths[i] for i in chosen)
-        state["tokens_seen"] += seen
-        record |= {"accuracy": hits / len(chosen), "lr": optimizer.param_groups[0]["lr"], "epoch": step / per_epoch,
-                   "tokens_seen": state["tokens_seen"], "tokens_per_second": seen / seconds,
-                   "pairs_per_second": len(chosen) / seconds, "seconds": seconds,
-                   "peak_memory_gb": log.peak_memory_gb(device)}  # fmt: skip
-        for words in watch.spikes(state["norms"], record):
-            record["warning"] = words
-            say(f"step {step}: {words}")
-        if dist.is_main():
-            log.write_record(metrics_file, record)
-            send(record)
-        if step % training.eval_interval == 0 or step % cfg.logging.log_interval == 0:
-            say(log.line(record))
-        bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tok/s", refresh=False)
-        bar.update()
+        # log
+        metrics = {"loss": loss, "grad_norm": grad_norm, "accuracy": hits / len(batch), "lr": lr}
+        run.log(step, metrics | {"epoch": step / batches.per_epoch})
 
-    # --- final save and report
-    bar.close()
-    record |= {"tokens_seen": state["tokens_seen"], "best_eval_loss": state["best"]}
-    if found is None:  # resumed where all was done but this
-        found, _ = evaluate(net, head, val, training.micro_batch_tokens, device)
+    # --- report
+    record = run.finish(PANELS)
+    if rewards is None:  # resumed where all was done but this
+        rewards, _ = evaluate(net, head, val, training.micro_batch_tokens, run.device)
     if dist.is_main():
-        log.write_record(metrics_file, record)
-        send(record)
-        say(log.line(record))
-        checkpoint.publish(run_dir / f"step-{step:06d}", run_dir, "final")
-        worth = report(found, val, cfg.task)
-        log.write_json(run_dir / "report.json", worth)
-        rows = {k.replace("held_out", "reward model"): v for k, v in worth.items()
-                if k.startswith(("held_out", "length_matched"))}  # fmt: skip
-        for name, row in (rows | {f"floor: {k}": v for k, v in worth["floors"].items()}).items():
-            interval = "no pairs" if row["interval"] is None else "{:.3f} [{:.3f}, {:.3f}]".format(
-                row["accuracy"], *row["interval"])  # fmt: skip
-            say(f"{name.replace('_', ' ')}: accuracy {interval} of {row['pairs']} pairs")
-        paired = worth["against_shorter_answer"]
-        say(f"against the shorter answer: right where that is wrong {paired['only_model_right']} times, wrong where "
-                f"that is right {paired['only_floor_right']} times, p = {paired['p']:.2g}")  # fmt: skip
-        say(f"calibration error {worth['calibration_error']:.3f}, correlation of reward and length "
-            f"{worth['correlation_of_reward_and_length']:+.3f}")  # fmt: skip
-        log.plot_reliability(worth["reliability"], run_dir / "reliability.png")
-        panels = [
-            ("loss (nats a pair)", ("loss", "eval/loss")),
-            ("pair accuracy", ("accuracy", "eval/accuracy")),
-            ("gradient norm", ("grad_norm",)),
-        ]
-        log.plot_curves(log.read_records(metrics_file), panels, run_dir / "curves.png")
-        say(f"wrote {run_dir}/final, report.json, reliability.png, curves.png and metrics.jsonl; peak memory "
-            f"{log.peak_memory_gb(device):.2f} GB")  # fmt: skip
-    dist.barrier()
+        write_report(run.folder, report(rewards, val, cfg.task))
     return record
 
 

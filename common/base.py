@@ -4,11 +4,9 @@ Whatever it is becomes a local folder of safetensors first; only weights, a chec
 from it, never code and never a pickle. What a source loses (GGUF: chat template, stop set, tie) is put back.
 """
 
-import fcntl
+import functools
 import hashlib
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from common import chat, tiny, versions
+from common import cache, chat, tiny, versions
 from common.checkpoint import verify
 from common.log import UserError, say
 
@@ -35,16 +33,11 @@ RECORD = "base.json"  # beside an adapter's files: the base that it was trained 
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 
 
-def cache_dir():
-    """Where converted bases and the tiny base live: $GEMMA_ALIGNMENT_CACHE or ~/.cache/gemma-alignment."""
-    return Path(os.environ.get("GEMMA_ALIGNMENT_CACHE", "~/.cache/gemma-alignment")).expanduser()
-
-
 def resolve(checkpoint):
     """A local folder with config.json, safetensors and tokenizer for any kind of `model.base_checkpoint`."""
     versions.check()
     if checkpoint == "tiny":
-        return tiny.ensure(cache_dir())
+        return tiny.ensure(cache.root())
     path = Path(checkpoint).expanduser()
     if path.suffix == ".gguf":
         return _converted_gguf(path)
@@ -107,7 +100,7 @@ def _converted_gguf(path):
         raise UserError(f"model.base_checkpoint: cannot read {path}: {error.strerror}") from error
     if magic != b"GGUF":
         raise UserError(f"model.base_checkpoint: {path} is not a GGUF file (it does not start with 'GGUF')")
-    return build_once(cache_dir() / f"{path.stem}-{digest}", lambda folder: _convert_gguf(path, folder))
+    return cache.build_once(cache.root() / f"{path.stem}-{digest}", lambda folder: _convert_gguf(path, folder))
 
 
 def _convert_gguf(path, folder):
@@ -138,8 +131,16 @@ def public_name(checkpoint, folder):
 
 def fingerprint(folder):
     """SHA-256 over config.json and every weight: another model or another fine-tune of it, another string."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for shard in sorted(folder.glob("*.safetensors")):
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    sizes = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return _fingerprint(tuple(files), sizes)
+
+
+@functools.cache
+def _fingerprint(files, sizes):
+    """Of these files, as they are at these sizes and times: they are read once in a process."""
+    digest = hashlib.sha256(files[0].read_bytes())
+    for shard in files[1:]:
         with shard.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -189,23 +190,6 @@ def check_record(folder, key, here, fingerprint, quantised):
             f"{key}: {folder} was trained on the unquantised base; on this 4-bit one its numbers differ from those it "
             "ended with. If that is not meant, pass --model.peft_type lora"
         )
-
-
-def build_once(target, build):
-    """`target` if it exists, else what `build(folder)` writes: under a lock, in a temporary folder, then renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            folder = target.parent / f".tmp-{target.name}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            try:
-                build(folder)
-                folder.rename(target)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    return target
 
 
 def read_config(folder):

@@ -14,12 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from common.log import UserError
 
 MANIFEST, VERSION = "MANIFEST.json", 1
-MARGIN = 64 * 2**20  # room for what save_step cannot size before it is written: model files, tokenizer, state
+MARGIN = 64 * 2**20  # bytes that must be free before a checkpoint is begun, whose size is not known then
 TRAINING_ONLY = {"optimizer.safetensors", "critic.safetensors"}  # what a published copy leaves out
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
 
@@ -46,35 +45,28 @@ def lock_run(run_dir):
         raise UserError(f"run folder {run_dir} cannot be locked: {error}") from error
 
 
-def save_step(run_dir, step, tensors, state, write_model=None):
-    """Write run_dir/step-%06d whole or not at all and return its path; UserError if it cannot be written.
+@contextmanager
+def new_step(run_dir, step, state, room=MARGIN):
+    """Yield a folder to write into; it becomes run_dir/step-%06d, with state.json in it, whole or not at all.
 
-    tensors: {file stem: {name: tensor}}; state: what JSON can hold; write_model(folder): writes the model's files.
+    state: a dict that JSON can hold, written as it is when the body has ended; room: bytes that must be free. UserError
+    if the folder cannot be written.
     """
-    final, state_bytes = Path(run_dir) / f"step-{step:06d}", json.dumps(state).encode()
-    with suppress(UserError, OSError):  # a whole step with another state is an abandoned run's: it is replaced
-        if verify(final) and (final / "state.json").read_bytes() == state_bytes:
-            return final
-    tensors = {stem: {k: t.detach().contiguous() for k, t in group.items()} for stem, group in tensors.items()}
-    size = sum(t.nbytes for group in tensors.values() for t in group.values())
-    with commit(final, {"step": step, "tensors": sorted(tensors)}, size + MARGIN) as temp:
-        if write_model is not None:
-            write_model(temp)
-        for stem, group in tensors.items():
-            save_file(group, temp / f"{stem}.safetensors")
-        (temp / "state.json").write_bytes(state_bytes)
-    return final
+    facts = {"step": step}
+    with commit(Path(run_dir) / f"step-{step:06d}", facts, room) as temp:
+        yield temp
+        (temp / "state.json").write_bytes(json.dumps(state).encode())
+        facts["tensors"] = sorted(name.removesuffix(".safetensors") for name in TRAINING_ONLY if (temp / name).exists())
 
 
-def load_step(folder):
-    """Verify a step folder and return what save_step was given, on the CPU: (tensors, state); UserError if damaged."""
+def load_state(folder):
+    """Verify a step folder and return its state; UserError if it is damaged, or a published copy of one."""
     folder, manifest = Path(folder), verify(folder)
     absent = {"state.json", *(f"{stem}.safetensors" for stem in manifest["tensors"])} - set(manifest["files"])
     if absent:
         raise UserError(f"{folder} holds no {min(absent)}: resume from a step-* folder, not from a published copy")
     try:
-        tensors = {stem: load_file(folder / f"{stem}.safetensors") for stem in manifest["tensors"]}
-        return tensors, json.loads((folder / "state.json").read_bytes())
+        return json.loads((folder / "state.json").read_bytes())
     except UNREADABLE as error:
         raise UserError(f"{folder} cannot be read: {error!r}") from error
 
@@ -222,7 +214,7 @@ def _settle(stray):
 
 
 def _steps(run_dir):
-    """The step folders by number, oldest first: plain folders named exactly as save_step names them."""
+    """The step folders by number, oldest first: plain folders named exactly as new_step names them."""
     named = [path for path in Path(run_dir).glob("step-*") if re.fullmatch("step-[0-9]{6,}", path.name)]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=lambda p: int(p.name[5:]))
 

@@ -70,9 +70,14 @@ def parse_args(script, description, sections, modes, argv=None, jobs=()):
     return cfg, SimpleNamespace(**{name: value for name, value in args.items() if name not in leaves})
 
 
+def plain(cfg):
+    """Return a config, or a section of one, as nested dicts."""
+    return json.loads(json.dumps(cfg, default=vars))
+
+
 def dump(cfg):
     """Return the config as YAML text that load_config reads back to the same values, in the order of defaults.yml."""
-    return yaml.safe_dump(json.loads(json.dumps(cfg, default=vars)), sort_keys=False, width=110)
+    return yaml.safe_dump(plain(cfg), sort_keys=False, width=110)
 
 
 def flatten(cfg, above=""):

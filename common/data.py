@@ -7,12 +7,13 @@ example is {"id", "ids": T token ids, "mask": T of 0 / 1}, a pair two examples w
 """
 
 import json
+import math
 import random
 from pathlib import Path
 
 import torch
 
-from common import chat, synthetic
+from common import chat, dist, synthetic
 from common.log import UserError
 
 DEBUG_SIZE = {"train": 512, "val": 128, "test": 128}  # synthetic records
@@ -199,6 +200,37 @@ def epoch_batches(lengths, batch_size, seed, epoch):
         largest = max(range(len(batches)), key=lambda i: sum(lengths[j] for j in batches[i]))
         batches[0], batches[largest] = batches[largest], batches[0]
     return batches
+
+
+def shuffled(count, key):
+    """0 .. count - 1 in an order that is a function of `key`, a text."""
+    order = list(range(count))
+    random.Random(key).shuffle(order)
+    return order
+
+
+class EpochBatches:
+    """batches[step] -> the rows of a step, of all ranks: epoch after epoch of epoch_batches, for any step.
+
+    lengths: tokens of each row. A pure function of (seed, step), so resume is exact; the latest epoch is kept.
+    """
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.per_epoch = math.ceil(len(lengths) / batch_size)
+        self.tokens_per_step = sum(lengths) / self.per_epoch
+        self.epoch, self.batches = None, []
+
+    def __getitem__(self, step):
+        epoch, number = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, epoch_batches(self.lengths, self.batch_size, self.seed, epoch)
+        return self.batches[number]
+
+
+def shard(rows, lengths):
+    """This rank's share of the rows of a step: every world-size-th by length, so that ranks work equally long."""
+    return sorted(rows, key=lambda i: (-lengths[i], i))[dist.rank() :: dist.world_size()]
 
 
 def micro_batches(rows, lengths, budget, sort=True, shared=None):

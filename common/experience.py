@@ -1,169 +1,161 @@
-"""One step of on-policy data: prompts -> completions -> rewards -> a batch, and the plan of its updates.
+"""One step of on-policy data: prompts -> completions -> rewards -> a Rollout -> minibatches of micro-batches.
 
 Prompts, rows and minibatches are numbered over all ranks: a rank holds whole groups, and neither their number nor a
 resume changes what is sampled or which rows are updated together.
 """
 
-import random
 import time
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import torch
 
-from common import advantages, chat, data, dist, log, losses, reference, resume, rollouts, stats, watch
-from common.log import UserError, say, say_counts
-
-DRIFT = 128  # held-out answers whose exact entropy and KL are measured: two whole distributions a token cost their time
-TOGETHER = 2048  # tokens of them in one pass
-LOOK = 4  # rows of a rollout that --explain shows
-PANELS = [
-    ("reward of a completion", ("reward", "eval/reward")),
-    ("KL to the reference (nats a token)", ("kl", "eval/kl")),
-    ("completion (tokens)", ("length", "eval/length")),
-    ("entropy (nats a token)", ("entropy", "eval/entropy")),
-]
+from common import advantages, chat, data, dist, log, lora, losses, model, reward_model, rollouts, watch
+from common.log import UserError, listed
 
 
-def source(records, tokenizer, longest, size, most, seed):
-    """Prompts as a source of steps of `size` prompts: train, val, fingerprint, per_epoch, pace, batch(step) -> indices.
+@dataclass
+class Rollout:
+    """What this rank sampled in one step: B rows, those of one prompt neighbours; T tokens, right-padded.
 
-    A prompt is {"id", "ids", "record"}. Those of more than `longest` tokens or without a user turn are left out and
-    counted; `most` bounds the held-out ones (or None). pace: mean prompt tokens a step. UserError where too few remain.
+    Per-token tensors are (B, T-1), aligned with tokens[:, 1:], and 0 where mask is 0.
     """
-    found = {}
-    for split, part in records.items():
-        found[split], counts = fitting(part, tokenizer, longest)
-        say_counts(split, counts | {"kept": len(found[split])})
-    train, val = found["train"], found["val"][:most]
-    if size < dist.world_size():
-        raise UserError(f"rl.rollout_size: {size} prompts a step leave some of {dist.world_size()} ranks without one")
-    for split, part, least in (("train", train, size), ("val", val, dist.world_size())):
-        if len(part) < least:
-            raise UserError(f"{split}: {len(part)} prompts of at most {longest} tokens (training.max_seq_length minus "
-                            f"rl.max_new_tokens), at least {least} are needed")  # fmt: skip
-    per_epoch = len(train) // size
-    digest = resume.fingerprint([[p["id"], p["ids"], p["record"]["reference"]] for p in train + val])
 
-    def batch(step):
-        epoch, place = divmod(step, per_epoch)
-        return shuffled(len(train), f"prompts/{seed}/{epoch}")[place * size : (place + 1) * size]
+    # sampled and scored: collect
+    tokens: torch.Tensor  # (B, T), prompt and completion
+    mask: torch.Tensor  # (B, T-1), 1 on the tokens of the completion, its stop token included; see `exclude`
+    completions: list  # B lists of ids
+    stopped: torch.Tensor  # (B,) bool: did the completion end with a stop token
+    sampled_logprobs: torch.Tensor  # (B, T-1), the sampler's own: a health check in the log, in no ratio
+    rewards: torch.Tensor  # (B,)
+    reward_parts: list  # B dicts, the components of each reward
+    records: list  # B, of the data
+    row_numbers: list  # B, among all ranks' rows of this step
+    prompt_numbers: list  # B, among all ranks' prompts of this step
+    row_tokens: torch.Tensor  # (B,), tokens of prompt and completion
+    completion_tokens: torch.Tensor  # (B,), tokens of the completion
+    sampled_tokens: float  # tokens of all ranks' completions
+    seconds: dict
+    # made by the algorithm, (B, T-1) each
+    weight: torch.Tensor | None = None  # of each token's loss
+    old_logprobs: torch.Tensor | None = None  # None: there is one update, and its own log-probs are the old ones
+    ref_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+    zero_advantage: torch.Tensor | None = None  # (B,) bool: of zero_advantage_groups; None where rows have no groups
 
-    pace = sum(len(prompt["ids"]) for prompt in train) / len(train) * size
-    return SimpleNamespace(train=train, val=val, per_epoch=per_epoch, pace=pace, batch=batch, fingerprint=digest)
+    @property
+    def ids(self):
+        return [f"{record['id']}/{row}" for record, row in zip(self.records, self.row_numbers, strict=True)]
 
+    def exclude(self, rows):
+        """Leave rows (B,) bool out of the loss and of its divisor: their mask becomes 0."""
+        self.mask = self.mask * ~rows[:, None]
 
-def fitting(records, tokenizer, longest):
-    """([{"id", "ids", "record"}] of the prompts of at most `longest` tokens, {reason: how many were left out})."""
-    counts, found = {"records": len(records), "no_user_turn": 0, "prompt_too_long": 0}, []
-    for record in records:
-        if not chat.normalise(record["prompt"])[0]:
-            counts["no_user_turn"] += 1
-            continue
-        ids = chat.encode_prompt(tokenizer, record["prompt"])
-        if len(ids) > longest:
-            counts["prompt_too_long"] += 1
-        else:
-            found.append({"id": record["id"], "ids": ids, "record": record})
-    return found, counts
-
-
-def shuffled(count, key):
-    """0 .. count - 1 in an order that is a function of `key`, a text."""
-    order = list(range(count))
-    random.Random(key).shuffle(order)
-    return order
+    def micro_batch(self, rows):
+        """These rows as a MicroBatch, cut after their last masked token: as if collated alone."""
+        width = 1 + int(self.mask[rows].any(0).nonzero().max())
+        ids = self.ids
+        per_token = {name: getattr(self, name) for name in PER_TOKEN}
+        cut = {name: None if tensor is None else tensor[rows][:, :width] for name, tensor in per_token.items()}
+        return MicroBatch([ids[row] for row in rows], self.tokens[rows][:, : width + 1], **cut)
 
 
-def share(chosen):
-    """This rank's part of a step's prompts: {number in the step: prompt}."""
-    return dict(list(enumerate(chosen))[dist.rank() :: dist.world_size()])
+@dataclass
+class MicroBatch:
+    """Rows of a rollout that go through the model together; the fields are those of Rollout."""
+
+    ids: list  # names of the rows, for error messages
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    weight: torch.Tensor
+    advantages: torch.Tensor
+    sampled_logprobs: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
 
 
-def listed(names, most=8):
-    """Names for an error message, not too many of them."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+PER_TOKEN = ("mask", "weight", "advantages", "sampled_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
 
 
-def collect(net, prompts, numbers, score, sampling):
-    """Completions of each prompt by the active adapter, with their rewards: a batch of rollouts.sample and more.
+@dataclass
+class Minibatch:
+    """The rows of one update."""
 
-    numbers: the prompts' places in the step, over all ranks. score: of rewards.make. sampling: {"seed", "step",
-    "group_size", "max_new_tokens", "temperature"} and more of rollouts.sample. Adds rewards (B,), parts (B dicts), rows
-    (B numbers), records, ids, groups (B: which prompt), lengths and costs (B,), the tokens of completion and row,
-    generated, the tokens of all ranks, and seconds.
-    UserError on all ranks where one of them cannot sample or score, or a score is not finite.
+    number_of_pass: int
+    micro_batch_rows: list  # lists of this rank's rows that have a gradient
+    num_tokens: int  # of these rows, prompts included
+    divisor: float  # of the summed loss: over all ranks, and over rows without a gradient too
+    micro_batches: list = field(default_factory=list)  # MicroBatch for each of micro_batch_rows: fill
+
+
+def share(numbered):
+    """This rank's part of a step's prompts, or of the held-out ones: {number among all ranks: prompt}."""
+    return dict(list(enumerate(numbered))[dist.rank() :: dist.world_size()])
+
+
+def collect(net, prompts, score, seed, step, *, group_size, max_new_tokens, temperature, **decoding):
+    """`group_size` completions of each prompt by the active adapter, with their rewards -> Rollout.
+
+    prompts: {number in the step, over all ranks: Prompt}. score(records, completions) -> (rewards,
+    parts), of rewards.scorer. decoding: more of rollouts.sample. A row's random numbers belong to (seed, step, its
+    number). UserError on all ranks where one of them cannot sample or score, or a score is not finite.
     """
-    more = {key: value for key, value in sampling.items() if key not in ("seed", "step")}
-    group, limit = sampling["group_size"], sampling["max_new_tokens"]
-    rows = [number * group + g for number in numbers for g in range(group)]
-    uniforms = rollouts.uniforms(sampling["seed"], sampling["step"], rows, limit)
-    records = [prompt["record"] for prompt in prompts for _ in range(group)]
-    started, wrong = time.perf_counter(), None
+    rows = [number * group_size + g for number in prompts for g in range(group_size)]
+    records = [prompt.record for prompt in prompts.values() for _ in range(group_size)]
+    uniforms = rollouts.uniforms(seed, step, rows, max_new_tokens)
+    started, failure = time.perf_counter(), None
     try:
-        batch = rollouts.sample(net, [prompt["ids"] for prompt in prompts], uniforms=uniforms, **more)
-        sampled = time.perf_counter()
-        found = score(records, batch["completions"])
+        ids = [prompt.ids for prompt in prompts.values()]
+        sampled = rollouts.sample(net, ids, group_size, max_new_tokens, temperature, uniforms, **decoding)
+        after_sampling = time.perf_counter()
+        rewards, parts = score(records, sampled["completions"])
     except UserError as error:
-        wrong = error
+        failure = error
     except FloatingPointError as error:
-        names = listed([prompt["id"] for prompt in prompts])
-        wrong = UserError(f"step {sampling['step']}: {error}; nothing was updated; it was answering {names}")
-    log.refuse_together(wrong, "another rank could not sample or score")
-    return batch | {
-        "rewards": found[0].float().to(batch["tokens"].device), "parts": found[1], "rows": rows, "records": records,
-        "groups": [number for number in numbers for _ in range(group)], "lengths": batch["mask"].sum(1),
-        "costs": batch["attention_mask"].sum(1), "ids": [f"{record['id']}/{row}" for record, row in zip(records, rows)],
-        "generated": dist.sum_all(batch["mask"].sum())[0],
-        "seconds": {"seconds_rollout": sampled - started, "seconds_reward": time.perf_counter() - sampled},
-    }  # fmt: skip
+        names = listed([prompt.id for prompt in prompts.values()])
+        failure = UserError(f"step {step}: {error}; nothing was updated; it was answering {names}")
+    log.refuse_together(failure, "another rank could not sample or score")
+    return Rollout(
+        tokens=sampled["tokens"],
+        mask=sampled["mask"],
+        completions=sampled["completions"],
+        stopped=sampled["stopped"],
+        sampled_logprobs=sampled["sampled_logprobs"],
+        rewards=rewards.float().to(sampled["tokens"].device),
+        reward_parts=parts,
+        records=records,
+        row_numbers=rows,
+        prompt_numbers=[number for number in prompts for _ in range(group_size)],
+        row_tokens=sampled["attention_mask"].sum(1),
+        completion_tokens=sampled["mask"].sum(1),
+        sampled_tokens=dist.sum_all(sampled["mask"].sum())[0],
+        seconds={
+            "seconds_rollout": after_sampling - started,
+            "seconds_reward": time.perf_counter() - after_sampling,
+        },
+    )
 
 
-def plan(batch, kept, prompts, parts, budget, key):
-    """The updates of one rollout, parts = (epochs, minibatches): {"plan", "members"}, lists of epochs * minibatches.
-
-    Whole groups are dealt out anew in every epoch by a permutation of all `prompts` of the step, of which this rank has
-    some. members: this rank's rows of a minibatch, each in one minibatch of an epoch; plan: those that are `kept`
-    (B bools), in micro-batches of `budget` tokens.
-    """
-    sizes, answers = ([int(n) for n in batch[name].tolist()] for name in ("costs", "lengths"))
-    shared = [(group, size - answer) for group, size, answer in zip(batch["groups"], sizes, answers)]
-    members = []
-    for epoch in range(parts[0]):
-        order = shuffled(prompts, f"minibatches/{key}/{epoch}")
-        place = {group: i % parts[1] for i, group in enumerate(order)}
-        rows = range(len(sizes))
-        members += [[row for row in rows if place[batch["groups"][row]] == number] for number in range(parts[1])]
-    cut = [data.micro_batches([r for r in rows if kept[r]], sizes, budget, sort=False, shared=shared)
-           for rows in members]  # fmt: skip
-    return {"plan": cut, "members": members}
+def zero_advantage_groups(advantages, group_size):
+    """(B,) bool: rows of groups of which no token has an advantage (B, T-1); to GRPO, those of equal rewards."""
+    return (advantages == 0).all(1).view(-1, group_size).all(1).repeat_interleave(group_size)
 
 
-@torch.no_grad()
-def over(forward, batch, role, name):
-    """forward(role, tokens, mask)[name] in the micro-batches of the first epoch -> (B, T-1); zeros in other rows."""
-    found = torch.zeros_like(batch["mask"])
-    for rows in batch["first"]:
-        found[rows] = forward(role, batch["tokens"][rows], batch["mask"][rows])[name]
-    return found
+def truncated(rollout, step):
+    """(B,) bool: completions that did not stop by themselves. UserError where none of any rank did."""
+    if not dist.any_rank(rollout.stopped.any()):
+        raise UserError(
+            f"step {step}: no completion stopped by itself and rl.mask_truncated leaves all of them out; raise "
+            "rl.max_new_tokens, or start from a model that has learned to stop"
+        )
+    return ~rollout.stopped
 
 
-def check_finite(batch, step):
-    """UserError on all ranks where log-probs or values of a row are not finite, before they reach other rows."""
-    names = [name for name in ("old_logprobs", "ref_logprobs", "values") if name in batch]
-    wrong = [row for row in range(len(batch["ids"])) if not all(batch[name][row].isfinite().all() for name in names)]
-    wrong = dist.gather_rows([batch["ids"][row] for row in wrong])
-    if wrong:
-        raise UserError(f"step {step}: log-probs or values are not finite; not updated; of {listed(wrong)}")
-
-
-def equal_groups(rewards, group_size):
-    """(B,) bool: do all completions of its prompt have the same reward? Then none of them is better than another."""
-    groups = rewards.view(-1, group_size)
-    return (groups == groups[:, :1]).all(1).repeat_interleave(group_size)
-
-
-def aggregation(mask, kind, max_new_tokens):
-    """{"weight": of each token (B, T-1), "sizes": what each row adds to the divisor (B, 1)} of a loss summed over rows.
+def loss_weights(mask, kind, max_new_tokens):
+    """(weight of each token's loss (B, T-1), what each row adds to the divisor (B,)) of a loss summed over rows.
 
     token     mean over all tokens of the minibatch: DAPO, Yu et al. 2025, eq. 8
     sequence  mean over completions of their means: GRPO, Shao et al. 2024, eq. 3
@@ -171,131 +163,150 @@ def aggregation(mask, kind, max_new_tokens):
     A row without a token counts in no divisor.
     """
     assert kind in ("token", "sequence", "constant"), kind
-    tokens = mask.sum(1, keepdim=True)
+    tokens = mask.sum(1)
     if kind == "token":
-        return {"weight": mask, "sizes": tokens}
-    weight = mask / (tokens.clamp(min=1) if kind == "sequence" else max_new_tokens)
-    return {"weight": weight, "sizes": (tokens > 0).float()}
+        return mask, tokens
+    per_row = tokens.clamp(min=1)[:, None] if kind == "sequence" else max_new_tokens
+    return mask / per_row, (tokens > 0).float()
 
 
-def summary(batch, front=""):
+def minibatches(rollout, has_gradient, row_divisor, num_prompts, passes, count, budget, key):
+    """The minibatches of a rollout in their order, `count` in each of `passes` -> [Minibatch], for `fill`.
+
+    Whole groups are dealt out anew in every pass, by a permutation of all prompts of the step: any number of ranks
+    makes the same minibatches. One without a row that has_gradient (B,) bool on any rank is left out. row_divisor (B,):
+    of loss_weights. budget: tokens of a micro-batch, in which a prompt counts once for its neighbours.
+    """
+    row_tokens = [int(n) for n in rollout.row_tokens.tolist()]
+    prompt_tokens = [n - int(m) for n, m in zip(row_tokens, rollout.completion_tokens.tolist(), strict=True)]
+    shared = list(zip(rollout.prompt_numbers, prompt_tokens, strict=True))
+    dealt = []
+    for number_of_pass in range(passes):
+        order = data.shuffled(num_prompts, f"minibatches/{key}/{number_of_pass}")
+        minibatch_of = {prompt: place % count for place, prompt in enumerate(order)}
+        for number in range(count):
+            rows = [row for row, prompt in enumerate(rollout.prompt_numbers) if minibatch_of[prompt] == number]
+            computed = [row for row in rows if has_gradient[row]]
+            cuts = data.micro_batches(computed, row_tokens, budget, sort=False, shared=shared)
+            divisor, computed_anywhere = dist.sum_all(row_divisor[rows].sum(), len(computed))
+            if computed_anywhere:
+                dealt.append(Minibatch(number_of_pass, cuts, sum(row_tokens[row] for row in computed), divisor))
+    return dealt
+
+
+def first_pass(dealt):
+    """Rows of the micro-batches of the first pass over a rollout."""
+    return [rows for minibatch in dealt if minibatch.number_of_pass == 0 for rows in minibatch.micro_batch_rows]
+
+
+def fill(dealt, rollout):
+    """Cut the micro-batches of all minibatches out of the rollout, once all its tensors are made."""
+    for minibatch in dealt:
+        minibatch.micro_batches = [rollout.micro_batch(rows) for rows in minibatch.micro_batch_rows]
+
+
+@torch.no_grad()
+def logprobs(net, adapter, rollout, micro_batch_rows, temperature):
+    """(B, T-1) log-probs of the rollout's tokens by one adapter, 0 in rows outside of micro_batch_rows.
+
+    Made in the very micro-batches of the first pass of updates, so that the first ratio is 1 and the KL of a policy to
+    an equal reference 0 to the bit.
+    """
+    out = torch.zeros_like(rollout.mask)
+    with lora.using(net, adapter):
+        for rows in micro_batch_rows:
+            out[rows] = model.sequence_logprobs(net, rollout.tokens[rows], rollout.mask[rows], temperature)
+    return out
+
+
+@torch.no_grad()
+def values(net, head, rollout, micro_batch_rows):
+    """(B, T-1) values of the critic before each token, likewise."""
+    out = torch.zeros_like(rollout.mask)
+    with lora.using(net, "critic"):
+        for rows in micro_batch_rows:
+            out[rows] = reward_model.values(net, head, rollout.tokens[rows], rollout.mask[rows])
+    return out
+
+
+def check_finite(rollout, step):
+    """UserError on all ranks where log-probs or values of a row are not finite, before they reach other rows."""
+    made = [t for t in (rollout.old_logprobs, rollout.ref_logprobs, rollout.values) if t is not None]
+    ids = [name for row, name in enumerate(rollout.ids) if not all(t[row].isfinite().all() for t in made)]
+    ids = dist.gather_rows(ids)
+    if ids:
+        raise UserError(f"step {step}: log-probs or values are not finite; not updated; of {listed(ids)}")
+
+
+def summary(rollout, front=""):
     """{name: mean over all ranks' completions} of rewards, their components and spread, lengths, stops, variety."""
-    names = sorted({name for part in batch["parts"] for name in part})
-    rewards = batch["rewards"].double()
-    columns = {"reward": rewards, "reward_square": rewards.square(), "length": batch["lengths"],
-               "stop_rate": batch["stopped"]}  # fmt: skip
-    sums = [column.sum() for column in columns.values()]
-    sums += [sum(part[name] for part in batch["parts"]) for name in names]
-    variety = watch.distinct_bigrams(dist.gather_rows(batch["completions"]))
-    *sums, count = dist.sum_all(*sums, len(rewards))
-    found = {name: total / count for name, total in zip([*columns, *(f"reward/{name}" for name in names)], sums)}
-    spread = max(0.0, found.pop("reward_square") - found["reward"] ** 2) * count / max(1, count - 1)
-    found |= {"reward_std": spread**0.5, "distinct_bigrams": variety}
-    return {front + name: value for name, value in found.items()}
+    names = sorted({name for part in rollout.reward_parts for name in part})
+    rewards = rollout.rewards.double()
+    columns = {
+        "reward": rewards,
+        "reward_square": rewards.square(),
+        "length": rollout.completion_tokens,
+        "stop_rate": rollout.stopped,
+    }
+    sums = {name: column.sum() for name, column in columns.items()}
+    sums |= {f"reward/{name}": sum(part[name] for part in rollout.reward_parts) for name in names}
+    variety = watch.distinct_bigrams(dist.gather_rows(rollout.completions))
+    *totals, count = dist.sum_all(*sums.values(), len(rewards))
+    means = {name: total / count for name, total in zip(sums, totals, strict=True)}
+    spread = max(0.0, means.pop("reward_square") - means["reward"] ** 2) * count / max(1, count - 1)
+    means |= {"reward_std": spread**0.5, "distinct_bigrams": variety}
+    return {front + name: value for name, value in means.items()}
 
 
-def record(batch):
-    """What a step of online RL logs over all ranks, beside its updates.
+def rollout_metrics(rollout, dealt):
+    """What a step of online RL logs over all ranks, beside its updates. dealt: the minibatches after the updates.
 
     entropy: mean of -log pi of the sampled tokens, its unbiased estimate, in nats. kl: k3 to the reference (Schulman
     2020), where there is one, and sampler_mean and sampler_max, the difference between the log-probs of sampler and
     trainer, are over the rows that were computed: without those of equal groups or cut answers where they are left out.
-    zero_advantage_share: of completions whose group is all equal.
+    zero_advantage_share: of completions, see zero_advantage_groups.
     """
-    rows = torch.tensor([row for rows in batch["first"] for row in rows], dtype=torch.long, device=batch["mask"].device)
-    kept = batch["mask"][rows].bool()
-    old, sampled = (batch[name][rows][kept] for name in ("old_logprobs", "sampled_logprobs"))
-    apart = (old - sampled).abs()
-    sums = {"sampler_mean": apart.sum()}
-    if "ref_logprobs" in batch:
-        sums["kl"] = losses.kl_estimate(old, batch["ref_logprobs"][rows][kept]).sum()
-    *totals, count, equal, rows, surprise = dist.sum_all(
-        *sums.values(), len(old), batch["equal"].sum(), len(batch["equal"]), -batch["sampled_logprobs"].sum()
+    first = [micro for minibatch in dealt if minibatch.number_of_pass == 0 for micro in minibatch.micro_batches]
+
+    def kept(name):
+        """(tokens,): this tensor of the first pass, where its mask is 1."""
+        return torch.cat([rollout.mask.new_zeros(0), *(getattr(micro, name)[micro.mask.bool()] for micro in first)])
+
+    old_logprobs = kept("old_logprobs")
+    difference = (old_logprobs - kept("sampled_logprobs")).abs()
+    sums = {"sampler_mean": difference.sum()}
+    if rollout.ref_logprobs is not None:
+        sums["kl"] = losses.kl_estimate(old_logprobs, kept("ref_logprobs")).sum()
+    zero_advantage = 0 if rollout.zero_advantage is None else rollout.zero_advantage.sum()
+    surprise = -rollout.sampled_logprobs.sum()
+    *totals, count, zero_advantage, rows, surprise = dist.sum_all(
+        *sums.values(), len(old_logprobs), zero_advantage, len(rollout.rewards), surprise
     )
-    found = {name: total / count for name, total in zip(sums, totals) if count} | {
-        "entropy": surprise / batch["generated"]
-    }
-    found |= {"sampler_max": max(dist.gather_rows([apart.max().item()] if len(old) else [0.0])),
-              "zero_advantage_share": equal / rows}  # fmt: skip
-    if "returns" in batch:
-        found["explained_variance"] = advantages.explained_variance(batch["values"], batch["returns"], batch["mask"])
-    return summary(batch) | found | batch["seconds"]
+    metrics = {name: total / count for name, total in zip(sums, totals, strict=True) if count}
+    metrics["entropy"] = surprise / rollout.sampled_tokens
+    metrics["sampler_max"] = max(dist.gather_rows([difference.max().item()] if len(difference) else [0.0]))
+    metrics["zero_advantage_share"] = zero_advantage / rows
+    if rollout.returns is not None:
+        metrics["explained_variance"] = advantages.explained_variance(rollout.values, rollout.returns, rollout.mask)
+    return summary(rollout) | metrics | rollout.seconds
 
 
-def lines(batch, tokenizer, step):
+def lines(rollout, tokenizer, step):
     """What samples.jsonl and held_out.jsonl keep of all ranks' rows, in their order; nothing is cut."""
-    texts = [chat.decode(tokenizer, ids) for ids in batch["completions"]]
-    columns = (batch["rows"], batch["records"], texts, batch["rewards"].tolist(), batch["parts"],
-               batch["lengths"].long().tolist(), batch["stopped"].tolist())  # fmt: skip
-    found = [
-        {"step": step, "row": row, "id": record["id"], "prompt": record["prompt"][-1]["content"], "completion": text,
-         "reward": reward, "parts": parts, "tokens": tokens, "stopped": stopped}
-        for row, record, text, reward, parts, tokens, stopped in zip(*columns)
-    ]  # fmt: skip
-    return sorted(dist.gather_rows(found), key=lambda line: line["row"])
-
-
-def answer(run, sampling):
-    """(this rank's batch of one answer to each held-out prompt, {"eval/kl", "eval/entropy", "eval/merge_survival"}).
-
-    The same numbers are drawn at every evaluation, so that two can be compared prompt by prompt. Entropy and KL to the
-    reference are exact, of the first DRIFT answers, where there is a reference.
-    """
-    prompts, mine = run.source.val, share(range(len(run.source.val)))
-    sampling = sampling | {"step": "eval", "group_size": 1}
-    batch, found = collect(run.net, [prompts[i] for i in mine], mine, run.score, sampling), {}
-    if run.adapter:
-        found["eval/merge_survival"] = rollouts.merge_survival(run.net, run.adapter)
-    if not run.referred:
-        return batch, found
-    examples = [{"ids": [*prompts[i]["ids"], *ids], "mask": [0] * len(prompts[i]["ids"]) + [1] * len(ids)}
-                for i, ids in zip(mine, batch["completions"]) if i < DRIFT]  # fmt: skip
-    sizes = [len(example["ids"]) for example in examples]
-    cuts = data.micro_batches(range(len(sizes)), sizes, TOGETHER)
-    return batch, found | reference.drift(run.net, run.frozen, examples, cuts)
-
-
-def look(run_batch, tokenizer):
-    """What --explain shows of a rollout's first rows: as examples with their mask; says each one's reward."""
-    shown = []
-    for row in range(min(LOOK, len(run_batch["ids"]))):
-        reward, parts = run_batch["rewards"][row].item(), run_batch["parts"][row]
-        name, ids = f"{run_batch['ids'][row]}/{run_batch['rows'][row]}", run_batch["completions"][row]
-        say(f"{name}: reward {reward:.3f}; " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
-        before = run_batch["costs"][row].item() - len(ids)
-        shown.append({"id": name, "ids": run_batch["tokens"][row, : before + len(ids)].tolist(), "sampled": True,
-                      "mask": [0] * before + [1] * len(ids)})  # fmt: skip
-    return shown
-
-
-def report(run_dir, draws):
-    """Write report.json from held_out.jsonl and say it; returns what to plot. See compare."""
-    found = compare(log.read_records(run_dir / "held_out.jsonl"), draws)
-    log.write_json(run_dir / "report.json", found)
-    for name, row in found.items():
-        if isinstance(row, dict):
-            low, high = row["interval"]
-            say(f"held-out {name}: {row['first']:.3f} -> {row['last']:.3f}, {row['difference']:+.3f} "
-                f"[{low:+.3f}, {high:+.3f}] of {found['prompts']} prompts")  # fmt: skip
-    return PANELS
-
-
-def compare(lines, draws):
-    """Held-out rewards of the last evaluation against the first, prompt by prompt: means, paired bootstrap interval.
-
-    lines: of held_out.jsonl. -> {"reward": {"first", "last", "difference", "interval", "p"}, ...} for the reward, each
-    component, the length in tokens and the share that stopped by itself.
-    """
-    steps = sorted({line["step"] for line in lines})
-    first, last = ({line["row"]: line for line in lines if line["step"] == step} for step in (steps[0], steps[-1]))
-    columns = {"reward": lambda line: line["reward"], "length": lambda line: line["tokens"],
-               "stop_rate": lambda line: line["stopped"]}  # fmt: skip
-    for name in sorted(first[0]["parts"]):
-        columns[f"reward/{name}"] = lambda line, name=name: line["parts"][name]
-    found = {"steps": [steps[0], steps[-1]], "prompts": len(first)}
-    for name, value in columns.items():
-        a, b = ([float(value(lines[row])) for row in sorted(first)] for lines in (last, first))
-        difference, low, high, p = stats.paired_bootstrap(a, b, draws)
-        found[name] = {"first": sum(b) / len(b), "last": sum(a) / len(a), "difference": difference,
-                       "interval": [low, high], "p": p}  # fmt: skip
-    return found
+    texts = [chat.decode(tokenizer, ids) for ids in rollout.completions]
+    rewards, stopped = rollout.rewards.tolist(), rollout.stopped.tolist()
+    kept = [
+        {
+            "step": step,
+            "row": number,
+            "id": record["id"],
+            "prompt": record["prompt"][-1]["content"],
+            "completion": text,
+            "reward": rewards[row],
+            "parts": rollout.reward_parts[row],
+            "tokens": len(rollout.completions[row]),
+            "stopped": stopped[row],
+        }
+        for row, (number, record, text) in enumerate(zip(rollout.row_numbers, rollout.records, texts, strict=True))
+    ]
+    return sorted(dist.gather_rows(kept), key=lambda line: line["row"])

@@ -172,19 +172,20 @@ def _sampling(net, decodes, width):
     ]
 
 
-def rollout_sizes(source, rl, evaluation):
+def rollout_sizes(prompts, rl, evaluation):
     """What memory_plan and show want to know of online RL: {"total": tokens of an update, "decodes"}, of one rank.
 
-    source: of experience.source; its longest prompts count, and every answer as if it ran to its limit.
+    prompts: a PromptDataset; its longest prompts count, and every answer as if it ran to its limit.
     """
-    longest = {split: max(len(prompt["ids"]) for prompt in getattr(source, split)) for split in ("train", "val")}
-    prompts = max(1, rl.rollout_size // dist.world_size())
-    mean = sum(len(prompt["ids"]) for prompt in source.train) / len(source.train)
-    total = math.ceil(prompts / rl.minibatches) * (mean + rl.group_size * rl.max_new_tokens)
-    return {"total": round(total), "decodes": [
-        (prompts * rl.group_size, longest["train"] + rl.max_new_tokens),
-        (math.ceil(len(source.val) / dist.world_size()), longest["val"] + evaluation.max_new_tokens),
-    ]}  # fmt: skip
+    longest = {split: max(len(prompt.ids) for prompt in getattr(prompts, split)) for split in ("train", "val")}
+    per_rank = max(1, rl.rollout_size // dist.world_size())
+    mean = sum(len(prompt.ids) for prompt in prompts.train) / len(prompts.train)
+    total = math.ceil(per_rank / rl.minibatches) * (mean + rl.group_size * rl.max_new_tokens)
+    decodes = [
+        (per_rank * rl.group_size, longest["train"] + rl.max_new_tokens),
+        (math.ceil(len(prompts.val) / dist.world_size()), longest["val"] + evaluation.max_new_tokens),
+    ]
+    return {"total": round(total), "decodes": decodes}
 
 
 def _in_4_bits(net):

@@ -82,12 +82,12 @@ def load(folder, adapter, quantized, device):
 def questions(records, tokenizer, sizes):
     """{"prompts": ids to be continued, "examples": the data's answers as {"ids", "mask"}, "most": tokens to add}"""
     items, _ = measure.items(records, tokenizer, sizes["row"] - sizes["answer"], sizes["items"], sizes["seed"])
-    found = [item["record"] for item in items]
+    found = [item.record for item in items]
     found = [record | {"response": record["reference"] or record["response"]} for record in found]
     examples, _ = data.encode_records(found, tokenizer, sizes["row"], last_turn_only=True)
     if not examples:
         raise UserError(f"--export: none of {len(items)} test records has an answer to compare log-probabilities on")
-    return {"prompts": [item["ids"] for item in items], "examples": examples, "most": sizes["answer"]}
+    return {"prompts": [item.ids for item in items], "examples": examples, "most": sizes["answer"]}
 
 
 def answers(net, adapter, asked):

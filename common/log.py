@@ -69,9 +69,9 @@ def _refuse(message, error, status=2):
 
 def refuse_together(error, words):
     """Raise on all ranks where one of them has an `error`, a UserError: a rank without raises `words` and the first."""
-    found = dist.gather_rows([] if error is None else [str(error)])
-    if found:
-        raise error or UserError(f"{words}: {found[0]}")
+    errors = dist.gather_rows([] if error is None else [str(error)])
+    if errors:
+        raise error or UserError(f"{words}: {errors[0]}")
 
 
 def say(message):
@@ -84,6 +84,11 @@ def say(message):
 def say_counts(split, counts):
     """What became of a split's records, {reason: count}: those that occurred, and always how many were kept."""
     say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
+
+
+def listed(names, most=8):
+    """Names for a message, not too many of them."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def progress(total, done):

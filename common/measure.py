@@ -10,7 +10,7 @@ import time
 import numpy as np
 import torch
 
-from common import chat, data, dist, experience, metrics, model, reference, rollouts
+from common import chat, data, dist, metrics, model, prompts, rollouts
 from common.log import UserError
 
 TOGETHER = 4096  # tokens a forward pass without gradient
@@ -21,8 +21,8 @@ def items(records, tokenizer, longest, most, seed):
 
     -> ([{"id", "ids", "record"}], {reason: how many were left out}). UserError if none is left.
     """
-    found, counts = experience.fitting(records, tokenizer, longest)
-    order = sorted(experience.shuffled(len(found), f"items/{seed}")[:most])
+    found, counts = prompts.encode_prompts(records, tokenizer, longest)
+    order = sorted(data.shuffled(len(found), f"items/{seed}")[:most])
     counts["not_drawn"] = len(found) - len(order)
     if not order:
         raise UserError(f"test: none of {len(records)} prompts has at most {longest} tokens (training.max_seq_length "
@@ -41,7 +41,7 @@ def generate(net, items, sampling, group=1):
     found = []
     if rows:
         uniforms = rollouts.uniforms(sampling["seed"], f"test/{group}", rows, sampling["max_new_tokens"])
-        found = rollouts.sample(net, [items[i]["ids"] for i in mine], group, sampling["max_new_tokens"], heat or 1.0,
+        found = rollouts.sample(net, [items[i].ids for i in mine], group, sampling["max_new_tokens"], heat or 1.0,
                                 uniforms, greedy=heat == 0, top_p=sampling["top_p"])["completions"]  # fmt: skip
     speed = sum(map(len, found)) / (time.perf_counter() - started)
     everyone = dict(dist.gather_rows([[row, ids] for row, ids in zip(rows, found)]))
@@ -53,7 +53,7 @@ def text_lines(task, items, answers, tokenizer, scorers):
 
     scorers: {metric: function (records, answers) -> (n,)}, of the reward models.
     """
-    records, texts = [item["record"] for item in items], [chat.decode(tokenizer, ids) for ids in answers]
+    records, texts = [item.record for item in items], [chat.decode(tokenizer, ids) for ids in answers]
     stats = metrics.score(task, records, texts)
     for name, scorer in scorers.items():
         mine, found = range(dist.rank(), len(items), dist.world_size()), torch.zeros(len(items), dtype=torch.float64)
@@ -88,14 +88,14 @@ def model_stats(net, others, items, answers, tokenizer, limit):
 
     others: {"kl_base": (net, adapter), ...}, what the KL is taken to. limit: tokens of a row, as in training.
     """
-    records = [item["record"] for item in items]
+    records = [item.record for item in items]
     stats = _preferences(net, records, tokenizer, limit)
-    examples = [{"ids": [*item["ids"], *ids], "mask": [0] * len(item["ids"]) + [1] * len(ids)}
+    examples = [{"ids": [*item.ids, *ids], "mask": [0] * len(item.ids) + [1] * len(ids)}
                 for item, ids in zip(items, answers)]  # fmt: skip
     sizes = [len(example["ids"]) for example in examples]
     cuts = data.micro_batches(range(dist.rank(), len(items), dist.world_size()), sizes, TOGETHER)
     for name, (frozen, adapter) in others.items():
-        found = dist.sum_tensor(reference.divergence(net, frozen, adapter, examples, cuts)).numpy()
+        found = dist.sum_tensor(model.exact_entropy_and_kl(net, frozen, adapter, examples, cuts)).numpy()
         stats[name] = found[:, 1:]
         if name == "kl_base":
             stats["kl_base_sequence"] = mean(found[:, 1])

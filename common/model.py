@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from common import base, chat, checkpoint, config, gemma, lora, losses, resume
+from common import base, chat, checkpoint, config, data, dist, gemma, lora, losses, resume
 from common.log import UserError, say
 
 
@@ -71,10 +71,8 @@ def load(checkpoint, device, dtype, quantize=False):
 
 
 def base_fingerprint(net):
-    """base.fingerprint of the folder that `load` read; the files are hashed once a net. None if `load` read none."""
-    if getattr(net, "base_sha256", None) is None:
-        net.base_sha256 = base.fingerprint(net.base_folder) if hasattr(net, "base_folder") else None
-    return net.base_sha256
+    """base.fingerprint of the folder that `load` read; None if `load` read none."""
+    return base.fingerprint(net.base_folder) if hasattr(net, "base_folder") else None
 
 
 def is_quantised(net):
@@ -121,34 +119,37 @@ def sequence_logprobs(model, tokens, mask, temperature=1.0):
     tokens (B, T) int64 right-padded with anything; mask (B, T-1), 1 on supervised targets. Gradients reach whatever
     is trainable. What comes after a row's last supervised target is never computed, nor is any logit of another token.
     """
-    return sequence_logprobs_and_hits(model, tokens, mask, temperature)[0]
+    hidden, targets = target_states(model, tokens, mask)
+    return spread(losses.token_logprobs(hidden, model.lm_head.weight, targets, temperature), mask)
 
 
 def sequence_logprobs_and_hits(model, tokens, mask, temperature=1.0):
     """As sequence_logprobs, and (B, T-1) bool: was the target the most likely token?"""
-    mask = mask.bool()
-    logprobs = torch.zeros(mask.shape, device=tokens.device)
-    hits = torch.zeros_like(mask)
-    if not mask.any():
-        return logprobs, hits
-    hidden, index = sequence_hidden(model, tokens, mask)
-    found, hit = losses.token_logprobs_and_hits(
-        hidden[index[:, :-1][mask]], model.lm_head.weight, tokens[:, 1:][mask], temperature
-    )
-    return logprobs.masked_scatter(mask, found), hits.masked_scatter(mask, hit)
+    hidden, targets = target_states(model, tokens, mask)
+    logprobs, hits = losses.token_logprobs_and_hits(hidden, model.lm_head.weight, targets, temperature)
+    return spread(logprobs, mask), spread(hits, mask)
 
 
 def sequence_logprobs_and_entropy(model, tokens, mask, temperature=1.0):
     """As sequence_logprobs, and the exact entropy of each distribution (B, T-1) in nats; both with gradient."""
-    kept = mask.bool()
-    logprobs, entropy = torch.zeros(2, *mask.shape, device=tokens.device)
-    if not kept.any():
-        return logprobs, entropy
+    hidden, targets = target_states(model, tokens, mask)
+    logprobs = losses.token_logprobs(hidden, model.lm_head.weight, targets, temperature)
+    return spread(logprobs, mask), spread(losses.entropy(hidden, model.lm_head.weight, temperature), mask)
+
+
+def target_states(model, tokens, mask):
+    """The hidden states that predict the supervised targets (N, d), and these targets (N,); row by row."""
+    supervised = mask.bool()
+    if not supervised.any():
+        return torch.zeros(0, model.config.hidden_size, device=tokens.device, dtype=model.dtype), tokens.new_zeros(0)
     hidden, index = sequence_hidden(model, tokens, mask)
-    at, head = hidden[index[:, :-1][kept]], model.lm_head.weight
-    found = losses.token_logprobs(at, head, tokens[:, 1:][kept], temperature)
-    return (logprobs.masked_scatter(kept, found),
-            entropy.masked_scatter(kept, losses.entropy(at, head, temperature)))  # fmt: skip
+    return hidden[index[:, :-1][supervised]], tokens[:, 1:][supervised]
+
+
+def spread(values, mask):
+    """values (N,) of the supervised tokens, at their places -> (B, T-1), 0 elsewhere."""
+    zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return zeros.masked_scatter(mask.bool(), values)
 
 
 def sequence_hidden(model, tokens, mask, last=False):
@@ -164,6 +165,35 @@ def sequence_hidden(model, tokens, mask, last=False):
     lengths = torch.where(ends > 0, ends + last, 0).tolist()
     flat, sizes, parents, index = gemma.share_prompts(tokens, starts.tolist(), lengths)
     return gemma.hidden_states(model, flat, sizes, parents), index
+
+
+@torch.no_grad()
+def exact_entropy_and_kl(net, frozen, reference, examples, micro_batches):
+    """For each example, summed over its supervised tokens: the entropy of `net` and its KL to the reference, in nats.
+
+    -> (n, 3) fp64: entropy, KL, number of tokens. reference: an adapter of `frozen`, or None for the bare base;
+    micro_batches: rows that go through together. Rows outside of them stay zero.
+    """
+    sums = torch.zeros(len(examples), 3, dtype=torch.float64)
+    for rows in micro_batches:
+        tokens, mask = data.collate([examples[row] for row in rows], net.device)
+        hidden, _ = target_states(net, tokens, mask)
+        with lora.using(frozen, reference):
+            ref_hidden, _ = target_states(frozen, tokens, mask)
+        both = losses.entropy_and_kl(hidden, ref_hidden, net.lm_head.weight, ref_head_weight=frozen.lm_head.weight)
+        columns = [spread(values, mask).double().sum(1) for values in both]
+        sums[rows] = torch.stack([*columns, mask.double().sum(1)], 1).cpu()
+    return sums
+
+
+def mean_entropy_and_kl(net, frozen, examples, micro_batches):
+    """Exact entropy of the policy and KL(policy || reference) per supervised token, in nats, over all ranks.
+
+    `frozen` holds the reference: as its adapter of that name, or bare. micro_batches: this rank's rows.
+    """
+    sums = exact_entropy_and_kl(net, frozen, "reference", examples, micro_batches).sum(0)
+    entropy, kl, count = dist.sum_tensor(sums).tolist()
+    return {"eval/entropy": entropy / count, "eval/kl": kl / count}
 
 
 def trim_memory(device):
@@ -217,10 +247,11 @@ def save_adapter(model, tokenizer, folder, name, base_checkpoint):
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(lora.adapter_config(model, name, base_checkpoint), indent=2)
     (Path(folder) / "adapter_config.json").write_text(text + "\n")
-    if base_fingerprint(model):
+    fingerprint = base_fingerprint(model)
+    if fingerprint:
         quantised = "nf4" if is_quantised(model) else None
-        about = {"base_checkpoint": str(base_checkpoint), "fingerprint": model.base_sha256, "quantised": quantised}
-        (Path(folder) / base.RECORD).write_text(json.dumps(about, indent=2) + "\n")
+        record = {"base_checkpoint": str(base_checkpoint), "fingerprint": fingerprint, "quantised": quantised}
+        (Path(folder) / base.RECORD).write_text(json.dumps(record, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
 
 

@@ -1,140 +1,164 @@
-"""Preference pairs as a source of steps: encoded, with the frozen reference's log-probs, in batches and evaluations."""
+"""Preference pairs that DPO learns from: the data set with the reference's log-probs, its evaluation, the report."""
 
-import functools
-import math
 import time
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import torch
 
-from common import data, dist, log, lora, model, preferences, reference, resume
+from common import cache, data, dist, gemma, log, lora, losses, model, preferences, resume
 from common.log import UserError, say, say_counts
 
-DRIFT = 128  # held-out pairs whose exact entropy and KL are measured: two whole distributions a token cost their time
-PANELS = [
-    ("loss (nats a pair)", ("loss", "eval/loss")),
+EXACT_KL_ROWS = 128  # held-out pairs whose exact entropy and KL are measured: whole distributions cost their time
+PANELS = (
+    ("loss (nats per pair)", ("loss", "eval/loss")),
     ("pair accuracy", ("accuracy", "eval/accuracy")),
-    ("change against the reference (nats a token)", ("eval/chosen_change", "eval/rejected_change")),
-    ("KL to the reference (nats a token)", ("eval/kl",)),
-]
+    ("change against the reference (nats per token)", ("eval/chosen_change", "eval/rejected_change")),
+    ("KL to the reference (nats per token)", ("eval/kl",)),
+)
 
 
-def source(records, tokenizer, max_length, size, seed):
-    """Pairs as a source of steps of `size` pairs: train, val, lengths, fingerprint, per_epoch, pace, batch(step).
+@dataclass
+class PairDataset:
+    """Encoded pairs (data.encode_pairs) to train on, in batches of a step, and held-out ones."""
 
-    batch(step) -> indices; pace: mean tokens a step. Says what was skipped. UserError where a split has no pair left.
-    """
-    found = {}
-    for split, part in records.items():
-        found[split], counts = data.encode_pairs(part, tokenizer, max_length)
+    train: list
+    val: list
+    batches: data.EpochBatches  # batches[step] -> rows of train
+    fingerprint: str  # of all that is in it
+    ref_logprobs: dict = field(default_factory=dict)  # {split: (pairs, 2) fp64}: filled by add_reference_logprobs
+    reference_seconds: float = 0.0  # that those of train took
+
+    def micro_batch(self, split: str, rows: list, device) -> "PairMicroBatch":
+        pairs = [getattr(self, split)[row] for row in rows]
+        tokens, mask = data.collate_pairs(pairs, device)
+        ref_logprobs = self.ref_logprobs[split][rows].flatten().float().to(device)
+        return PairMicroBatch([pair["id"] for pair in pairs], tokens, mask, ref_logprobs)
+
+
+@dataclass
+class PairMicroBatch:
+    """Pairs that go through the model together, as rows chosen, rejected, chosen, ..."""
+
+    ids: list  # names of the pairs, for error messages
+    tokens: torch.Tensor  # (B, T), B = 2 * pairs
+    mask: torch.Tensor  # (B, T-1), 1 on the tokens of the answer
+    ref_logprobs: torch.Tensor  # (B,), summed over the answer
+
+
+def encode(records, tokenizer, max_length, batch_size, seed) -> PairDataset:
+    """The pairs of {split: records}. Says what was skipped; UserError where a split has no pair left."""
+    pairs = {}
+    for split, rows in records.items():
+        pairs[split], counts = data.encode_pairs(rows, tokenizer, max_length)
         say_counts(split, counts)
-        if not found[split]:
+        if not pairs[split]:
             raise UserError(f"{split}: no usable pair in {counts['records']} records")
-    train, val = found["train"], found["val"]
-    lengths, per_epoch = [data.pair_tokens(pair) for pair in train], math.ceil(len(train) / size)
-    batches = functools.lru_cache(1)(functools.partial(data.epoch_batches, lengths, size, seed))
-    digest = resume.fingerprint([[p["id"], p["chosen"], p["rejected"]] for p in train + val])
-    return SimpleNamespace(train=train, val=val, lengths=lengths, per_epoch=per_epoch, fingerprint=digest,
-                           pace=sum(lengths) / per_epoch,
-                           batch=lambda step: batches(step // per_epoch)[step % per_epoch])  # fmt: skip
+    train, val = pairs["train"], pairs["val"]
+    batches = data.EpochBatches([data.pair_tokens(pair) for pair in train], batch_size, seed)
+    return PairDataset(
+        train, val, batches, resume.fingerprint([[p["id"], p["chosen"], p["rejected"]] for p in train + val])
+    )
 
 
-def from_policy(run, records, sampling, about):
-    """preferences.from_policy of a run: its first policy's samples, scored by its reward; kept by content hash.
-
-    A look (run.look pairs a split) makes few and leaves nothing behind.
-    """
-    key = None if run.look else resume.fingerprint([run.about, sampling, about, records, run.score.about])
-    records = {split: part[: run.look or None] for split, part in records.items()}
-    return preferences.from_policy(run.frozen, run.tokenizer, records, run.score, sampling, key)
+def held_out_micro_batches(dataset, budget):
+    """This rank's held-out pairs, as lists of rows of at most `budget` tokens."""
+    lengths = [data.pair_tokens(pair) for pair in dataset.val]
+    return data.micro_batches(range(dist.rank(), len(lengths), dist.world_size()), lengths, budget)
 
 
-def cut(rows, lengths, budget):
-    """This rank's share of a step's pairs, as micro-batches, the longest first."""
-    mine = sorted(rows, key=lambda i: (-lengths[i], i))[dist.rank() :: dist.world_size()]
-    return data.micro_batches(mine, lengths, budget)
+def training_micro_batches(dataset, step, budget):
+    """This rank's share of a step's pairs, as lists of rows of at most `budget` tokens, the longest first."""
+    lengths = dataset.batches.lengths
+    return data.micro_batches(data.shard(dataset.batches[step], lengths), lengths, budget)
 
 
-def look(source):
+def shown_by_explain(dataset):
     """What --explain shows: the examples of step 0."""
-    return [source.train[i][side] for i in source.batch(0) for side in ("chosen", "rejected")]
+    return [dataset.train[row][side] for row in dataset.batches[0] for side in ("chosen", "rejected")]
 
 
-def hear_reference(run, steps, budget):
-    """Summed log-probs of both answers under the frozen reference, from the cache or computed.
+def add_reference_logprobs(dataset, frozen, steps, budget, start_key):
+    """Fill dataset.ref_logprobs: summed log-probs of both answers under the frozen reference, cached or computed.
 
-    They are made in the very micro-batches of the first epoch and of the evaluation, where they will be compared. Sets
-    run.ref_logprobs, (pairs, 2) of train, run.reference_seconds, and run.held_out, the batch of val; run.about is what
-    decides their bits beside data and layout.
+    They are made in the very micro-batches of the first epoch and of the evaluation, where they will be compared: so
+    the first margin is 0 to the bit. start_key: what decides their bits beside data and micro-batches.
     """
-    source, found, seconds = run.source, {}, {}
-    first, mine = range(min(steps, source.per_epoch)), range(dist.rank(), len(source.val), dist.world_size())
-    layouts = {"train": [rows for step in first for rows in cut(source.batch(step), source.lengths, budget)],
-               "val": data.micro_batches(mine, [data.pair_tokens(pair) for pair in source.val], budget)}  # fmt: skip
-    for split, layout in layouts.items():
-        part = getattr(source, split)
-        compute = functools.partial(reference.pair_logprobs, run.frozen, part, layout)
-        about = [run.about, source.fingerprint, split, layout, dist.world_size(), torch.__version__]
+    first_epoch = range(min(steps, dataset.batches.per_epoch))
+    micro_batches = {
+        "train": [rows for step in first_epoch for rows in training_micro_batches(dataset, step, budget)],
+        "val": held_out_micro_batches(dataset, budget),
+    }
+    for split, cuts in micro_batches.items():
+        pairs = getattr(dataset, split)
+        key = [start_key, dataset.fingerprint, split, cuts, dist.world_size(), torch.__version__]
         started = time.perf_counter()
-        with lora.using(run.frozen, "reference"):
-            found[split] = reference.cached(resume.fingerprint(about), (len(part), 2), compute)
-        seconds[split] = time.perf_counter() - started
-        say(f"reference log-probs of {split}: {seconds[split]:.1f} s")
-    run.ref_logprobs, run.reference_seconds = found["train"], seconds["train"]
-    run.held_out = batch(source.val, found["val"], layouts["val"], run.net.device)
+        with lora.using(frozen, "reference"):
+            dataset.ref_logprobs[split] = reference_logprobs(frozen, pairs, cuts, key)
+        seconds = time.perf_counter() - started
+        say(f"reference log-probs of {split}: {seconds:.1f} s")
+        if split == "train":
+            dataset.reference_seconds = seconds
 
 
-def batch(pairs, ref_logprobs, cuts, device):
-    """The rows of these micro-batches (lists of pairs) as one batch: chosen, rejected, chosen, ...; and its plan.
+def reference_logprobs(frozen, pairs, micro_batches, key):
+    """Summed log-probs of both answers by the active adapter (pairs, 2) fp64, chosen first.
 
-    sizes (B, 2): what a row adds to the divisors of the objective's two terms, pairs and tokens of chosen answers;
-    costs (B,): a pair's tokens on its chosen row.
+    From the cache where a run with the same `key` left them; micro_batches: this rank's rows.
     """
-    order, plan, start = [i for part in cuts for i in part], [], 0
-    for part in cuts:
-        plan.append([*range(2 * start, 2 * (start + len(part)))])
-        start += len(part)
-    tokens, mask = data.collate_pairs([pairs[i] for i in order], device) if order else torch.zeros(2, 0, 2)
-    chosen = (torch.arange(len(tokens), device=device) % 2 == 0).float()
-    sizes = torch.stack([chosen, chosen * mask.sum(1)], 1)
-    costs = torch.tensor([cost for i in order for cost in (data.pair_tokens(pairs[i]), 0)])
-    ids = [pairs[i]["id"] for i in order for _ in range(2)]
-    return {"tokens": tokens, "mask": mask, "ref_logprobs": ref_logprobs[order].flatten().float().to(device),
-            "sizes": sizes, "costs": costs, "ids": ids, "plan": [plan],
-            "members": [[*range(len(tokens))]]}  # fmt: skip
+
+    @torch.no_grad()
+    def compute():
+        logprobs = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        for number in range(max(dist.gather_rows([len(micro_batches)]))):
+            if number % 16 == 0:
+                dist.barrier()  # so that ranks do not drift apart by more than these: training.timeout counts it
+            if number < len(micro_batches):
+                rows = micro_batches[number]
+                tokens, mask = data.collate_pairs([pairs[row] for row in rows], frozen.device)
+                summed = (model.sequence_logprobs(frozen, tokens, mask) * mask).sum(1)
+                logprobs[rows] = summed.cpu().double().view(-1, 2)
+        return dist.sum_tensor(logprobs).tolist()
+
+    name = cache.key(key, gemma, losses, lora, model)
+    rows = cache.records(cache.root() / "reference" / f"{name}.jsonl", name, compute)
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 @torch.no_grad()
-def evaluate(net, frozen, pairs, whole, objective, names):
-    """({metric: (pairs,)}, {eval/metric: mean}) over the held-out pairs of all ranks; `whole` is this rank's batch.
+def evaluate(models, dataset, budget, losses_of, names):
+    """({metric: (pairs,)}, {eval/metric: mean}) over the held-out pairs of all ranks.
 
-    objective(outputs, batch) -> ([(loss, weight)], {metric: (pairs,)}) with metrics of these `names`. Beside them: its
-    loss, and the exact entropy and KL to the reference of the first DRIFT pairs' chosen answers.
+    losses_of(logprobs, micro_batch) -> (loss of each pair (pairs,), loss of each chosen token (pairs, T-1) or None,
+    {metric: (pairs,)} with these `names`). eval/loss is the mean over pairs plus the mean over chosen tokens.
+    Beside these: the exact entropy and KL to the reference of the first EXACT_KL_ROWS pairs' chosen answers.
     """
-    number, cuts = {pair["id"]: i for i, pair in enumerate(pairs)}, []
-    found = {name: torch.zeros(len(pairs), dtype=torch.float64) for name in names}
-    losses = torch.zeros(whole["sizes"].shape[1], dtype=torch.float64)
-    for rows in whole["plan"][0]:
-        piece = data.piece(whole, rows)
-        terms, metrics = objective({"logprobs": model.sequence_logprobs(net, piece["tokens"], piece["mask"])}, piece)
-        losses[: len(terms)] += torch.tensor([(term * weight).sum().item() for term, weight in terms])
-        cuts.append([number[whole["ids"][row]] for row in rows[::2]])
+    micro_batches = held_out_micro_batches(dataset, budget)
+    columns = {name: torch.zeros(len(dataset.val), dtype=torch.float64) for name in names}
+    pair_loss = token_loss = 0.0
+    for rows in micro_batches:
+        micro = dataset.micro_batch("val", rows, models.net.device)
+        logprobs = model.sequence_logprobs(models.net, micro.tokens, micro.mask)
+        per_pair, per_token, metrics = losses_of(logprobs, micro)
+        pair_loss += per_pair.sum().item()
+        token_loss += 0.0 if per_token is None else per_token.sum().item()
         for name, values in metrics.items():
-            found[name][cuts[-1]] = values.cpu().double()
-    found = {name: dist.sum_tensor(values) for name, values in found.items()}
-    loss = sum(dist.sum_tensor(losses) / dist.sum_tensor(whole["sizes"].cpu().double().sum(0)))
-    few = [[i for i in rows if i < DRIFT] for rows in cuts]
-    moved = reference.drift(net, frozen, [pair["chosen"] for pair in pairs], [rows for rows in few if rows])
-    means = {f"eval/{name}": values.mean().item() for name, values in found.items()}
-    return found, {"eval/loss": loss.item()} | means | moved
+            columns[name][rows] = values.cpu().double()
+    columns = {name: dist.sum_tensor(column) for name, column in columns.items()}
+    pair_loss, token_loss = dist.sum_all(pair_loss, token_loss)
+    chosen_tokens = sum(sum(pair["chosen"]["mask"]) for pair in dataset.val)
+    loss = pair_loss / len(dataset.val) + token_loss / chosen_tokens
+    few = [[row for row in rows if row < EXACT_KL_ROWS] for rows in micro_batches]
+    chosen = [pair["chosen"] for pair in dataset.val]
+    exact = model.mean_entropy_and_kl(models.net, models.frozen, chosen, [rows for rows in few if rows])
+    means = {f"eval/{name}": column.mean().item() for name, column in columns.items()}
+    return columns, {"eval/loss": loss} | means | exact
 
 
-def report(run_dir, found, pairs):
-    """Write report.json from evaluate's per-pair metrics and say it; returns what to plot."""
-    worth = preferences.implicit_report(found, pairs)
-    log.write_json(run_dir / "report.json", worth)
-    for name, row in worth.items():
+def report(run_dir, metrics, pairs):
+    """Write report.json from evaluate's per-pair metrics and say it."""
+    rows = preferences.implicit_report(metrics, pairs)
+    log.write_json(run_dir / "report.json", rows)
+    for name, row in rows.items():
         if isinstance(row, dict):
             low, high = row["interval"]
             say(f"{name.replace('_', ' ')}: {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {row['pairs']} pairs")
-    return PANELS

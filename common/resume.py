@@ -35,7 +35,6 @@ FREE_TO_CHANGE = (
     "training.resume_changed",
     "training.micro_batch_tokens",
     "rl.max_steps",
-    "evaluation.",
     "logging.",
 )
 # These change the updates from there on: training.resume_changed allows it. All others would make it another run.
@@ -98,45 +97,46 @@ def find(run_dir, choice):
     return folder
 
 
-def go_on(run_dir, training, state, steps, free=FREE_TO_CHANGE):
-    """Fill `state` from the step folder to resume from, if there is one -> (folder, tensors) or (None, {}).
+def load_newest(run_dir, training, facts, steps, free=FREE_TO_CHANGE):
+    """(step folder to resume from or None, the state to begin with: {"facts", "history"} and what was saved).
 
-    training: that section of the config. state["history"] becomes the settings by step, see history. UserError where
-    `state["facts"]` differ from those of another rank, or from the saved ones in what may not change, or the run is
-    already past `steps`.
+    training: that section of the config. UserError where `facts` differ from those of another rank, or from the saved
+    ones in what may not change, or the run is already past `steps`.
     """
-    found = find(run_dir, training.resume)
-    agree(state["facts"] | {"training.resume": found and found.name})
-    if not found:
-        state["history"] = history(None, state)
-        return None, {}
-    tensors, saved = checkpoint.load_step(found)
-    refuse_changes(run_dir, found, saved, state["facts"], steps, free, training.resume_changed)
-    state |= saved | {"facts": state["facts"], "history": history(found, saved, state["facts"])}
-    say(f"resuming {run_dir} at step {state['step']} of {steps}")
-    return found, tensors
+    folder = find(run_dir, training.resume)
+    check_ranks_agree(facts | {"training.resume": folder and folder.name})
+    if not folder:
+        return None, {"facts": facts, "history": history(None, {"facts": facts, "step": 0})}
+    saved = checkpoint.load_state(folder)
+    refuse_changes(run_dir, folder, saved, facts, steps, free, training.resume_changed)
+    say(f"resuming {run_dir} at step {saved['step']} of {steps}")
+    return folder, saved | {"facts": facts, "history": history(folder, saved, facts)}
 
 
-def agree(facts):
+def check_ranks_agree(facts):
     """UserError on all ranks unless they have the same facts: a machine of its own may have other files."""
     first, *others = dist.gather_rows([{key: str(value) for key, value in facts.items()}])
     for number, other in enumerate(others if dist.world_size() > 1 else (), 1):
         odd = [key for key in first | other if first.get(key) != other.get(key) and not key.startswith("logging.")]
         if odd:
-            words = [f"{key} is {str(first.get(key))[:40]} on rank 0, {str(other.get(key))[:40]} on rank {number}"
-                     for key in odd[:3]]  # fmt: skip
-            raise UserError(f"the ranks would not train the same: {'; '.join(words)}; every machine needs the same "
-                            "command, data and base, and to resume the same files in logging.output_dir")  # fmt: skip
+            shown = [
+                f"{key} is {str(first.get(key))[:40]} on rank 0, {str(other.get(key))[:40]} on rank {number}"
+                for key in odd[:3]
+            ]
+            raise UserError(
+                f"the ranks would not train the same: {'; '.join(shown)}; every machine needs the same "
+                "command, data and base, and to resume the same files in logging.output_dir"
+            )
 
 
-def bring(folder, path):
+def copy_log(folder, path):
     """Copy a log of the run that `folder` belongs to, where this one goes on under another name and has none yet."""
     source = Path(folder).parent / Path(path).name if folder else path
     if source != path and source.exists() and not Path(path).exists():
         shutil.copyfile(source, path)
 
 
-def begin(run_dir, state, config_text):
+def write_run_info(run_dir, state, config_text):
     """Leave in the run folder, on the main rank, what a run starts with: config.yml, run.json, the log up to its step.
 
     run.json holds the history too. It is copied from the state, so a damaged or lost run.json loses nothing.
@@ -154,20 +154,22 @@ def history(folder, saved, now=None):
     saved: the state of the step folder that is resumed, `now` this run's facts. Without a folder the run begins, and
     `saved` holds its facts. A run that was begun before there was a history has that of the settings that it saved.
     """
-    told = [{key: value for key, value in facts.items() if not listed(key, UNTOLD)}
-            for facts in (saved["facts"], now or saved["facts"])]  # fmt: skip
+    before, after = (
+        {key: value for key, value in facts.items() if not matches(key, UNTOLD)}
+        for facts in (saved["facts"], now or saved["facts"])
+    )
     if saved["step"] == 0:
-        return [{"step": 0, "settings": told[1]}]
-    found = [entry for entry in saved.get("history", ()) if entry["step"] < saved["step"]]  # later ones trained nothing
-    found = found or [{"step": 0, "settings": told[0], "source": f"{folder.name}/state.json"}]
-    held = {}
-    for entry in found:
-        held |= entry["settings"]
-    changed = {key: told[1].get(key) for key in held | told[1] if held.get(key) != told[1].get(key)}
-    return [*found, {"step": saved["step"], "settings": changed}] if changed else found
+        return [{"step": 0, "settings": after}]
+    entries = [entry for entry in saved.get("history", ()) if entry["step"] < saved["step"]]  # others trained nothing
+    entries = entries or [{"step": 0, "settings": before, "source": f"{folder.name}/state.json"}]
+    last = {}
+    for entry in entries:
+        last |= entry["settings"]
+    changed = {key: after.get(key) for key in last | after if last.get(key) != after.get(key)}
+    return [*entries, {"step": saved["step"], "settings": changed}] if changed else entries
 
 
-def listed(key, names):
+def matches(key, names):
     """Is a setting one of `names`, or in a section of them, whose names end with a dot?"""
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
 
@@ -178,9 +180,9 @@ def refuse_changes(run_dir, folder, saved, now, steps, free, allowed):
     What is in `free` may differ, and CHANGED_ON_REQUEST where that is `allowed` and a step is left to make.
     """
     then = saved["facts"]
-    changed = [key for key in {**then, **now} if then.get(key) != now.get(key) and key != "training.resume_changed"]
-    kept = [key for key in changed if not listed(key, free)]
-    fixed = [key for key in kept if not listed(key, CHANGED_ON_REQUEST)]
+    changed = [key for key in then | now if then.get(key) != now.get(key) and key != "training.resume_changed"]
+    kept = [key for key in changed if not matches(key, free)]
+    fixed = [key for key in kept if not matches(key, CHANGED_ON_REQUEST)]
 
     def show(keys, form="{} {} -> {}", between=", "):
         return between.join(form.format(key, then.get(key), now.get(key)) for key in keys)
@@ -191,7 +193,7 @@ def refuse_changes(run_dir, folder, saved, now, steps, free, allowed):
         )
     if saved["step"] > steps:
         raise UserError(
-            f"{folder} lies behind the {steps} steps of training.max_steps (or rl.max_steps, or epochs): raise it"
+            f"{folder} lies beyond the {steps} steps of training.max_steps (or rl.max_steps, or epochs): raise it"
         )
     if kept and finished(saved, now, steps):
         elsewhere = folder.parent.resolve() != Path(run_dir).resolve()
@@ -209,8 +211,8 @@ def refuse_changes(run_dir, folder, saved, now, steps, free, allowed):
 def finished(saved, now, steps):
     """Has a saved run no step left to make, with the steps, budget and patience of now?"""
     budget, patience = now.get("training.budget_tokens"), now.get("training.patience")
-    heard = saved["evaluation"] is not None or saved["step"] % now["training.eval_interval"] != 0
-    waited = patience is not None and heard and saved["since_best"] >= patience
+    evaluated = saved["evaluation"] is not None or saved["step"] % now["training.eval_interval"] != 0
+    waited = patience is not None and evaluated and saved["since_best"] >= patience
     return saved["step"] == steps or (budget is not None and saved["tokens_seen"] >= budget) or waited
 
 
@@ -221,9 +223,11 @@ def fingerprint(value):
 
 def optimizer_tensors(optimizer, named):
     """{"<parameter>.<moment>": tensor} of an optimizer, for safetensors; empty before its first step."""
-    return {f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, parameter in named.items()
-            for key, value in optimizer.state.get(parameter, {}).items()}  # fmt: skip
+    return {
+        f"{name}.{moment}": value.detach().cpu().contiguous()
+        for name, parameter in named.items()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 @torch.no_grad()

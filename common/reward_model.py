@@ -63,26 +63,31 @@ def score_completions(net, head, prompts, completions, budget):
     return found
 
 
-def save(net, tokenizer, folder, name, head, about):
-    """Adapter, head, tokenizer and `about` (reward.json): a folder that plain peft and `load` read."""
-    model.save_adapter(net, tokenizer, folder, name, about["base_checkpoint"])
+def save(net, tokenizer, folder, name, head, reward_stats):
+    """Adapter, head, tokenizer and reward.json: a folder that plain peft and `load` read.
+
+    reward_stats: what reward.json holds: {"base_checkpoint", "base": its fingerprint, "task", "mean", "std"}, the last
+    two of the rewards of held-out reference answers.
+    """
+    model.save_adapter(net, tokenizer, folder, name, reward_stats["base_checkpoint"])
     tensors = {key: p.detach().cpu().contiguous() for key, p in parameters(net, name, head).items()}
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = lora.adapter_config(net, name, about["base_checkpoint"])
+    config = lora.adapter_config(net, name, reward_stats["base_checkpoint"])
     write_json(Path(folder) / "adapter_config.json", config | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]})
-    write_json(Path(folder) / "reward.json", about)
+    write_json(Path(folder) / "reward.json", reward_stats)
 
 
 @torch.no_grad()
 def restore(net, name, head, folder):
-    """Put back, bit for bit, what `save` wrote, into an adapter and head of the same shape."""
+    """Put back, bit for bit, what `save` wrote, into adapter and head of the same shape; returns its reward_stats."""
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     head.copy_(tensors.pop(HEAD))
     lora.load_adapter_state(net, name, tensors)
+    return json.loads((Path(folder) / "reward.json").read_text())
 
 
 def load(net, name, folder, fingerprint):
-    """Add a trained reward model to `net` as the frozen adapter `name` -> (head, about).
+    """Add a trained reward model to `net` as the frozen adapter `name` -> (head, reward_stats).
 
     `fingerprint` is that of the base in `net`: a reward model belongs to the base it was trained on. UserError if the
     folder is none of ours or does not fit. The adapter that was active stays so.
@@ -95,11 +100,11 @@ def load(net, name, folder, fingerprint):
     key = "evaluation.reward_checkpoint" if name == "judge" else "reward.checkpoint"
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        about = json.loads((folder / "reward.json").read_text())
-        if config.get("task_type") != "SEQ_CLS" or not {"mean", "std", "base"} <= about.keys():
+        reward_stats = json.loads((folder / "reward.json").read_text())
+        if config.get("task_type") != "SEQ_CLS" or not {"mean", "std", "base"} <= reward_stats.keys():
             raise ValueError("not a reward model of train_reward.py")
-        if about["base"] != fingerprint:
-            raise ValueError(f"it was trained on another base, {about['base_checkpoint']}")
+        if reward_stats["base"] != fingerprint:
+            raise ValueError(f"it was trained on another base, {reward_stats['base_checkpoint']}")
         model.check_base(net, folder, key)
         rank, alpha, targets, _ = lora.read_config(json.dumps(config | {"modules_to_save": None}))
         head = torch.nn.Parameter(torch.zeros(1, net.config.hidden_size, device=net.lm_head.weight.device))
@@ -110,21 +115,22 @@ def load(net, name, folder, fingerprint):
     for parameter in parameters(net, name, head).values():
         parameter.requires_grad_(False)
     lora.use(net, active)
-    return head, about
+    return head, reward_stats
 
 
-def judge(net, tokenizer, reward, fingerprint, budget, name="reward"):
+def scorer(net, tokenizer, reward, fingerprint, budget, name="reward"):
     """A function (records, answers as ids) -> (n,): the scores of the model in reward.checkpoint, `name` in `net`.
 
     With reward.normalize_rewards they have mean 0 and deviation 1 on the model's own held-out reference answers.
     """
-    head, about = load(net, name, reward.checkpoint, fingerprint)
+    head, reward_stats = load(net, name, reward.checkpoint, fingerprint)
 
     def score(records, answers):
         prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
         with lora.using(net, name):
-            found = score_completions(net, head, prompts, answers, budget)
-        return rewards.normalise(found, about["mean"], about["std"]) if reward.normalize_rewards else found
+            scores = score_completions(net, head, prompts, answers, budget)
+        return (
+            rewards.normalise(scores, reward_stats["mean"], reward_stats["std"]) if reward.normalize_rewards else scores
+        )
 
-    score.about = model.adapter_fingerprint(reward.checkpoint)
     return score

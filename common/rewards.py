@@ -9,7 +9,6 @@ parsed but never executed. The heuristic reward is the weighted mean of the task
 """
 
 import ast
-import hashlib
 import importlib.util
 import math
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from common import checkpoint, model
 from common.log import UserError
 
 SHOWN = 200  # characters of a sample in an error message
@@ -217,11 +217,10 @@ def needs_model(reward):
     return wants_model(reward)
 
 
-def make(task, reward, decode, judge=None):
+def scorer(task, reward, decode, trained_scorer=None):
     """A function (records, answers as ids) -> (rewards (n,) fp32, a dict of components for each) by section `reward`.
 
-    decode(ids) -> text; judge(records, answers) -> (n,), the trained model's normalised scores, where needs_model. Its
-    attribute `about` says what decides the scores beside the settings: the hash of the model or of the function's file.
+    decode(ids) -> text; trained_scorer(records, answers) -> (n,), a trained model's scores, where needs_model.
     """
     function = load_function(reward.function) if reward.function else None
 
@@ -239,8 +238,8 @@ def make(task, reward, decode, judge=None):
                     heuristic_reward(task, record["prompt"], text, record["reference"], **vars(reward.heuristic))
                 )
             heuristic, parts = torch.tensor([value for value, _ in rows]), [part for _, part in rows]
-        if judge:
-            trained = judge(records, answers)
+        if trained_scorer:
+            trained = trained_scorer(records, answers)
             parts = [part | {"trained": value} for part, value in zip(parts, trained.tolist())]
         alpha, beta = (reward.alpha, reward.beta) if reward.type == "hybrid" else (1.0, 1.0)
         total = combine(heuristic, trained, alpha, beta, reward.clip_rewards)
@@ -251,9 +250,14 @@ def make(task, reward, decode, judge=None):
                 )
         return total, parts
 
-    file = reward.function.rpartition(":")[0] if function else None
-    score.about = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else getattr(judge, "about", None)
     return score
+
+
+def fingerprint(reward):
+    """Hash of what decides the scores beside the settings: the file of the user's function, or the reward model."""
+    if reward.function:
+        return checkpoint.sha256(reward.function.rpartition(":")[0])
+    return model.adapter_fingerprint(reward.checkpoint) if wants_model(reward) else None
 
 
 def combine(heuristic, trained, alpha, beta, clip=None):

@@ -7,66 +7,104 @@ reward     frozen, with its own head (reward_model.load)
 """
 
 import copy
-from types import SimpleNamespace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from common import lora, model, reward_model
+from common import lora, model, resume, reward_model
 from common.log import UserError, say
 
 
-def build(folder, device, dtype, peft, wanted):
-    """The roles of a run -> namespace: net (the policy), frozen (what holds the others, net itself but for full
-    fine-tuning), tokenizer, adapter (the policy's name or None), head (the critic's), trained ({role: {name: tensor}}),
-    referred (is there a reference).
+@dataclass
+class Roles:
+    """The models of a run. The policy is `net`; the other roles are adapters of `frozen`."""
 
-    peft: section `model`; wanted: which of reference, critic, reward. Adapters are drawn from torch's generator.
+    net: torch.nn.Module
+    frozen: (
+        torch.nn.Module | None
+    )  # net itself; in full fine-tuning a copy of the start, or None where nothing is on it
+    tokenizer: object
+    adapter: str | None  # the policy's name in net; None in full fine-tuning
+    has_reference: bool
+    trained: dict = field(default_factory=dict)  # {role: {name: parameter}}
+    head: torch.nn.Parameter | None = None  # (1, d), the critic's
+
+    @property
+    def parameters(self) -> dict:
+        """{role: its parameters}"""
+        return {role: list(named.values()) for role, named in self.trained.items()}
+
+    @property
+    def named(self) -> dict:
+        """{name: parameter} of all roles for an optimizer's state: the policy's as on disk, others after their role."""
+        others = {
+            f"{role}.{name}": parameter
+            for role, named in self.trained.items()
+            if role != "policy"
+            for name, parameter in named.items()
+        }
+        return self.trained["policy"] | others
+
+
+def load_policy(folder, device, dtype, peft, seed):
+    """(net, tokenizer, adapter's name or None, {name: parameter to train}) by section `model` of the config.
+
+    Adapters are drawn from torch's generator, seeded here: the policy's first, then the critic's (build).
     """
     full = peft.peft_type == "none"
     if full and peft.adapter:
         raise UserError(
             "model.adapter: full fine-tuning starts from a whole model; merge the adapter first (see README)"
         )
-    dtype = torch.float32 if full else dtype  # full fine-tuning keeps fp32 masters, or small steps vanish
-    net, tokenizer = model.load(folder, device, dtype, quantize=peft.peft_type == "qlora")
-    adapter, frozen, head = None if full else "policy", net, None
+    weights_dtype = torch.float32 if full else dtype  # full fine-tuning keeps fp32 masters, or small steps vanish
+    net, tokenizer = model.load(folder, device, weights_dtype, quantize=peft.peft_type == "qlora")
+    torch.manual_seed(seed)
     if full:
-        frozen = copy.deepcopy(net).requires_grad_(False) if wanted else None
         net.requires_grad_(True)
-    elif peft.adapter:
-        rank, alpha, targets = model.load_adapter(net, adapter, peft.adapter)
-        if "reference" in wanted:
-            lora.copy_adapter(net, adapter, "reference")
+        return net, tokenizer, None, dict(net.named_parameters())
+    if peft.adapter:
+        rank, alpha, targets = model.load_adapter(net, "policy", peft.adapter)
         say(f"adapter sizes are those of {peft.adapter}: r {rank}, alpha {alpha:g}, {', '.join(targets)}")
     else:
-        lora.inject(net, adapter, peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
-    trained = {"policy": dict(net.named_parameters()) if full else lora.adapter_parameters(net, adapter)}
-    if "critic" in wanted:
+        lora.inject(net, "policy", peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
+    return net, tokenizer, "policy", lora.adapter_parameters(net, "policy")
+
+
+def build(folder, device, dtype, peft, seed, reference, critic, reward) -> Roles:
+    """The models of a run of RL. peft: section `model`; reference, critic, reward: is there such a role?
+
+    The reward model's adapter is loaded later, onto `frozen` (reward_model.scorer).
+    """
+    net, tokenizer, adapter, named = load_policy(folder, device, dtype, peft, seed)
+    frozen = net
+    if adapter is None:
+        frozen = copy.deepcopy(net).requires_grad_(False) if reference or critic or reward else None
+    elif peft.adapter and reference:
+        lora.copy_adapter(net, adapter, "reference")
+    models = Roles(net, frozen, tokenizer, adapter, reference, {"policy": named})
+    if critic:
         lora.inject(frozen, "critic", peft.peft_rank, peft.peft_alpha, peft.peft_target_modules)
-        head = torch.nn.Parameter(torch.zeros(1, net.config.hidden_size, device=device))
-        trained["critic"] = reward_model.parameters(frozen, "critic", head)
+        models.head = torch.nn.Parameter(torch.zeros(1, net.config.hidden_size, device=device))
+        models.trained["critic"] = reward_model.parameters(frozen, "critic", models.head)
     lora.use(net, adapter)
     net.eval()  # no dropout: policy and reference must agree before the first update
-    return SimpleNamespace(net=net, frozen=frozen, tokenizer=tokenizer, adapter=adapter, head=head, trained=trained,
-                           referred="reference" in wanted)  # fmt: skip
+    return models
 
 
-def named(trained):
-    """{name: parameter} of all roles for an optimizer's state: the policy's as on disk, others behind their role."""
-    others = {f"{role}.{name}": p for role, part in trained.items() if role != "policy" for name, p in part.items()}
-    return trained["policy"] | others
+def save(models, folder, base_name):
+    """Write the policy, and each other trained role as <role>.safetensors, into a step folder."""
+    model.save(models.net, models.tokenizer, folder, models.adapter, base_name)
+    for role, named in models.trained.items():
+        if role != "policy":
+            tensors = {name: parameter.detach().contiguous() for name, parameter in named.items()}
+            save_file(tensors, Path(folder) / f"{role}.safetensors")
 
 
-def forward(roles, role, tokens, mask, temperature=1.0, entropy=False):
-    """What a role says of tokens (B, T) and mask: {"logprobs": (B, T-1)}, or {"values"}.
-
-    With `entropy`, that of each distribution too, where there is a gradient: it has a price in the loss.
-    """
-    net = roles.net if role == "policy" else roles.frozen
-    with lora.using(net, role):
-        if role == "critic":
-            return {"values": reward_model.values(net, roles.head, tokens, mask)}
-        if role == "policy" and entropy and torch.is_grad_enabled():
-            return dict(zip(("logprobs", "entropy"),
-                            model.sequence_logprobs_and_entropy(net, tokens, mask, temperature)))  # fmt: skip
-        return {"logprobs": model.sequence_logprobs(net, tokens, mask, temperature)}
+def restore(models, folder):
+    """Put back, bit for bit, what `save` wrote."""
+    model.restore(models.net, models.adapter, folder)
+    for role, named in models.trained.items():
+        if role != "policy":
+            resume.restore(named, load_file(Path(folder) / f"{role}.safetensors"))

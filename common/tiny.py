@@ -5,11 +5,8 @@ has them), only the sizes are small. It is pretrained for seconds on `synthetic.
 itself, and about half of its answers are bad, so that every paradigm has something to improve.
 """
 
-import fcntl
-import hashlib
 import json
-import os
-import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
 
-from common import chat, synthetic
+from common import cache, chat, synthetic
 
 VOCABULARY = 640
 STEPS, BATCH, LEARNING_RATE = 220, 8, 0.01
@@ -30,36 +27,18 @@ TURNS = {"<start_of_turn>": chat.START_OF_TURN, "<end_of_turn>": chat.END_OF_TUR
 FIXED = {**SPECIALS, **TURNS, "Ċ": 107}  # the last is "\n" in the byte-level alphabet; Gemma has it at this id
 
 
-def ensure(cache, steps=STEPS):
-    """The folder of the tiny base under `cache`; built if no finished one of these sources is there."""
-    sources = [Path(module.__file__).read_bytes() for module in (chat, synthetic)] + [Path(__file__).read_bytes()]
-    name = hashlib.sha256(b"\0".join([*sources, str(steps).encode()])).hexdigest()[:12]
-    folder = Path(cache) / f"tiny-{name}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # the lock dies with its owner, so whoever holds it may clear away what a killed builder left
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            start = time.perf_counter()
-            draft = folder.with_suffix(".partial")
-            shutil.rmtree(draft, ignore_errors=True)
-            print("building the tiny base of --debug, once ...", end=" ", flush=True)
-            _build(draft, steps)
-            _sync(draft)
-            os.rename(draft, folder)
-            _sync(folder.parent)
-            print(f"{time.perf_counter() - start:.0f} s, kept in {folder}", flush=True)
-    return folder
+def ensure(root, steps=STEPS):
+    """The folder of the tiny base under `root`; built if no finished one of these sources is there."""
+    name = cache.key(steps, chat, synthetic, sys.modules[__name__])[:12]
 
+    def build(folder):
+        print("building the tiny base of --debug, once ...", end=" ", flush=True)
+        start = time.perf_counter()
+        _build(folder, steps)
+        print(f"{time.perf_counter() - start:.0f} s, kept in {target}", flush=True)
 
-def _sync(folder):
-    """Flush a folder and the files in it to the disk."""
-    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    target = Path(root) / f"tiny-{name}"
+    return cache.build_once(target, build)
 
 
 def _build(folder, steps):
@@ -71,7 +50,6 @@ def _build(folder, steps):
         torch.default_generator.manual_seed(0)
         model = Gemma3ForCausalLM(make_config())
         _pretrain(model, _batches([chat.encode(tokenizer, turns) for turns in dialogues[: steps * BATCH]]), steps)
-    folder.mkdir()
     weights = {name: p.detach() for name, p in model.named_parameters()}  # the tied head is listed once
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)

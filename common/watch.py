@@ -72,7 +72,7 @@ def distinct_bigrams(completions):
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def news(warnings, said):
+def unseen(warnings, said):
     """Those sentences that, but for their numbers, are not in `said` yet; it is extended."""
     kinds = {re.sub(r"[\d.%-]+", "", words): words for words in warnings}
     fresh = [kind for kind in kinds if kind not in said]
@@ -80,14 +80,14 @@ def news(warnings, said):
     return [kinds[kind] for kind in fresh]
 
 
-def remember(memory, values):
+def observe(memory, values):
     """Keep what is watched of a step's values ({name: float}) in memory {"first": [], "last": []}, which is JSON."""
     values = {name: value for name, value in values.items() if name.startswith("reward/") or name in WATCHED}
     place = "first" if len(memory["first"]) < WINDOW else "last"
     memory[place] = [*memory[place], values][-WINDOW:]
 
 
-def hacking(memory, normalised=True):
+def reward_hacking(memory, normalised=True):
     """Signs that the reward is being hacked, as sentences.
 
     normalised: has the trained part mean 0 and deviation 1 on good answers?

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from common.schedule import expected_steps, learning_rate
 
 

@@ -1,0 +1,84 @@
+"""What is costly to make, kept for later runs under a hash of all that decides it, written whole or not at all."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from common import dist, log
+from common.checkpoint import fsync
+from common.log import say
+
+
+def root() -> Path:
+    """Where converted bases, the tiny base, pairs and reference log-probs lie."""
+    return Path(os.environ.get("GEMMA_ALIGNMENT_CACHE", "~/.cache/gemma-alignment")).expanduser()
+
+
+def key(value, *modules) -> str:
+    """SHA-256 of `value` (what JSON can hold) and of the source files of `modules`, whose code decides the result."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode())
+    for module in modules:
+        digest.update(b"\0" + Path(module.__file__).read_bytes())
+    return digest.hexdigest()
+
+
+def build_once(target, build):
+    """`target` if it exists, else what build(folder) writes: under a lock, in a temporary folder, then renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            folder = target.parent / f".tmp-{target.name}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                build(folder)
+                for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
+                    fsync(path)
+                folder.rename(target)
+                fsync(target.parent)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def records(path, name, make) -> list:
+    """The list of records (JSON) that make() returns, from the file `path` where it was left under the same `name`.
+
+    make() runs on all ranks together or on none, and returns the same on each; the main rank writes. A damaged file is
+    made anew, and said.
+    """
+    kept = _read(path, name) if dist.is_main() else None
+    if dist.any_rank(kept is not None):
+        return dist.gather_rows(kept or [])
+    made = make()
+    if dist.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.unlink(missing_ok=True)
+        log.write_records(draft, [{"key": name, "sha256": _digest(made)}, *made])
+        os.replace(draft, path)
+    return made
+
+
+def _read(path, name):
+    """The records of a file that was written under `name`; None where there are none."""
+    if not path.is_file():
+        return None
+    try:
+        head, *rows = log.read_records(path)
+        if head["key"] != name:
+            return None
+        if head["sha256"] == _digest(rows):
+            return rows
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    say(f"{path} is damaged: made anew")
+    return None
+
+
+def _digest(rows):
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

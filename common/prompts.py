@@ -1,0 +1,185 @@
+"""Prompts that are sampled from: the data set of online RL, its evaluation on held-out prompts, and the report."""
+
+from dataclasses import dataclass
+
+from common import advantages, chat, data, dist, experience, log, model, resume, rollouts, stats
+from common.log import UserError, say, say_counts
+
+EXACT_KL_ROWS = 128  # held-out answers whose exact entropy and KL are measured: whole distributions cost their time
+TOKENS_PER_PASS = 2048  # of these answers
+EXPLAIN_ROWS = 4  # rows of a rollout that --explain shows
+PANELS = (
+    ("reward of a completion", ("reward", "eval/reward")),
+    ("KL to the reference (nats per token)", ("kl", "eval/kl")),
+    ("completion (tokens)", ("length", "eval/length")),
+    ("entropy (nats per token)", ("entropy", "eval/entropy")),
+)
+
+
+@dataclass
+class Prompt:
+    """One prompt to sample answers to."""
+
+    id: str
+    ids: list  # of its tokens, up to where the answer begins
+    record: dict  # of the data
+
+
+@dataclass
+class PromptDataset:
+    """Prompts to train on, `size` in each step, and held-out ones."""
+
+    train: list  # of Prompt
+    val: list
+    size: int
+    seed: int
+    fingerprint: str  # of all that is in it
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps until every prompt was sampled once; what does not fill a step is left out of the epoch."""
+        return len(self.train) // self.size
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Prompt tokens that a step takes on average, each prompt counted once."""
+        return sum(len(prompt.ids) for prompt in self.train) / len(self.train) * self.size
+
+    def batch(self, step: int) -> list:
+        """The prompts of a step, of all ranks: a function of (seed, step)."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = data.shuffled(len(self.train), f"prompts/{self.seed}/{epoch}")
+        return [self.train[i] for i in order[place * self.size : (place + 1) * self.size]]
+
+
+def encode(records, tokenizer, max_tokens, size, max_val, seed) -> PromptDataset:
+    """The prompts of {split: records} that leave room for an answer.
+
+    Those of more than `max_tokens` tokens or without a user turn are left out and counted; max_val bounds the held-out
+    ones (None: all). UserError where too few remain.
+    """
+    kept = {}
+    for split, rows in records.items():
+        kept[split], counts = encode_prompts(rows, tokenizer, max_tokens)
+        say_counts(split, counts | {"kept": len(kept[split])})
+    train, val = kept["train"], kept["val"][:max_val]
+    if size < dist.world_size():
+        raise UserError(f"rl.rollout_size: {size} prompts per step leave some of {dist.world_size()} ranks without one")
+    for split, prompts, least in (("train", train, size), ("val", val, dist.world_size())):
+        if len(prompts) < least:
+            raise UserError(
+                f"{split}: {len(prompts)} prompts of at most {max_tokens} tokens (training.max_seq_length minus "
+                f"rl.max_new_tokens), at least {least} are needed"
+            )
+    fingerprint = resume.fingerprint([[p.id, p.ids, p.record["reference"]] for p in train + val])
+    return PromptDataset(train, val, size, seed, fingerprint)
+
+
+def encode_prompts(records, tokenizer, max_tokens):
+    """([Prompt of at most `max_tokens` tokens], {reason: how many were left out})."""
+    counts, kept = {"records": len(records), "no_user_turn": 0, "prompt_too_long": 0}, []
+    for record in records:
+        if not chat.normalise(record["prompt"])[0]:
+            counts["no_user_turn"] += 1
+            continue
+        ids = chat.encode_prompt(tokenizer, record["prompt"])
+        if len(ids) > max_tokens:
+            counts["prompt_too_long"] += 1
+        else:
+            kept.append(Prompt(record["id"], ids, record))
+    return kept, counts
+
+
+def evaluate(run, models, dataset, score, step):
+    """(lines for held_out.jsonl, {eval/metric: mean}): one answer to each held-out prompt, scored as in training.
+
+    The same numbers are drawn at every evaluation, so that two can be compared prompt by prompt. Entropy and KL to the
+    reference are exact, of the first EXACT_KL_ROWS answers, where there is a reference.
+    """
+    cfg, decoding = run.cfg, run.cfg.evaluation
+    with run.autocast:
+        prompts = experience.share(dataset.val)
+        rollout = experience.collect(
+            models.net,
+            prompts,
+            score,
+            cfg.seed,
+            "eval",
+            group_size=1,
+            max_new_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature or 1.0,
+            greedy=decoding.temperature == 0,
+            top_p=decoding.top_p,
+        )
+        metrics = {}
+        if models.adapter:
+            metrics["eval/merge_survival"] = rollouts.merge_survival(models.net, models.adapter)
+        if models.has_reference:
+            metrics |= exact_entropy_and_kl(models, prompts, rollout)
+    rollout.rewards = advantages.missing_stop(rollout.rewards, rollout.stopped, cfg.rl.missing_stop_penalty)
+    return experience.lines(rollout, models.tokenizer, step), metrics | experience.summary(rollout, "eval/")
+
+
+def exact_entropy_and_kl(models, prompts, rollout):
+    """{"eval/entropy", "eval/kl"} of the first EXACT_KL_ROWS held-out answers, over all ranks."""
+    examples = [
+        {"ids": [*prompt.ids, *ids], "mask": [0] * len(prompt.ids) + [1] * len(ids)}
+        for (number, prompt), ids in zip(prompts.items(), rollout.completions, strict=True)
+        if number < EXACT_KL_ROWS
+    ]
+    lengths = [len(example["ids"]) for example in examples]
+    micro_batches = data.micro_batches(range(len(lengths)), lengths, TOKENS_PER_PASS)
+    return model.mean_entropy_and_kl(models.net, models.frozen, examples, micro_batches)
+
+
+def shown_by_explain(rollout):
+    """What --explain shows of a rollout's first rows: as examples with their mask; says each one's reward."""
+    shown = []
+    for row in range(min(EXPLAIN_ROWS, len(rollout.ids))):
+        reward, parts = rollout.rewards[row].item(), rollout.reward_parts[row]
+        say(f"{rollout.ids[row]}: reward {reward:.3f}; " + ", ".join(f"{n} {v:.2f}" for n, v in parts.items()))
+        end, answer = int(rollout.row_tokens[row]), len(rollout.completions[row])
+        mask = [0] * (end - answer) + [1] * answer
+        shown.append({"id": rollout.ids[row], "ids": rollout.tokens[row, :end].tolist(), "sampled": True, "mask": mask})
+    return shown
+
+
+def report(run_dir, draws):
+    """Write report.json from held_out.jsonl and say it; see compare."""
+    rows = compare(log.read_records(run_dir / "held_out.jsonl"), draws)
+    log.write_json(run_dir / "report.json", rows)
+    for name, row in rows.items():
+        if isinstance(row, dict):
+            low, high = row["interval"]
+            say(
+                f"held-out {name}: {row['first']:.3f} -> {row['last']:.3f}, {row['difference']:+.3f} "
+                f"[{low:+.3f}, {high:+.3f}] of {rows['prompts']} prompts"
+            )
+
+
+def compare(lines, draws):
+    """Held-out rewards of the last evaluation against the first, prompt by prompt: means, paired bootstrap interval.
+
+    lines: of held_out.jsonl. -> {"reward": {"first", "last", "difference", "interval", "p"}, ...} for the reward, each
+    component, the length in tokens and the share that stopped by itself.
+    """
+    steps = sorted({line["step"] for line in lines})
+    first, last = ({line["row"]: line for line in lines if line["step"] == step} for step in (steps[0], steps[-1]))
+
+    def columns(line):
+        components = {f"reward/{name}": line["parts"][name] for name in sorted(first[0]["parts"])}
+        return {"reward": line["reward"], "length": line["tokens"], "stop_rate": line["stopped"]} | components
+
+    before, after = ([columns(rows[number]) for number in sorted(first)] for rows in (first, last))
+    report = {"steps": [steps[0], steps[-1]], "prompts": len(first)}
+    for name in before[0]:
+        old, new = ([float(row[name]) for row in rows] for rows in (before, after))
+        difference, low, high, p = stats.paired_bootstrap(new, old, draws)
+        report[name] = {
+            "first": sum(old) / len(old),
+            "last": sum(new) / len(new),
+            "difference": difference,
+            "interval": [low, high],
+            "p": p,
+        }
+    return report

@@ -1,0 +1,283 @@
+"""The record of a training run: its folder and lock, where it resumes, what is due at a step, metrics.jsonl, best/.
+
+Run keeps the record and answers questions; the script acts, in the order in which its loop is written:
+
+    run = Run(cfg, job, "sft")                              # device, process group, base
+    ...                                                     # model, data, optimizer
+    step_folder = run.start(steps, tokens_per_step, facts)  # locks; None where there is nothing to resume
+    if step_folder:
+        ...                                                 # load weights and optimizer
+    for step in range(run.step, steps + 1):
+        if run.evaluation_due(step):
+            run.keep_evaluation(...)
+        if run.save_due(step) and dist.is_main():
+            with run.new_checkpoint(step) as step_folder:   # appears whole or not at all
+                ...
+        if run.finished(step):
+            break
+        ...                                                 # one update of the weights
+        run.count(tokens)
+        run.log(step, {"loss": loss})                       # may be left out, or called rarely
+    run.finish(panels)
+
+Questions may be asked more than once: a step has one answer to each. All ranks must ask the same ones.
+"""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import base, checkpoint, config, dist, log, model, resume, watch
+from common.log import UserError, say
+from common.optim import expected_steps
+
+
+@dataclass
+class State:
+    """What a resumed run needs beside weights and optimizer. state.json holds it; a script may add attributes."""
+
+    step: int = 0  # updates made
+    best: float = math.inf  # of the metric; its negative where it is maximised
+    since_best: int = 0  # evaluations since the best one
+    tokens_seen: int = 0  # of all ranks
+    evaluation: dict | None = None  # of the weights as they are; None after an update
+    norms: dict = field(default_factory=dict)  # recent gradient norms, see watch.spikes
+    facts: dict = field(default_factory=dict)  # what must be the same on resume
+    history: list = field(default_factory=list)  # settings by step, see resume.history
+    said: list = field(default_factory=list)  # warnings that the console has shown
+
+
+class Run:
+    def __init__(self, cfg, job, fallback_name, metric="eval/loss", maximise=False):
+        """Join the process group and lock the run's folder if it exists. metric: the evaluation's, picks best/."""
+        self.cfg, self.training = cfg, cfg.training
+        self.metric, self.sign = metric, -1 if maximise else 1
+        self.device = model.pick_device(cfg.device)
+        self.dtype = model.pick_dtype(cfg.model.dtype, self.device)
+        self.autocast = model.compute_context(self.device, self.dtype, cfg.model.peft_type == "none")
+        resume.prepare(self.device)
+        self.base_folder = base.resolve(cfg.model.base_checkpoint)  # may download: before any rank waits
+        self.base_name = base.public_name(cfg.model.base_checkpoint, self.base_folder)
+        self.base_fingerprint = base.fingerprint(self.base_folder)
+        dist.init(self.device, self.training.timeout)
+        self.folder = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, fallback_name)
+        self.state, self.locked = State(), False
+        if self.folder.exists() and not job.explain:
+            self._lock()
+
+    def _lock(self):
+        """Create the run's folder and hold it until the command ends; UserError if another process does."""
+        if dist.is_main() and not self.locked:
+            lock = checkpoint.lock_run(self.folder)
+            log.on_exit(lambda: os.close(lock))
+            self.locked = True
+
+    # ---------------------------------------------------------------- start, or resume
+
+    def start(self, steps: int, tokens_per_step: float, facts: dict, not_read: tuple = ()) -> Path | None:
+        """Begin a run of `steps` updates; returns the step folder to load weights and optimizer from, or None.
+
+        tokens_per_step: what a step is expected to take before any was seen, for training.budget_tokens.
+        facts: what decides the numbers beside the config, as hashes. not_read: keys or sections ("rl.") of the config
+        that this script does not read. A run is resumed only with the same facts and config, but for these and
+        resume.FREE_TO_CHANGE. UserError says what differs.
+        """
+        self.steps, self.tokens_per_step = steps, tokens_per_step
+        facts = config.flatten(self.cfg) | {
+            "world_size": dist.world_size(),
+            "tokenizer": checkpoint.sha256(self.base_folder / "tokenizer.json"),
+            "model": self.base_fingerprint,
+            **facts,
+        }
+        self._lock()  # a new folder appears only when everything before was in order
+        dist.barrier()
+        free = (*resume.FREE_TO_CHANGE, *not_read)
+        folder, saved = resume.load_newest(self.folder, self.training, facts, steps, free)
+        vars(self.state).update(saved)
+        resume.write_run_info(self.folder, vars(self.state), config.dump(self.cfg))
+        self._cut_logs(folder)
+        self.send = log.open_wandb(self.cfg.logging.wandb, self.folder.name, config.flatten(self.cfg))
+        self.signalled = resume.stop_signals(grace=1.0)
+        self.bar = log.progress(self.expected_end(self.step), self.step)
+        self.asked, self.record = None, {"step": self.step}
+        self.clock, self.seconds, self.counts = time.perf_counter(), 0.0, Counter()  # of the updates since the last log
+        return folder
+
+    def _cut_logs(self, folder):
+        """Cut samples.jsonl and held_out.jsonl back to the step that the run goes on from, as metrics.jsonl is."""
+        if dist.is_main():
+            resume.copy_log(folder, self.folder / "held_out.jsonl")
+            checkpoint.truncate_log(self.folder / "samples.jsonl", self.step - 1)
+            evaluated = self.state.evaluation is not None  # then the answers of this very step are kept
+            checkpoint.truncate_log(self.folder / "held_out.jsonl", self.step if evaluated else self.step - 1)
+
+    @property
+    def step(self) -> int:
+        """How many updates have been made."""
+        return self.state.step
+
+    @property
+    def start_key(self) -> list:
+        """What decides the model before the first update, and the last bits of what it says: hashes and names."""
+        start = model.adapter_fingerprint(self.cfg.model.adapter)
+        return [self.base_fingerprint, start, str(self.dtype), self.cfg.model.peft_type, self.device.type]
+
+    def step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    # ---------------------------------------------------------------- questions about a step
+
+    def _ask(self, step):
+        """The first question about a step settles, for all ranks, whether a signal ends the run here."""
+        if step == self.asked:
+            return
+        counted = self.asked is None or step == self.step
+        assert counted, f"step {self.step} was not counted: call run.count(tokens) once in every step"
+        self.asked = self.state.step = step
+        self._open_record()
+        self.record |= self.state.evaluation or {}
+        self.stopped = dist.any_rank(self.signalled())
+
+    def expected_end(self, step: int) -> int:
+        """The step at which the run will end, by the tokens seen so far."""
+        budget, seen = self.training.budget_tokens, self.state.tokens_seen
+        return expected_steps(step, self.steps, seen, budget, self.tokens_per_step)
+
+    def _last(self, step):
+        budget = self.training.budget_tokens
+        return step >= self.steps or (budget is not None and self.state.tokens_seen >= budget)
+
+    def _done(self, step):
+        patience = self.training.patience
+        return self._last(step) or (patience is not None and self.state.since_best >= patience)
+
+    def _improved(self):
+        return self.state.evaluation is not None and self.state.since_best == 0
+
+    def evaluation_due(self, step: int) -> bool:
+        """Every training.eval_interval steps and at the end; not twice, and not where a signal ends the run."""
+        self._ask(step)
+        due = step % self.training.eval_interval == 0 or self._last(step)
+        return due and not self.stopped and self.state.evaluation is None
+
+    def keep_evaluation(self, evaluation: dict):
+        """Keep {"eval/...": float} for the step's record, best/ and patience."""
+        value = self.sign * evaluation[self.metric]
+        self.state.since_best = 0 if value < self.state.best else self.state.since_best + 1
+        self.state.best = min(self.state.best, value)
+        self.state.evaluation = evaluation
+        self.record |= evaluation
+
+    def save_due(self, step: int) -> bool:
+        """Every training.save_interval steps, at a new best and at the end; at step 0 only if a signal ends the run."""
+        self._ask(step)
+        due = step > 0 and (self._improved() or step % self.training.save_interval == 0)
+        return due or self.stopped or self._done(step)
+
+    @contextmanager
+    def new_checkpoint(self, step: int):
+        """Yield a folder to write into. When the body ends well it becomes step-%06d, with state.json, and is copied to
+        best/ if its evaluation is the best so far. For the main rank alone: the others wait in `finished`."""
+        assert dist.is_main(), "only the main rank may write: if run.save_due(step) and dist.is_main()"
+        self.state.step = step
+        with checkpoint.new_step(self.folder, step, vars(self.state)) as folder:
+            yield folder
+        checkpoint.prune(self.folder, self.training.keep_last)
+        if step > 0 and self._improved():
+            checkpoint.publish(self.step_folder(step), self.folder, "best")
+
+    def finished(self, step: int) -> bool:
+        """After the last step, or when patience or budget is spent. SystemExit where a signal ends the run."""
+        self._ask(step)
+        if self.save_due(step):
+            dist.barrier()
+        if self.stopped:
+            end = self.expected_end(step)
+            raise SystemExit(f"stopped at step {step} of {end}, saved; run the same command again to go on")
+        self.clock = time.perf_counter()
+        return self._done(step)
+
+    # ---------------------------------------------------------------- the record
+
+    def check_finite(self, values: dict, rows: list):
+        """UserError before an update whose {"loss": float, ...} is not finite; values: the same on all ranks."""
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise UserError(f"step {self.step}: {shown}: not finite, not updated; rows {', '.join(rows)}")
+
+    def count(self, tokens: float, **others: float):
+        """An update was made from so many tokens of all ranks: the evaluation at hand is that of older weights.
+
+        others: more that is logged per second, by its plural name: pairs=16 becomes pairs_per_second.
+        """
+        if self.step % 16 == 0:
+            model.trim_memory(self.device)
+        self.state.evaluation = None
+        self.state.tokens_seen += tokens
+        self.state.step += 1
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        self.counts.update({"tokens": tokens, **others})
+        self.clock = now
+        self.bar.update()
+
+    def log(self, step: int, metrics: dict, warnings: Sequence[str] = ()):
+        """Write the step's record, with its evaluation. `seconds` and what is per second are since the last record."""
+        self.record |= {"step": step, **metrics}
+        warnings = [*warnings, *watch.spikes(self.state.norms, self.record)]
+        self.record |= {"tokens_seen": self.state.tokens_seen, "peak_memory_gb": log.peak_memory_gb(self.device)}
+        if self.seconds:
+            self.record |= {f"{name}_per_second": value / self.seconds for name, value in self.counts.items()}
+            self.record["seconds"] = self.seconds
+        if warnings:
+            self.record["warning"] = "; ".join(warnings)
+        for warning in watch.unseen(warnings, self.state.said):
+            say(f"step {step}: {warning}")
+        if step % self.training.eval_interval == 0 or step % self.cfg.logging.log_interval == 0:
+            say(log.line(self.record))
+        if "loss" in metrics and self.seconds:
+            speed = self.record["tokens_per_second"]
+            self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:.0f} tok/s", refresh=False)
+        self._write()
+        self.record, self.seconds, self.counts = {"step": self.step}, 0.0, Counter()
+
+    def _open_record(self):
+        """Begin this step's record; an earlier step's is written if it holds an evaluation that was never logged."""
+        if self.record["step"] != self.step:
+            if len(self.record) > 1:
+                self._write()
+            self.record = {"step": self.step}
+
+    def _write(self):
+        if dist.is_main():
+            log.write_record(self.folder / "metrics.jsonl", self.record)
+            self.send(self.record)
+
+    def finish(self, panels: Sequence, warnings: Sequence[str] = ()) -> dict:
+        """Write the last record, final/ and curves.png; returns the record. panels: ((title, keys), ...) to plot."""
+        self.bar.close()
+        self._open_record()
+        best = f"best_{self.metric.replace('/', '_')}"
+        self.record |= {"tokens_seen": self.state.tokens_seen, best: self.sign * self.state.best}
+        if warnings:
+            self.record["warning"] = "; ".join(warnings)
+            say(f"step {self.step}: {self.record['warning']}")
+        self._write()
+        say(log.line(self.record))
+        if dist.is_main():
+            folder = self.step_folder(self.step)
+            if not folder.is_dir():  # the script left its loop between two checkpoints
+                folder = checkpoint.newest(self.folder)
+                say(f"step {self.step} was not saved: final is {folder.name if folder else 'not written'}")
+            if folder:
+                checkpoint.publish(folder, self.folder, "final")
+            log.plot_curves(log.read_records(self.folder / "metrics.jsonl"), panels, self.folder / "curves.png")
+        peak = log.peak_memory_gb(self.device)
+        say(f"wrote {self.folder}/final, curves.png and metrics.jsonl; peak memory {peak:.2f} GB")
+        dist.barrier()
+        return self.record
