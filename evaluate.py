@@ -26,14 +26,28 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import base, chat, checkpoint, comparison, config, data, decoder, dist, export, gemma, log
-
-# isort: split
-from common import lora, losses, manifest, measure, metrics, model, report, resume, reward_model
-
-# isort: split
-from common import products, prompts, rewards, rollouts, stats
+from common import (
+    chat,
+    config,
+    data,
+    decoder,
+    dist,
+    gemma,
+    log,
+    lora,
+    losses,
+    model,
+    products,
+    prompts,
+    reward_model,
+    rewards,
+    rollouts,
+    stats,
+)
+from common.evaluation import comparison, export, measure, metrics, report
+from common.human import manifest
 from common.log import UserError, command, say
+from common.runtime import base, checkpoint, resume
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
 JOBS = (
@@ -67,7 +81,7 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     """Score `net` (of common.model.load; its active adapter) on records -> {"metrics": {name: cell}, "lines", "speed"}.
 
     scorers: {metric: function (records, answers as ids) -> (n,)}; others: {"kl_base": (net, adapter or None), ...}.
-    Without them: no reward, no KL. A cell is {"value", "low", "high", "n"}, a line that of common.measure.
+    Without them: no reward, no KL. A cell is {"value", "low", "high", "n"}, a line that of common.evaluation.measure.
     """
     metrics.require(cfg.task)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens

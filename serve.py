@@ -5,7 +5,7 @@
     GET  /health  ok | loading | failed                          GET  /metrics: Prometheus' text
     GET  /        chat page                                      GET  /rate: blind rating page (--human_eval)
 
-Requests of all clients share each step of common/engine.py; a prompt is one user turn in Gemma's chat format. Left out
+Requests of all clients share each step of serving/engine.py; a prompt is one user turn in Gemma's chat format. Left out
 compared with vLLM: paged cache, prefix cache, parts of a long prompt between tokens, tools, log-probs. One request a
 connection; what an address other than loopback needs is a token. Prompts and answers are never logged.
 
@@ -35,9 +35,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import base, chat, config, engine, fields, httpd, lora, manifest, model, ratings
-from common.httpd import Refused, respond
+from common import chat, config, lora, model
+from common.human import manifest, ratings
 from common.log import UserError, command, say
+from common.runtime import base
+from common.serving import engine, fields, httpd
+from common.serving.httpd import Refused, respond
 
 JOBS = (
     ("--checkpoint", {"nargs": "+", "metavar": "[NAME=]CHECKPOINT", "help": "what to serve, the first by default"}),
@@ -45,7 +48,7 @@ JOBS = (
     ("--host", {"default": "127.0.0.1", "help": "address to listen on; any but loopback needs GEMMA_ALIGNMENT_TOKEN"}),
     ("--port", {"type": int, "default": 5000, "help": "0 takes a free one"}),
 )
-# >>> edit here: what clients may take (and common/httpd.py: bytes of a request)
+# >>> edit here: what clients may take (and common/serving/httpd.py: bytes of a request)
 CONNECTIONS, READ_SECONDS, GENERATE_SECONDS, DRAIN_SECONDS = 256, 10, 600, 30  # a process has 1,024 files by default
 PROMPTS, CHAT_TOKENS = 32, 512  # of a batch; of an answer of /v1/ that names no length
 ROWS, QUEUE, CONTEXT = 16, 32, 4096  # requests at a time and in line; tokens of prompt and answer

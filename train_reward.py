@@ -19,25 +19,11 @@ floors that need no training.
 import numpy as np
 import torch
 
-from common import (
-    chat,
-    config,
-    data,
-    dist,
-    explain,
-    log,
-    lora,
-    losses,
-    model,
-    optim,
-    preferences,
-    resume,
-    reward_model,
-    stats,
-)
+from common import chat, config, data, dist, log, lora, losses, model, optim, preferences, reward_model, stats
 from common import rewards as heuristics
 from common.log import UserError, command, say, say_counts
 from common.run import Run
+from common.runtime import explain, resume
 
 SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)

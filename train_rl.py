@@ -33,7 +33,6 @@ from common import (
     data,
     dist,
     experience,
-    explain,
     log,
     lora,
     losses,
@@ -42,15 +41,14 @@ from common import (
     pairs,
     preferences,
     prompts,
-    resume,
     reward_model,
     rewards,
     roles,
-    watch,
 )
 from common.log import UserError, command, say
 from common.optim import Update, optimizer_step
 from common.run import Run
+from common.runtime import explain, resume, watch
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)

@@ -19,9 +19,10 @@ import math
 
 import torch
 
-from common import config, data, dist, explain, model, optim, resume, roles
+from common import config, data, dist, model, optim, roles
 from common.log import UserError, command, say, say_counts
 from common.run import Run
+from common.runtime import explain, resume
 
 SECTIONS = ("model", "training", "logging")
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)

@@ -28,8 +28,10 @@ import evaluate
 import train_reward
 import train_rl
 import train_sft
-from common import base, checkpoint, config, data, dist, log, measure, metrics, model, rewards
+from common import config, data, dist, log, model, rewards
+from common.evaluation import measure, metrics
 from common.log import UserError, command, say
+from common.runtime import base, checkpoint
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
 PARADIGMS = ("sft", "rl", "staged")

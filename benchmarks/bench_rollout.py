@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from common import base as bases  # noqa: E402
 from common import chat, lora, model, rollouts  # noqa: E402
+from common.runtime import base as bases  # noqa: E402
 
 QUESTIONS = [
     "How do I store passwords safely in a small web application?",

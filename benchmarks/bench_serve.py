@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.bench_rollout import QUESTIONS  # noqa: E402
-from common import base, chat  # noqa: E402
+from common import chat  # noqa: E402
+from common.runtime import base  # noqa: E402
 
 
 def post(port, path, body):

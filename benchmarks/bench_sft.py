@@ -166,7 +166,7 @@ def drive(script, doc, sides, prepare, report):
         Path(args.work, f"{args.side}.json").write_text(json.dumps({"steps": steps, "peak_gb": peak}))
         return
     sys.path.insert(0, str(ROOT))
-    from common import base as bases
+    from common.runtime import base as bases
 
     base = str(bases.resolve(args.base))
     with tempfile.TemporaryDirectory() as folder:

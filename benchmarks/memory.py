@@ -28,8 +28,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
-from common import base as bases_of  # noqa: E402
-from common import explain, log, lora, resume  # noqa: E402
+from common import log, lora  # noqa: E402
+from common.runtime import base as bases_of  # noqa: E402
+from common.runtime import explain, resume  # noqa: E402
 
 REPORT = Path(__file__).with_suffix(".md")
 STEPS, BOUND, SPARE = 2, 0.15, 1.0

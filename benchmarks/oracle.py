@@ -6,8 +6,8 @@
 
 The old code is checked out into a temporary git worktree; the new code is the working tree this file stands in.
 Both sides train from the tiny base that the old code resolves, on the same few records. Equal means: every number of
-every record (metrics, samples, held-out answers, report) and every file of final/ is the same to the bit. Only the
-fields of time, speed and memory are left out. The exit status is 1 if any row of the table differs.
+every record (metrics, samples, held-out answers, report) and every file of final/ is the same to the bit. Left out are only
+the fields of time, speed and memory, and the order of the keys of state.json. The exit status is 1 if any row of the table differs.
 
 Nothing is recorded in the repository, as bits differ between processors. What the old code left is kept in the user's
 cache under its commit, so a second comparison runs only the new side; --fresh runs it again. Of the code, this file
@@ -16,6 +16,7 @@ needs main(argv) of three scripts, base.resolve and synthetic.records. Not compa
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -96,7 +97,8 @@ def work(root, plan_file):
     import train_reward
     import train_rl
     import train_sft
-    from common import base, synthetic
+
+    base, synthetic = (importlib.import_module(module_name(root, name)) for name in ("base", "synthetic"))
 
     matplotlib.use("Agg")
     torch.set_num_threads(1)
@@ -131,6 +133,12 @@ def work(root, plan_file):
         if not job["left"]:
             Path(job["folder"], "status").write_text(str(job["status"]))
             print(f"  {time.perf_counter() - started:4.0f} s  {job['name']}", flush=True)
+
+
+def module_name(root, name):
+    """The dotted name of a module of `common`, in whichever folder the code at `root` has it."""
+    path = next(Path(root, "common").rglob(f"{name}.py"))
+    return ".".join(path.relative_to(root).with_suffix("").parts)
 
 
 def run_rank(main, job, rank, port):
@@ -226,6 +234,23 @@ def compare_records(path_old, path_new):
     return text.removesuffix("; ") or None
 
 
+def compare_final(old, new):
+    """What differs between two final/ folders: by SHA-256, but state.json by its values, in any order of the keys.
+
+    The manifest's own hash of state.json differs with the order, so it is compared without that entry.
+    """
+    changed = compare_fields(hashes(old), hashes(new))
+    shown = [words if " only in " in words else words.split()[0] for words in changed]
+    for name in [name for name in ("state.json", "MANIFEST.json") if name in shown]:
+        before, after = (json.loads((folder / name).read_bytes()) for folder in (old, new))
+        for manifest in (before, after):
+            manifest.pop("sha256", None)
+            manifest.get("files", {}).pop("state.json", None)
+        shown.remove(name)
+        shown += [f"{name}: {words}" for words in compare_fields(before, after)]
+    return shown
+
+
 def compare_runs(folder_old, folder_new):
     """What differs between two runs' folders, as a list of words."""
     for side, folder in (("old", folder_old), ("new", folder_new)):
@@ -236,9 +261,9 @@ def compare_runs(folder_old, folder_new):
     found = [compare_records(old / name, new / name) for name in RECORDS]
     if not (old / "final").is_dir():
         found.append("old wrote no final/")
-    changed = compare_fields(hashes(old / "final"), hashes(new / "final"))
+    changed = compare_final(old / "final", new / "final")
     if changed:
-        found.append("final/: " + ", ".join(words if " only in " in words else words.split()[0] for words in changed))
+        found.append("final/: " + ", ".join(changed))
     return [words for words in found if words]
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from common import chat, dist, synthetic
+from common import chat, dist
 from common.log import UserError
+from common.tasks import synthetic
 
 DEBUG_SIZE = {"train": 512, "val": 128, "test": 128}  # synthetic records
 MAX_LINE = 4 * 2**20  # bytes

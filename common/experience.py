@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common import advantages, chat, data, dist, log, lora, losses, model, reward_model, rollouts, watch
+from common import advantages, chat, data, dist, log, lora, losses, model, reward_model, rollouts
 from common.log import UserError, listed
+from common.runtime import watch
 
 
 @dataclass

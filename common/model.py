@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from common import base, chat, checkpoint, config, data, dist, gemma, lora, losses, resume
+from common import chat, config, data, dist, gemma, lora, losses
 from common.log import UserError, say
+from common.runtime import base, checkpoint, resume
 
 
 def pick_device(device="auto"):

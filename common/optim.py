@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import dist, resume
+from common import dist
 from common.log import UserError, listed
+from common.runtime import resume
 
 FILE = "optimizer.safetensors"
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common import cache, data, dist, gemma, log, lora, losses, model, preferences, resume
+from common import data, dist, gemma, log, lora, losses, model, preferences
 from common.log import UserError, say, say_counts
+from common.runtime import cache, resume
 
 EXACT_KL_ROWS = 128  # held-out pairs whose exact entropy and KL are measured: whole distributions cost their time
 PANELS = (

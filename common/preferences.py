@@ -4,9 +4,10 @@ import json
 
 import torch
 
-from common import cache, chat, config, data, decoder, dist, gemma, log, lora, resume, rollouts, stats
+from common import chat, config, data, decoder, dist, gemma, log, lora, rollouts, stats
 from common import rewards as heuristics
 from common.log import UserError, say
+from common.runtime import cache, resume
 
 ROWS = 64  # completions sampled together
 SOURCES = (chat, decoder, gemma, heuristics, lora, rollouts)  # what decides which pairs are made

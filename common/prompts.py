@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from common import advantages, chat, data, dist, experience, log, model, resume, rollouts, stats
+from common import advantages, chat, data, dist, experience, log, model, rollouts, stats
 from common.log import UserError, say, say_counts
+from common.runtime import resume
 
 EXACT_KL_ROWS = 128  # held-out answers whose exact entropy and KL are measured: whole distributions cost their time
 TOKENS_PER_PASS = 2048  # of these answers

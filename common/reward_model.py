@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import chat, checkpoint, data, lora, model, rewards
+from common import chat, data, lora, model, rewards
 from common.log import UserError, write_json
+from common.runtime import checkpoint
 
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint, model
+from common import model
 from common.log import UserError
+from common.runtime import checkpoint
 
 SHOWN = 200  # characters of a sample in an error message
 LONGEST = 20_000  # characters that are looked at

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import lora, model, resume, reward_model
+from common import lora, model, reward_model
 from common.log import UserError, say
+from common.runtime import resume
 
 
 @dataclass

@@ -32,9 +32,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import base, checkpoint, config, dist, log, model, resume, watch
+from common import config, dist, log, model
 from common.log import UserError, say
 from common.optim import expected_steps
+from common.runtime import base, checkpoint, resume, watch
 
 
 @dataclass

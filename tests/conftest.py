@@ -16,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def tiny_folder():
-    from common import base
+    from common.runtime import base
 
     return base.resolve("tiny")
 
@@ -30,7 +30,7 @@ def tiny_model(tiny_folder):
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_folder):
-    from common import base
+    from common.runtime import base
 
     return base.load_tokenizer(tiny_folder)
 

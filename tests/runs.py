@@ -4,6 +4,7 @@ Every run is a forked child of the warmed parent: locks, signal handlers and pat
 does is a body(main, argv), `call` if nothing is to go wrong; `main` is a script's.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -23,8 +24,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import base, checkpoint, data, dist, log, lora, losses, model, resume, reward_model, synthetic
-from common import pictures as pictures_of_a_report
+from common import data, dist, log, lora, losses, model, reward_model
+from common.evaluation import pictures as pictures_of_a_report
+from common.runtime import base, checkpoint, resume
+from common.tasks import synthetic
 
 # what may differ between two equal runs
 CLOCK = {"seconds", "tokens_per_second", "pairs_per_second", "reference_seconds", "peak_memory_gb"}
@@ -152,14 +155,16 @@ def crash_behind_save(number):
     """A body that dies with status 9 as soon as the folder of step `number` is written."""
 
     def body(main, argv):
-        real = checkpoint.save_step
+        real = checkpoint.commit
 
-        def save_step(run_dir, step, *more):
-            real(run_dir, step, *more)
-            if step == number:
+        @contextlib.contextmanager
+        def commit(final, *more):
+            with real(final, *more) as temp:
+                yield temp
+            if final.name == f"step-{number:06d}":
                 os._exit(9)
 
-        checkpoint.save_step = save_step
+        checkpoint.commit = commit
         call(main, argv)
 
     return body

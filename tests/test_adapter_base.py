@@ -13,8 +13,9 @@ import train_reward
 import train_rl
 import train_sft
 import train_staged
-from common import base, checkpoint, config, data, lora, model
+from common import config, data, lora, model
 from common.log import UserError
+from common.runtime import base, checkpoint
 from tests import runs
 from tests.faults import trainers
 

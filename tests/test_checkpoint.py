@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from common import checkpoint
 from common.log import UserError
+from common.runtime import checkpoint
 from tests.faults.children import assert_is, relock, save, strays, write_model
 
 # ---------------------------------------------------------------- round trip

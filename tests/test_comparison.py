@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from common import comparison, config, metrics, stats
+from common import config, stats
+from common.evaluation import comparison, metrics
 
 
 def line(number, **values):

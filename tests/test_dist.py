@@ -16,7 +16,8 @@ import train_reward
 import train_rl
 import train_sft
 import train_staged
-from common import base, dist, rollouts
+from common import dist, rollouts
+from common.runtime import base
 from tests import runs
 from tests.runs import lines, records
 

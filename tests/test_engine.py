@@ -5,8 +5,9 @@ import threading
 import pytest
 import torch
 
-from common import chat, engine, lora, model, products, rollouts
+from common import chat, lora, model, products, rollouts
 from common.decoder import Decoder
+from common.serving import engine
 from tests import runs
 from tests.test_gemma import random_gemma
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import evaluate
-from common import chat, config, data, manifest, measure, metrics, model, stats
+from common import chat, config, data, model, stats
+from common.evaluation import measure, metrics
+from common.human import manifest
 from tests import runs
 from tests.runs import random_adapter, random_reward_model, write_data
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train_rl
-from common import chat, config, data, experience, log, rewards, synthetic
+from common import chat, config, data, experience, log, prompts, rewards
 from common.log import UserError
+from common.tasks import synthetic
 from tests.test_policy_losses import trl_loss
 
 
@@ -42,54 +43,78 @@ def test_prompts_that_do_not_fit_are_counted(tokenizer, capsys):
         experience.source(records, tokenizer, 3, 2, None, 0)
 
 
-def batch_of(groups, group_size=2, seed=0):
-    """A batch of these groups with random lengths: what `plan` reads."""
-    dice = torch.Generator().manual_seed(seed)
-    members = [group for group in groups for _ in range(group_size)]
-    answers = torch.randint(1, 9, (len(members),), generator=dice)
-    prompts = torch.tensor([10 + group for group in members])
-    return {"groups": members, "lengths": answers, "costs": answers + prompts}
+def rollout_of(prompt_numbers, group_size=2, seed=0):
+    """A rollout of these prompts with completions of random length, by its sizes alone."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = [number for number in prompt_numbers for _ in range(group_size)]
+    completion_tokens = torch.randint(1, 9, (len(numbers),), generator=generator)
+    prompt_tokens = torch.tensor([10 + number for number in numbers])
+    return types.SimpleNamespace(
+        prompt_numbers=numbers, completion_tokens=completion_tokens, row_tokens=completion_tokens + prompt_tokens
+    )
 
 
-def test_plan_deals_whole_groups_once_an_epoch():
-    batch, kept = batch_of(range(7)), [row % 5 != 0 for row in range(14)]
-    found = experience.plan(batch, kept, 7, (3, 2), 40, "key")
-    assert len(found["plan"]) == len(found["members"]) == 6
-    for epoch in range(3):
-        part = found["members"][2 * epoch : 2 * epoch + 2]
+def deal(rollout, has_gradient, *sizes):
+    return experience.minibatches(rollout, has_gradient, torch.ones(len(has_gradient)), *sizes)
+
+
+def test_minibatches_deal_whole_groups_once_a_pass():
+    rollout, has_gradient = rollout_of(range(7)), [row % 5 != 0 for row in range(14)]
+    whole = deal(rollout, [True] * 14, 7, 3, 2, 40, "key")
+    dealt = deal(rollout, has_gradient, 7, 3, 2, 40, "key")
+    assert [minibatch.number_of_pass for minibatch in dealt] == [0, 0, 1, 1, 2, 2]
+    members = [sorted(row for rows in minibatch.micro_batch_rows for row in rows) for minibatch in whole]
+    for number in range(3):
+        part = members[2 * number : 2 * number + 2]
         assert sorted(row for rows in part for row in rows) == list(range(14))
         for rows in part:
-            assert all(row ^ 1 in rows for row in rows)  # both samples of a prompt
-            assert len(rows) in (6, 8)
-    assert found["members"][:2] != found["members"][2:4]
-    for rows, cuts in zip(found["members"], found["plan"]):
-        assert [row for cut in cuts for row in cut] == [row for row in rows if kept[row]]
-        for cut in cuts:  # a prompt counts once where its rows are neighbours
+            assert all(row ^ 1 in rows for row in rows) and len(rows) in (6, 8)  # both samples of a prompt
+    assert members[:2] != members[2:4]
+    for rows, minibatch in zip(members, dealt, strict=True):
+        computed = [row for cut in minibatch.micro_batch_rows for row in cut]
+        assert computed == [row for row in rows if has_gradient[row]] and minibatch.divisor == len(rows)
+        assert minibatch.num_tokens == sum(rollout.row_tokens[row] for row in computed)
+        for cut in minibatch.micro_batch_rows:  # a prompt counts once where its rows are neighbours
             cost = 0
             for i, row in enumerate(cut):
-                shared = i and batch["groups"][cut[i - 1]] == batch["groups"][row]
-                cost += batch["lengths"][row] if shared else batch["costs"][row]
+                shared = i and rollout.prompt_numbers[cut[i - 1]] == rollout.prompt_numbers[row]
+                cost += rollout.completion_tokens[row] if shared else rollout.row_tokens[row]
             assert cost <= 40 or len(cut) == 1
 
 
-def test_plan_is_the_same_over_ranks():
-    whole = experience.plan(batch_of(range(6)), [True] * 12, 6, (2, 3), 1000, "k")["members"]
-    parts = [experience.plan(batch_of(range(r, 6, 2)), [True] * 6, 6, (2, 3), 1000, "k")["members"] for r in (0, 1)]
-    for number, rows in enumerate(whole):
-        mine = {row // 2 for row in rows}
-        theirs = {group for r, part in enumerate(parts) for row in part[number] for group in [2 * (row // 2) + r]}
-        assert mine == theirs
+def test_minibatches_are_the_same_over_ranks():
+    def rows_of(minibatch):
+        return [row for rows in minibatch.micro_batch_rows for row in rows]
+
+    whole = deal(rollout_of(range(6)), [True] * 12, 6, 2, 3, 1000, "k")
+    parts = [deal(rollout_of(range(r, 6, 2)), [True] * 6, 6, 2, 3, 1000, "k") for r in (0, 1)]
+    for number, minibatch in enumerate(whole):
+        mine = {row // 2 for row in rows_of(minibatch)}
+        theirs = set()
+        for r, part in enumerate(parts):
+            for other in part:  # a rank without a row of a minibatch alone leaves it out; several ranks count together
+                if other.number_of_pass == minibatch.number_of_pass:
+                    groups = {2 * (row // 2) + r for row in rows_of(other)}
+                    theirs |= groups if groups & mine else set()
+        assert mine == theirs, number
+
+
+def test_a_minibatch_without_a_gradient_is_left_out():
+    rollout = rollout_of(range(4))
+    whole = deal(rollout, [True] * 8, 4, 2, 4, 40, "key")
+    rows = [row for cut in whole[1].micro_batch_rows for row in cut]
+    dealt = deal(rollout, [row not in rows for row in range(8)], 4, 2, 4, 40, "key")
+    assert len(whole) == 8 and len(dealt) == 6 and len(experience.first_pass(dealt)) == 3
 
 
 def test_aggregation_by_hand():
     mask = torch.tensor([[0.0, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     loss = torch.tensor([[9.0, 1, 2, 3, 4], [9, 10, 9, 9, 9], [9, 9, 9, 9, 9]])
     for kind, expected in (("token", 20 / 5), ("sequence", (2.5 + 10) / 2), ("constant", (10 + 10) / (2 * 8))):
-        found = experience.aggregation(mask, kind, 8)
-        value = (loss * found["weight"]).sum() / found["sizes"].sum()
-        assert value.item() == pytest.approx(expected), kind
-        wide = experience.aggregation(torch.cat([mask, torch.zeros(3, 7)], 1), kind, 8)
-        assert wide["weight"][:, :5].equal(found["weight"]) and wide["sizes"].equal(found["sizes"])  # B-19
+        weight, row_divisor = experience.loss_weights(mask, kind, 8)
+        assert ((loss * weight).sum() / row_divisor.sum()).item() == pytest.approx(expected), kind
+        wide = experience.loss_weights(torch.cat([mask, torch.zeros(3, 7)], 1), kind, 8)
+        assert wide[0][:, :5].equal(weight) and wide[1].equal(row_divisor)  # B-19
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.4])
@@ -104,19 +129,20 @@ def test_grpos_objective_equals_trls_in_value_and_gradient(kind, theirs, kl_coef
     settings = {"loss_type": theirs, "beta": kl_coef, "use_bias_correction_kl": True}
     expected = trl_loss(logprobs, old, reference, a, mask, **settings)
     rl = config.load_config(None, {"rl.kl_coef": kl_coef, "rl.clip_high": 0.28}).rl
-    batch = {"old_logprobs": old, "ref_logprobs": reference, "advantages": a * mask, "mask": mask}
-    batch |= experience.aggregation(mask, kind, 16)
-    [(loss, weight)], metrics = train_rl.grpo_objective({"logprobs": logprobs}, batch, rl)
-    value = (loss * weight).sum() / batch["sizes"].sum()
+    weight, row_divisor = experience.loss_weights(mask, kind, 16)
+    micro = experience.MicroBatch([], None, mask, weight, a * mask, None, old, reference)
+    loss = train_rl.grpo_objective(logprobs, None, micro, rl)
+    metrics = train_rl.trust_region(logprobs, micro, rl)
+    value = (loss * weight).sum() / row_divisor.sum()
     assert value.item() == pytest.approx(expected.item(), abs=1e-12)
     found, right = (torch.autograd.grad(each, logprobs, retain_graph=True)[0] for each in (value, expected))
     assert torch.allclose(found, right, atol=1e-13) and right.abs().max() > 1e-3
     assert len(metrics["clip_share"]) == mask.sum() and metrics["policy_kl"].min() >= 0
 
 
-def test_equal_groups():
-    found = experience.equal_groups(torch.tensor([1.0, 1, 2, 2.5, 0, 0, math.nan, math.nan]), 2)
-    assert found.tolist() == [True, True, False, False, True, True, False, False]
+def test_groups_without_an_advantage():
+    advantages = torch.tensor([[0.0, 0], [0, 0], [0, 1], [0, 0], [0, 0], [0, 0]])
+    assert experience.zero_advantage_groups(advantages, 2).tolist() == [True, True, False, False, True, True]
 
 
 def test_rewards_summary_and_comparison_by_hand(tiny_model, source, tmp_path):
@@ -127,28 +153,28 @@ def test_rewards_summary_and_comparison_by_hand(tiny_model, source, tmp_path):
     settings = types.SimpleNamespace(type="heuristic", function=None, alpha=1.0, beta=0.5, clip_rewards=None,
                                      heuristic=heuristic)  # fmt: skip
     score = rewards.make("safety", settings, lambda ids: chat.decode(tokenizer, ids))
-    sampling = {"seed": 3, "step": 4, "group_size": 3, "max_new_tokens": 12, "temperature": 1.0}
-    prompts = {number: i for number, i in enumerate(source.batch(0)[:4])}
-    whole = experience.collect(net, [source.train[i] for i in prompts.values()], prompts, score, sampling)
-    assert whole["rows"] == list(range(12)) and whole["groups"] == [i // 3 for i in range(12)]
-    assert whole["generated"] == whole["lengths"].sum() == sum(map(len, whole["completions"]))
-    half = experience.collect(net, [source.train[prompts[i]] for i in (1, 3)], (1, 3), score, sampling)
-    assert half["rows"] == [3, 4, 5, 9, 10, 11]
-    assert half["completions"] == [whole["completions"][row] for row in half["rows"]]  # B-38: whoever draws them
-    assert half["rewards"].tolist() == [whole["rewards"][row].item() for row in half["rows"]]
+    sampling = {"group_size": 3, "max_new_tokens": 12, "temperature": 1.0}
+    prompts = {number: source.train[i] for number, i in enumerate(source.batch(0)[:4])}
+    whole = experience.collect(net, prompts, score, 3, 4, **sampling)
+    assert whole.row_numbers == list(range(12)) and whole.prompt_numbers == [i // 3 for i in range(12)]
+    assert whole.sampled_tokens == whole.completion_tokens.sum() == sum(map(len, whole.completions))
+    half = experience.collect(net, {number: prompts[number] for number in (1, 3)}, score, 3, 4, **sampling)
+    assert half.row_numbers == [3, 4, 5, 9, 10, 11]
+    assert half.completions == [whole.completions[row] for row in half.row_numbers]  # B-38: whoever draws them
+    assert half.rewards.tolist() == [whole.rewards[row].item() for row in half.row_numbers]
 
     found = experience.summary(whole, "x/")
-    assert found["x/reward"] == pytest.approx(whole["rewards"].mean().item(), abs=1e-6)
-    assert found["x/reward_std"] == pytest.approx(whole["rewards"].std().item(), abs=1e-5)
-    assert found["x/reward/refusal"] == sum(part["refusal"] for part in whole["parts"]) / 12
-    assert whole["ids"] == [f"{record['id']}/{row}" for row, record in enumerate(whole["records"])]
+    assert found["x/reward"] == pytest.approx(whole.rewards.mean().item(), abs=1e-6)
+    assert found["x/reward_std"] == pytest.approx(whole.rewards.std().item(), abs=1e-5)
+    assert found["x/reward/refusal"] == sum(part["refusal"] for part in whole.reward_parts) / 12
+    assert whole.ids == [f"{record['id']}/{row}" for row, record in enumerate(whole.records)]
     assert experience.listed(list("abc"), 2) == "a, b and 1 more" and experience.listed(["a", "b"]) == "a, b"
     lines = experience.lines(whole, tokenizer, 9)
     lines[0]["completion"] = "one\u2028line \x85"
     log.write_records(tmp_path / "log.jsonl", lines)
     assert log.read_records(tmp_path / "log.jsonl") == lines
     assert [line["row"] for line in lines] == list(range(12)) and {line["step"] for line in lines} == {9}
-    assert lines[5]["completion"] == chat.decode(tokenizer, whole["completions"][5])
+    assert lines[5]["completion"] == chat.decode(tokenizer, whole.completions[5])
 
     later = [line | {"step": 20, "reward": line["reward"] + 0.25, "tokens": line["tokens"] + 2} for line in lines]
     report = experience.compare(lines + later, 200)
@@ -161,17 +187,6 @@ def test_rewards_summary_and_comparison_by_hand(tiny_model, source, tmp_path):
 
     settings.type = "trainable"
     broken = rewards.make("safety", settings, lambda ids: chat.decode(tokenizer, ids), judge)
-    words = f"sample for {source.train[prompts[3]]['id']} is nan.*it says {lines[-1]['completion']!r}"
+    words = f"sample for {prompts[3]['id']} is nan.*it says {lines[-1]['completion']!r}"
     with pytest.raises(UserError, match=re.escape(words).replace(re.escape(".*"), ".*")):
-        experience.collect(net, [source.train[i] for i in prompts.values()], prompts, broken, sampling)
-
-
-def test_piece_cuts_what_no_row_needs():
-    tokens = torch.arange(24).view(3, 8)
-    mask = torch.zeros(3, 7)
-    mask[0, 1:3] = mask[1, 2:5] = mask[2, 6] = 1
-    batch = {"tokens": tokens, "mask": mask, "rewards": torch.arange(3.0), "sizes": torch.ones(3, 1), "ids": ["a"] * 3}
-    piece = data.piece(batch, [1, 0])
-    assert piece["tokens"].tolist() == [tokens[1, :6].tolist(), tokens[0, :6].tolist()]
-    assert piece["mask"].shape == (2, 5) and piece["rewards"].tolist() == [1.0, 0.0] and "ids" not in piece
-    assert data.piece(batch, [2])["tokens"].shape == (1, 8)
+        experience.collect(net, prompts, broken, 3, 4, **sampling)

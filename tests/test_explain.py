@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from common import chat, dist, explain, gemma, log, lora, model
+from common import chat, dist, gemma, log, lora, model
+from common.runtime import explain
 
 TURNS = [
     {"role": "user", "content": "Say hi"},
@@ -129,7 +130,7 @@ def test_plan_is_positive_and_grows_with_tokens_and_with_what_is_trained(tiny_mo
     assert dict(half["always"])["weights"] == 2 * numbers
 
 
-# the tiny base by hand: 6 layers, d 128, MLP 384, 4 heads and 1 group of 32, vocabulary V (see common/tiny.py)
+# the tiny base by hand: 6 layers, d 128, MLP 384, 4 heads and 1 group of 32, vocabulary V (see common/runtime/tiny.py)
 LAYERS, D, MLP, HEADS, GROUP = 6, 128, 384, 4 * 32, 32
 LAYER = D * (HEADS + 2 * GROUP) + HEADS * D + 3 * D * MLP
 ADAPTERS = LAYERS * 8 * ((D + HEADS) + 2 * (D + GROUP) + (HEADS + D) + 3 * (D + MLP))  # rank 8 on all seven linears

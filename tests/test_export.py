@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import train_sft
-from common import base, chat, checkpoint, lora, model
+from common import chat, lora, model
 from common.log import UserError
+from common.runtime import base, checkpoint
 from tests import runs
 from tests.runs import random_adapter, random_reward_model, write_data
 

@@ -13,7 +13,8 @@ import pytest
 
 import evaluate
 import serve
-from common import human, manifest, ratings
+from common.human import analysis as human
+from common.human import manifest, ratings
 from common.log import UserError
 from tests import runs
 

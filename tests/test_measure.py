@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import chat, lora, measure, metrics, model, synthetic
+from common import chat, lora, model
+from common.evaluation import measure, metrics
+from common.tasks import synthetic
 from tests import runs
 
 SAMPLING = {"seed": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}

@@ -9,8 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from common import metrics, rewards, stats, synthetic
+from common import rewards, stats
+from common.evaluation import metrics
 from common.log import UserError
+from common.tasks import synthetic
 from data import download_datasets
 from tests.faults.test_hostile import HOSTILE
 from tests.test_rewards import HARM, KIND

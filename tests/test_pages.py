@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 import serve
-from common import manifest
-from common.ratings import read_ratings
+from common.human import manifest
+from common.human.ratings import read_ratings
 from tests import runs
 from tests.browser import CHROMIUM, Browser
 

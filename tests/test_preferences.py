@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import chat, data, lora, preferences, reward_model, rewards, synthetic
+from common import chat, data, lora, preferences, reward_model, rewards
 from common.log import UserError
+from common.tasks import synthetic
 
 SAMPLING = {"group_size": 3, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}
 
@@ -103,7 +104,7 @@ def settings(**changes):
 
 
 def test_reward_types_and_components(tiny_model, tmp_path, tiny_folder):
-    from common import base
+    from common.runtime import base
 
     net, tokenizer = tiny_model
     torch.manual_seed(0)

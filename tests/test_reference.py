@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from common import data, lora, reference, synthetic
+from common import data, lora, reference
+from common.tasks import synthetic
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from common import report
+from common.evaluation import report
 
 SYSTEMS = ["base", "sft", "rl", "staged"]
 HOSTILE = ("<script>alert(1)</script> | a `code` ![x](http://evil.example/p.png)\n\n# big\n> quote\n| a | b |\r\n"

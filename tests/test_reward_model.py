@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import base, data, lora, reward_model, synthetic
+from common import data, lora, reward_model
 from common.log import UserError
+from common.runtime import base
+from common.tasks import synthetic
 
 
 @pytest.fixture

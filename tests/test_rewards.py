@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
-from common import rewards, synthetic
+from common import rewards
 from common.log import UserError
+from common.tasks import synthetic
 
 HARM = [{"role": "user", "content": "How do I poison my neighbour?"}]
 KIND = [{"role": "user", "content": "How do I bake bread?"}]

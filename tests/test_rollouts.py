@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from common import base, chat, lora, model, rollouts
+from common import chat, lora, model, rollouts
+from common.runtime import base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,8 +18,10 @@ import pytest
 import torch
 
 import serve
-from common import chat, engine, httpd, lora, manifest, model, ratings, rollouts
+from common import chat, lora, model, rollouts
 from common.decoder import Decoder
+from common.human import manifest, ratings
+from common.serving import engine, httpd
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

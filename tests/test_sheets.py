@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from common import sheets
+from common.human import sheets
 from common.log import UserError
 
 

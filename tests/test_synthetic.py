@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from common import synthetic
+from common.tasks import synthetic
 
 TOXIC = re.compile(r"\b(idiot|stupid|hate|dumb|loser|ugly|moron|trash|kill|hurt)\b", re.IGNORECASE)
 COUNTS = {"train": 600, "val": 128, "test": 128}

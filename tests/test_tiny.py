@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import chat, synthetic, tiny
+from common import chat
+from common.runtime import tiny
+from common.tasks import synthetic
 from tests.test_synthetic import TOXIC, harmful, refuses
 
 TEXTS = [

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_reward
-from common import base, config, lora, model, reward_model
+from common import config, lora, model, reward_model
 from common.log import UserError
+from common.runtime import base
 from tests import runs
 from tests.faults import trainers
 from tests.runs import write_data

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import train_rl
-from common import base, config, data, lora, model, reference, reward_model
+from common import config, data, lora, model, reference, reward_model
+from common.runtime import base
 from tests import runs
 from tests.faults import trainers
 from tests.runs import lines, write_data

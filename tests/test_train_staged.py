@@ -11,7 +11,8 @@ import pytest
 import train_rl
 import train_sft
 import train_staged
-from common import checkpoint, config, data
+from common import config, data
+from common.runtime import checkpoint
 from tests import runs
 from tests.faults.test_staged import in_stage
 from tests.runs import lines, write_data

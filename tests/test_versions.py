@@ -7,8 +7,9 @@ import train_reward
 import train_rl
 import train_sft
 import train_staged
-from common import base, log, model, versions
+from common import log, model
 from common.log import UserError
+from common.runtime import base, versions
 from tests import runs
 
 OLD = {"torch": ("2.9.1+cu128", "CVE-2026-24747"), "transformers": ("5.2.0", "CVE-2026-4372")}

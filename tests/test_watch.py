@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from common import watch
+from common.runtime import watch
 
 FAIR = {"reward": (0.4, 0.8), "length": (30, 34), "distinct_bigrams": (0.6, 0.55), "reward/toxicity": (0.7, 0.9),
         "reward/refusal": (0.5, 0.55)}  # fmt: skip

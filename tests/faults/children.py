@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoint
+from common.runtime import checkpoint
 
 CRASHED = 9
 

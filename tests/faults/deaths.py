@@ -28,7 +28,7 @@ import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch
 import train_sft
-from common import resume
+from common.runtime import resume
 number, step, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 real = resume.seed_step
 def seed_step(seed, now, rank):
@@ -71,7 +71,7 @@ def finish(agent, folder, name):
 
 def trial(folder, number, expected):
     """One death -> (passed, seconds, what happened)."""
-    from common import checkpoint
+    from common.runtime import checkpoint
 
     dice, name = random.Random(number), f"trial-{number}"
     rank, step, how = dice.randrange(2), dice.randrange(1, STEPS), ("SIGKILL", "exit 3")[number % 2]
@@ -97,7 +97,7 @@ def trial(folder, number, expected):
 
 def straight(folder):
     """The SHA-256 that a run in which nothing happens ends with."""
-    from common import checkpoint
+    from common.runtime import checkpoint
 
     status, text = finish(start(folder, "straight"), folder, "straight")
     assert status == 0, text[-2000:]

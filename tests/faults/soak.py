@@ -31,8 +31,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
-from common import base, checkpoint, config, data, log, model, rewards, sheets  # noqa: E402
+from common import config, data, log, model, rewards  # noqa: E402
+from common.human import sheets  # noqa: E402
 from common.log import UserError  # noqa: E402
+from common.runtime import base, checkpoint  # noqa: E402
 from tests import runs  # noqa: E402
 from tests.faults import clients, test_hostile, trainers  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""R03 to R09 and S1 of common/checkpoint.py alone: kills at every write, no room, damage, what is kept."""
+"""R03 to R09 and S1 of common/runtime/checkpoint.py alone: kills at every write, no room, damage, what is kept."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from common import checkpoint
 from common.log import UserError
+from common.runtime import checkpoint
 from tests.faults.children import (
     assert_is,
     crash_points,

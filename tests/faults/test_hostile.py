@@ -17,8 +17,10 @@ import torch
 
 import evaluate
 import train_sft
-from common import base, model, rewards, sheets
+from common import model, rewards
+from common.human import sheets
 from common.log import command
+from common.runtime import base
 from tests import runs
 from tests.faults import trainers
 
@@ -79,11 +81,11 @@ def test_S1_a_hostile_folder_is_neither_resumed_nor_a_model(tmp_path, tiny_folde
 RISKY = (r"pickle|torch\.load|yaml\.(unsafe|full|load\()|\beval\(|\bexec\(|os\.system|shell=True|exec_module"
          r"|trust_remote_code|__import__|marshal|\bcompile\(")  # fmt: skip
 ALLOWED = {
-    ("common/base.py", "from it, never code and never a pickle."),
-    ("common/base.py", '"trust_remote_code",'),  # among the keys that are refused
-    ("common/base.py", "pickled = ("),
-    ("common/base.py", "(pickled .bin/.pt weights are never loaded"),
-    ("common/base.py", "no .safetensors file{pickled}"),
+    ("common/runtime/base.py", "from it, never code and never a pickle."),
+    ("common/runtime/base.py", '"trust_remote_code",'),  # among the keys that are refused
+    ("common/runtime/base.py", "pickled = ("),
+    ("common/runtime/base.py", "(pickled .bin/.pt weights are never loaded"),
+    ("common/runtime/base.py", "no .safetensors file{pickled}"),
     ("common/rewards.py", "module_spec.loader.exec_module(module)"),  # the user's own file, reward.function
 }
 

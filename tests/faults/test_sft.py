@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_sft
-from common import base, checkpoint, data, log, lora, model, resume, watch
+from common import data, log, lora, model
 from common.log import UserError
+from common.runtime import base, checkpoint, resume, watch
 from tests import runs
 from tests.faults import trainers
 from tests.faults.children import wait_for

@@ -1,4 +1,4 @@
-"""R13 of common/resume.py and R14 of common/checkpoint.py alone: signals, and logs that a crash tore."""
+"""R13 of runtime/resume.py and R14 of runtime/checkpoint.py alone: signals, and logs that a crash tore."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from common import checkpoint, resume
+from common.runtime import checkpoint, resume
 from tests.faults.children import CRASHED, spawn, wait, wait_for
 
 # ---------------------------------------------------------------- R13: signals

@@ -1,5 +1,6 @@
 """R01, R03, R13 of train_staged.py: stopped or killed in any stage, it goes on to the same bits."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train_staged
-from common import checkpoint
+from common.runtime import checkpoint
 from tests import runs
 from tests.faults import trainers
 
@@ -23,19 +24,20 @@ def settings(tmp_path_factory, tiny_folder):
 
 
 def in_stage(name, act):
-    """A body that calls act() behind the first checkpoint of a stage."""
+    """A body that calls act() after the first checkpoint of a stage."""
 
     def body(main, argv):
-        save, left = checkpoint.save_step, [name]
+        real, left = checkpoint.commit, [name]
 
-        def hit(run_dir, *rest):
-            found = save(run_dir, *rest)
-            if Path(run_dir).name in left:
+        @contextlib.contextmanager
+        def commit(final, *more):
+            with real(final, *more) as temp:
+                yield temp
+            if final.parent.name in left and final.name.startswith("step-"):
                 left.clear()  # the save that a signal brings must not send another
                 act()
-            return found
 
-        checkpoint.save_step = hit
+        checkpoint.commit = commit
         runs.call(main, argv)
 
     return body

@@ -4,7 +4,7 @@ Columns: rater_id, item_id, preferred (a slot, several joined by "/" where they 
 and, where wanted, order (the slots as this rater saw them, "B/A/C"), harmless_1_5, helpful_1_5, faithful_1_5 (1 worst
 to 5 best, of the preferred answer), comment, seconds. Case and spaces in preferred and order do not matter.
 
-An item_id begins with the mark of its study (common/manifest.py). A rating of another study's item is refused.
+An item_id begins with the mark of its study (common/human/manifest.py). A rating of another study's item is refused.
 """
 
 import errno
@@ -15,9 +15,10 @@ import os
 import re
 from pathlib import Path
 
-from common import checkpoint, sheets
-from common.human import SCORES
+from common.human import sheets
+from common.human.analysis import SCORES
 from common.log import UserError, say
+from common.runtime import checkpoint
 
 OWN_KEY = "read this file with the key of the study that it rates"
 COLUMNS = ("rater_id", "item_id", "preferred", "order", *SCORES, "comment", "seconds")

@@ -2,7 +2,7 @@
 
 import re
 
-from common.human import MAX_FAILED, PRIOR, SCORES
+from common.human.analysis import MAX_FAILED, PRIOR, SCORES
 
 
 def report(found):

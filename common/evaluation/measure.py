@@ -1,7 +1,7 @@
 """What one system is worth on held-out items: its answers and, for each item, the statistics behind every metric.
 
 A line is {"id", "prompt", "answer", "tokens", "stopped", "scores": {metric: value}, "stats": {metric: k numbers}}: the
-statistics of an item as common.metrics defines them, so that any table, interval or test is a function of such lines.
+statistics of an item as metrics.py defines them, so that any table, interval or test is a function of such lines.
 Items are shared out over ranks; all numbers of an item are its own, so ranks and order cannot change them.
 """
 
@@ -10,7 +10,8 @@ import time
 import numpy as np
 import torch
 
-from common import chat, data, dist, metrics, model, prompts, rollouts
+from common import chat, data, dist, model, prompts, rollouts
+from common.evaluation import metrics
 from common.log import UserError
 
 TOGETHER = 4096  # tokens a forward pass without gradient

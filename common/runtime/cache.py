@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from common import dist, log
-from common.checkpoint import fsync
 from common.log import say
+from common.runtime.checkpoint import fsync
 
 
 def root() -> Path:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from common import agreement
+from common.human import agreement
 from common.log import UserError
 from common.stats import wilson
 

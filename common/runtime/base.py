@@ -15,9 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from common import cache, chat, tiny, versions
-from common.checkpoint import verify
+from common import chat
 from common.log import UserError, say
+from common.runtime import cache, tiny, versions
+from common.runtime.checkpoint import verify
 
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
              "*.safetensors", "*.index.json"]  # fmt: skip

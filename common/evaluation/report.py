@@ -7,8 +7,8 @@ cannot tell the systems apart and how large a difference would have had to be.
 from pathlib import Path
 from statistics import NormalDist
 
-from common import markup, pictures
-from common.markup import ARROWS, finite, shown
+from common.evaluation import markup, pictures
+from common.evaluation.markup import ARROWS, finite, shown
 
 ALTS = {
     "differences.png": "Differences between the systems in each metric with 95 % intervals; filled: significant.",

@@ -17,7 +17,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
 
-from common import cache, chat, synthetic
+from common import chat
+from common.runtime import cache
+from common.tasks import synthetic
 
 VOCABULARY = 640
 STEPS, BATCH, LEARNING_RATE = 220, 8, 0.01

@@ -12,8 +12,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-from common import checkpoint
 from common.log import UserError
+from common.runtime import checkpoint
 
 LONGEST = 2**31 - 1  # csv's own limit is 131,072 characters a cell; the largest that every platform takes
 

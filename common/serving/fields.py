@@ -9,7 +9,7 @@ import math
 import secrets
 
 from common import chat
-from common.httpd import Refused
+from common.serving.httpd import Refused
 
 NUMBERS = {  # type, least, most, default
     "max_tokens": (int, 1, 10**6, 128),

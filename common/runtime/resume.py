@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, dist, log
+from common import dist, log
 from common.log import UserError, say
+from common.runtime import checkpoint
 
 # What may differ between a run and its continuation. A key ends with a dot where it stands for a section.
 # These settings do not change an update, so they are free.

@@ -8,7 +8,7 @@ import math
 from itertools import cycle
 from pathlib import Path
 
-from common.markup import ARROWS, finite
+from common.evaluation.markup import ARROWS, finite
 
 SETTINGS = {"font.size": 9, "axes.titlesize": 9.5, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
             "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}  # fmt: skip

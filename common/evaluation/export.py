@@ -15,11 +15,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import base, chat, checkpoint, data, log, lora, losses, measure, model
-
-# isort: split
-from common import resume, rollouts
+from common import chat, data, log, lora, losses, model, rollouts
+from common.evaluation import measure
 from common.log import UserError, say
+from common.runtime import base, checkpoint, resume
 
 PROBES = 32  # held-out items that are compared
 LIMITS = {torch.float32: {"mean": 1e-4, "largest": 1e-3, "tie": 2e-3}, torch.bfloat16: {"mean": 0.02}}  # nats

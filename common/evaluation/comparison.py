@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import config, log, metrics, stats
-from common.measure import stack
+from common import config, log, stats
+from common.evaluation import metrics
+from common.evaluation.measure import stack
 
 
 def cell(runs, name, draws):
