@@ -1,18 +1,19 @@
 """Reinforcement learning: PPO, GRPO and DPO for Gemma 3 with LoRA, QLoRA or all weights.
 
-    r = pi(token) / pi_old(token),  L(A) = max(-A r, -A clip(r, 1 - low, 1 + high))            [rl.ppo_clip, clip_high]
-    ppo   L(A) - c H a token,  A = whitened GAE of -k log(pi_old / ref), plus the score on the last    [rl.gamma, lam]
-          and for the critic max((V - R)^2, (clip(V) - R)^2) / 2                         [rl.value_clip, value_coeff]
-    grpo  L(A) + k KL(pi || ref) - c H a token,  A = (score - mean of its group) / deviation    [rl.scale_rewards]
-    dpo   -(1 - e) log sigmoid(b h) - e log sigmoid(-b h) a pair,  h = log pi / ref (chosen) - log pi / ref (rejected)
-          + s * mean over the chosen answers' tokens of -log pi                        [rl.dpo_loss, rl.dpo_sft_coeff]
+    r     pi(token) / pi_old(token);  L(A) = max(-A r, -A clip(r, 1 - low, 1 + high))       rl.ppo_clip, rl.clip_high
+    ppo   L(A) - c H for each token, A = whitened GAE of -k log(pi_old / ref), the score added to the last token
+          critic: max((V - R)^2, (clip(V) - R)^2) / 2                                   rl.value_clip, rl.value_coeff
+    grpo  L(A) + k KL(pi || ref) - c H for each token, A = (score - mean of its group) / standard deviation of its group
+    dpo   -(1 - e) log sigmoid(b h) - e log sigmoid(-b h) for each pair, h = log pi / ref (chosen) - the same (rejected)
+          + s times the mean of -log pi over the tokens of chosen answers               rl.dpo_loss, rl.dpo_sft_coeff
 
-Read grpo_step or ppo_step: each is its algorithm from top to bottom, its objective right above it. For another one copy
-the nearest, change it, and add its name to ONLINE and to configs/defaults.yml. Policy, reference (the policy at the
-start), critic and reward model are adapters on one frozen base; full fine-tuning holds a second copy. Dropout is off.
-Left out, compared with TRL: samplers on other machines and the corrections for them, reference sync, tools. What is a
-function to put at `edit here`: hinge, SimPO, ORPO, GSPO, CISPO, dual clip, soft overlong penalty. rl.dynamic_sampling
-leaves groups of equals out of the loss; DAPO samples again for them.
+Read grpo_step, ppo_step or dpo_step: each is its algorithm from top to bottom, its objective right above it. For
+another one copy the nearest, change it, and add its name to ONLINE and to configs/defaults.yml.
+
+Policy, reference (the policy at the start), critic and reward model are adapters on one frozen base; full fine-tuning
+holds a second copy. Dropout is off. Left out, compared with TRL: samplers on other machines and the corrections for
+them, updates of the reference, tools. Hinge, SimPO, ORPO, GSPO, CISPO, dual clip and the soft overlong penalty are
+functions to put at `edit here`. rl.dynamic_sampling leaves groups of equal rewards out; DAPO samples again for them.
 
     python train_rl.py --config configs/grpo_rl_270m.yml --debug                two cores, nothing to download
     python train_rl.py --config configs/ppo_rl_270m.yml --explain               what would be sampled and trained
@@ -57,19 +58,15 @@ DPO_METRICS = ("margin", "accuracy", "chosen_logprob", "rejected_logprob", "chos
 
 def check(rl, online):
     """UserError for settings that do not go together."""
-    grpo, ppo, kl = rl.algorithm == "grpo", rl.algorithm == "ppo", rl.kl_coef > 0
-    if grpo and rl.group_size < 2:
+    kl_estimator = rl.kl_estimator if rl.kl_coef > 0 else None
+    if rl.algorithm == "grpo" and rl.group_size < 2:
         raise UserError("rl.group_size: grpo compares a completion with others of its prompt, take 2 or more")
-    if grpo and kl and rl.kl_estimator == "k1":
-        raise UserError(
-            "rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2 or k3 (k3 times the ratio)"
-        )
-    if ppo and kl and rl.kl_estimator in ("k2", "k3"):
+    if rl.algorithm == "grpo" and kl_estimator == "k1":
+        raise UserError("rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2 or k3 times the ratio")
+    if rl.algorithm == "ppo" and kl_estimator in ("k2", "k3"):
         raise UserError("rl.kl_estimator: ppo has the KL in its reward, where only k1 gives its gradient")
     if online and rl.minibatches > rl.rollout_size:
-        raise UserError(
-            f"rl.minibatches: {rl.minibatches} are more than the {rl.rollout_size} prompts of rl.rollout_size"
-        )
+        raise UserError(f"rl.minibatches: {rl.minibatches} are more than rl.rollout_size, {rl.rollout_size} prompts")
 
 
 # ---------------------------------------------------------------- GRPO and PPO: sample, score, update
@@ -88,7 +85,11 @@ def sample_and_score(run, models, dataset, score, step):
 
 
 def make_minibatches(run, rollout, has_gradient, step):
-    """Rows and divisors of all updates of a rollout, and the weight of each token's loss -> [Minibatch]."""
+    """The minibatches of all updates of a rollout, and rollout.weight, that of each token's loss -> [Minibatch].
+
+    An update's loss is the sum of weight * loss over its rows, divided by minibatch.divisor: what the rows of all ranks
+    add up to, by rl.loss_aggregation (token: their tokens; sequence: their number). Rows that are not computed count.
+    """
     cfg, rl = run.cfg, run.cfg.rl
     rollout.weight, row_divisor = experience.loss_weights(rollout.mask, rl.loss_aggregation, rl.max_new_tokens)
     sizes = rl.rollout_size, rl.num_ppo_epochs, rl.minibatches, cfg.training.micro_batch_tokens
@@ -103,6 +104,7 @@ def policy_logprobs(net, micro, rl):
 
 
 def clip_range(rl):
+    """How far the ratio may fall below 1 and rise above it."""
     return rl.ppo_clip, rl.ppo_clip if rl.clip_high is None else rl.clip_high
 
 
@@ -148,7 +150,7 @@ def grpo_step(run, models, dataset, score, optimizer, step):
         advantage = advantages.group_advantages(rollout.rewards, rl.group_size, rl.scale_rewards)
     rollout.advantages = advantage[:, None] * rollout.mask
 
-    # --- rows: a group of equals has no advantage; without KL and entropy it counts in the mean, but is not computed
+    # --- rows: a group of equal rewards has no advantage; without KL and entropy its rows count, but are not computed
     rollout.zero_advantage = experience.zero_advantage_groups(rollout.advantages, rl.group_size)
     excluded = rollout.zero_advantage & rl.dynamic_sampling
     if rl.mask_truncated:
@@ -177,7 +179,7 @@ def grpo_step(run, models, dataset, score, optimizer, step):
         for micro in minibatch.micro_batches:
             with run.autocast:
                 logprobs, entropy = policy_logprobs(net, micro, rl)
-            if micro.old_logprobs is None:
+            if micro.old_logprobs is None:  # the only update
                 micro.old_logprobs = logprobs.detach()
             token_loss = grpo_objective(logprobs, entropy, micro, rl)
             loss = (token_loss * micro.weight).sum() / minibatch.divisor
@@ -206,7 +208,7 @@ def ppo_step(run, models, dataset, score, optimizer, step):
     rollout = sample_and_score(run, models, dataset, score, step)
     log.write_records(run.folder / "samples.jsonl", experience.lines(rollout, models.tokenizer, step))
 
-    # --- rows: all teach but, with rl.mask_truncated, those that did not stop by themselves
+    # --- rows: all are trained on but, with rl.mask_truncated, those that did not stop by themselves
     excluded = experience.truncated(rollout, step) if rl.mask_truncated else torch.zeros_like(rollout.stopped)
     rollout.exclude(excluded)
     minibatches = make_minibatches(run, rollout, ~excluded, step)
@@ -399,13 +401,6 @@ def train_on_pairs(run, models, records, score, explained):
     with run.autocast:
         pairs.add_reference_logprobs(dataset, models.frozen, steps, training.micro_batch_tokens, run.start_key)
 
-    def evaluate():
-        def losses_of(logprobs, micro):
-            return dpo_objective(logprobs, micro, rl)
-
-        with run.autocast:
-            return pairs.evaluate(models, dataset, training.micro_batch_tokens, losses_of, DPO_METRICS)
-
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = make_optimizer(models, training, rl)
     facts = {"start": model.adapter_fingerprint(cfg.model.adapter), "data": dataset.fingerprint, "score": None}
@@ -420,7 +415,7 @@ def train_on_pairs(run, models, records, score, explained):
     for step in range(run.step, steps + 1):
         lr = optim.set_learning_rate(optimizer, step, run.expected_end(step), training)
         if run.evaluation_due(step):
-            held_out, metrics = evaluate()
+            held_out, metrics = pairs.evaluate(run, models, dataset, dpo_objective, DPO_METRICS)
             assert step or not metrics["eval/kl"], "policy and reference differ before the first update"
             run.keep_evaluation(metrics)
         if run.save_due(step) and dist.is_main():
@@ -438,7 +433,7 @@ def train_on_pairs(run, models, records, score, explained):
     # --- report
     record = run.finish(pairs.PANELS, watch.collapse(run.record))
     if held_out is None:  # resumed where all was done but this
-        held_out, _ = evaluate()
+        held_out, _ = pairs.evaluate(run, models, dataset, dpo_objective, DPO_METRICS)
     if dist.is_main():
         pairs.report(run.folder, held_out, dataset.val)
     return record
@@ -498,8 +493,7 @@ def main(argv=None):
     # --- data, optimizer and loop
     records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
     explained = max(min(training.batch_size, 4), dist.world_size()) if job.explain else 0
-    train = train_on_prompts if online else train_on_pairs
-    return train(run, models, records, score, explained)
+    return (train_on_prompts if online else train_on_pairs)(run, models, records, score, explained)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 The old code is checked out into a temporary git worktree; the new code is the working tree this file stands in.
 Both sides train from the tiny base that the old code resolves, on the same few records. Equal means: every number of
-every record (metrics, samples, held-out answers, report) and every file of final/ is the same to the bit. Left out are only
-the fields of time, speed and memory, and the order of the keys of state.json. The exit status is 1 if any row of the table differs.
+every record (metrics, samples, held-out answers, report) and every file of final/ is the same to the bit. Left out are
+the fields of time, speed and memory, and the order of the keys of state.json. The exit status is 1 if a row differs.
 
 Nothing is recorded in the repository, as bits differ between processors. What the old code left is kept in the user's
 cache under its commit, so a second comparison runs only the new side; --fresh runs it again. Of the code, this file

@@ -126,20 +126,21 @@ def reference_logprobs(frozen, pairs, micro_batches, key):
 
 
 @torch.no_grad()
-def evaluate(models, dataset, budget, losses_of, names):
+def evaluate(run, models, dataset, objective, names):
     """({metric: (pairs,)}, {eval/metric: mean}) over the held-out pairs of all ranks.
 
-    losses_of(logprobs, micro_batch) -> (loss of each pair (pairs,), loss of each chosen token (pairs, T-1) or None,
+    objective(logprobs, micro_batch, rl) -> (loss of each pair (pairs,), loss of each chosen token (pairs, T-1) or None,
     {metric: (pairs,)} with these `names`). eval/loss is the mean over pairs plus the mean over chosen tokens.
     Beside these: the exact entropy and KL to the reference of the first EXACT_KL_ROWS pairs' chosen answers.
     """
-    micro_batches = held_out_micro_batches(dataset, budget)
+    micro_batches = held_out_micro_batches(dataset, run.training.micro_batch_tokens)
     columns = {name: torch.zeros(len(dataset.val), dtype=torch.float64) for name in names}
     pair_loss = token_loss = 0.0
     for rows in micro_batches:
         micro = dataset.micro_batch("val", rows, models.net.device)
-        logprobs = model.sequence_logprobs(models.net, micro.tokens, micro.mask)
-        per_pair, per_token, metrics = losses_of(logprobs, micro)
+        with run.autocast:
+            logprobs = model.sequence_logprobs(models.net, micro.tokens, micro.mask)
+        per_pair, per_token, metrics = objective(logprobs, micro, run.cfg.rl)
         pair_loss += per_pair.sum().item()
         token_loss += 0.0 if per_token is None else per_token.sum().item()
         for name, values in metrics.items():
@@ -150,7 +151,8 @@ def evaluate(models, dataset, budget, losses_of, names):
     loss = pair_loss / len(dataset.val) + token_loss / chosen_tokens
     few = [[row for row in rows if row < EXACT_KL_ROWS] for rows in micro_batches]
     chosen = [pair["chosen"] for pair in dataset.val]
-    exact = model.mean_entropy_and_kl(models.net, models.frozen, chosen, [rows for rows in few if rows])
+    with run.autocast:
+        exact = model.mean_entropy_and_kl(models.net, models.frozen, chosen, [rows for rows in few if rows])
     means = {f"eval/{name}": column.mean().item() for name, column in columns.items()}
     return columns, {"eval/loss": loss} | means | exact
 
