@@ -106,7 +106,7 @@ def adaptive_kl(coef, kl, target, horizon, n):
 
 
 def soft_overlong(lengths, max_length, cache):
-    """0 up to max_length - cache, then down by 1 / cache a token to -1 -> (B,), added to rewards. DAPO 2025, eq. 13."""
+    """0 up to max_length - cache, then 1 / cache less per token, to -1 -> (B,), added to rewards. DAPO 2025, eq. 13."""
     assert 0 < cache <= max_length, (cache, max_length)
     return ((max_length - cache - lengths) / cache).clamp(-1, 0)
 

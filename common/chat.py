@@ -44,12 +44,12 @@ def encode_text(tokenizer, text):
     """
     text.encode("utf-8")
     ids = _plain_ids(tokenizer, text)
-    if CONTROL_TOKENS.intersection(ids):  # some tokenizers hold a mark as an ordinary piece: cut it in two
+    if CONTROL_TOKENS.intersection(ids):  # some tokenizers hold a mark as an ordinary token: cut it in two
         marks = [tokenizer.convert_ids_to_tokens(i) for i in sorted(CONTROL_TOKENS) if i < tokenizer.vocab_size]
-        pieces = re.split(
+        parts = re.split(
             "|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in marks if mark), text
         )
-        ids = [token for piece in pieces for token in _plain_ids(tokenizer, piece)]
+        ids = [token for part in parts for token in _plain_ids(tokenizer, part)]
     bad = CONTROL_TOKENS.intersection(ids)
     if bad or max(ids, default=0) >= tokenizer.vocab_size:  # the hub's image token lies one beyond the embedding
         raise ValueError(f"text encodes to control or unknown token ids {sorted(bad) or [max(ids)]}: {text[:60]!r}")
@@ -98,7 +98,7 @@ def _checked(turn):
 
 
 def encode(tokenizer, turns, add_generation_prompt=False, last_turn_only=False):
-    """Turns -> (ids, mask), two lists of T: mask is 1 on the assistant's tokens and on the stop token behind them.
+    """Turns -> (ids, mask), two lists of T: mask is 1 on the assistant's tokens and on the stop token after them.
 
     With `last_turn_only` just the last assistant turn is marked; with `add_generation_prompt` the ids end where the
     model's answer begins. The newline after <end_of_turn> belongs to the format and is never trained: no model ever
@@ -150,9 +150,9 @@ def streamer(tokenizer, stops=()):
         if last or not now.endswith("\ufffd") or len(ids) - known > 8:
             held += now[len(before) :]
             start, known = known, len(ids)
-        found = [held.index(text) for text in stops if text in held]
-        if found:
-            return held[: min(found)], True
+        starts = [held.index(text) for text in stops if text in held]
+        if starts:
+            return held[: min(starts)], True
         keep = max((n for text in stops for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
         out = held if last else held[: len(held) - keep]
         held = held[len(out) :]

@@ -97,7 +97,7 @@ def encode_records(records, tokenizer, max_length, last_turn_only=False):
             report["no_user_turn"] += 1
             continue
         ids, mask = chat.encode(tokenizer, turns, last_turn_only=last_turn_only)
-        end = max(i for i, m in enumerate(mask) if m) + 1  # the newline behind the last stop token teaches nothing
+        end = max(i for i, m in enumerate(mask) if m) + 1  # the newline after the last stop token teaches nothing
         report["truncated"] += end > max_length
         ids, mask = ids[: min(end, max_length)], mask[: min(end, max_length)]
         if any(mask):
@@ -118,11 +118,11 @@ def encode_pairs(records, tokenizer, max_length):
     report = {"records": len(records)} | dict.fromkeys((*PAIR_SKIPS, "truncated", *chat.REPAIRS), 0)
     pairs = []
     for record in records:
-        found = _pair(record, tokenizer, max_length, report)
-        if isinstance(found, str):
-            report[found] += 1
+        pair = _pair(record, tokenizer, max_length, report)
+        if isinstance(pair, str):
+            report[pair] += 1
         else:
-            pairs.append(found)
+            pairs.append(pair)
     report["kept"] = len(pairs)
     return pairs, report
 
@@ -142,7 +142,7 @@ def _pair(record, tokenizer, max_length, report):
         if not turns:
             return "no_user_turn"
         ids, mask = chat.encode(tokenizer, turns, last_turn_only=True)
-        end = max(i for i, m in enumerate(mask) if m) + 1  # the newline behind the stop token is never generated
+        end = max(i for i, m in enumerate(mask) if m) + 1  # the newline after the stop token is never generated
         end -= key in record.get("unfinished", ())  # a sample that was cut off has no stop token to learn
         pair[side] = {
             "id": f"{record['id']}/{side}",
@@ -172,9 +172,9 @@ def pack(lengths, capacity):
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     packs, room = [], []
     for i in order:
-        fitting = [(space, number) for number, space in enumerate(room) if space >= lengths[i]]
-        if fitting:
-            _, number = min(fitting)
+        open_packs = [(space, number) for number, space in enumerate(room) if space >= lengths[i]]
+        if open_packs:
+            _, number = min(open_packs)
             packs[number].append(i)
             room[number] -= lengths[i]
         else:
@@ -238,7 +238,7 @@ def micro_batches(rows, lengths, budget, sort=True, shared=None):
     """Cut rows into lists whose lengths sum to at most `budget` tokens (one longer row stands alone), longest first.
 
     Without `sort` they stay in order, so that rows of one prompt stay neighbours; shared[row], (which prompt, its
-    tokens), then says what a row behind a row of the same prompt does not cost.
+    tokens), then says what a row that follows one of the same prompt does not cost.
     """
     cuts, used = [], 0
     for row in sorted(rows, key=lambda i: (-lengths[i], i)) if sort else rows:
@@ -249,14 +249,6 @@ def micro_batches(rows, lengths, budget, sort=True, shared=None):
         cuts[-1].append(row)
         used += lengths[row] - (shared[row][1] if again else 0)
     return cuts
-
-
-def piece(batch, rows):
-    """The tensors of a batch at these rows, columns cut behind their last masked token: as if collated alone."""
-    width = 1 + batch["mask"][rows].any(0).nonzero().max().item()
-    wide = (batch["tokens"].shape, batch["mask"].shape)
-    return {name: value[rows][:, : width + (value.shape == wide[0])] if value.shape in wide else value[rows]
-            for name, value in batch.items() if torch.is_tensor(value)}  # fmt: skip
 
 
 def collate(examples, device="cpu"):

@@ -76,15 +76,17 @@ class Decoder:
         together = (
             [slice(i, i + 1) for i in range(len(rows))] if self.product is products.steady else [slice(len(rows))]
         )
-        seen = {window: [(some, *self._seen(self.lengths[some], window)) for some in together]
-                for window in (None, self.config.sliding_window)}  # fmt: skip
+        windows = (None, self.config.sliding_window)
+        seen = {w: [(some, *self._seen(self.lengths[some], w)) for some in together] for w in windows}
 
         def attend(index, q, k, v, window):
             keys, values = self.keys[index], self.values[index]
             keys[rows, :, at], values[rows, :, at] = k, v
             q = q.unflatten(1, (keys.shape[1], -1))  # heads that share keys are the queries of one product
-            out = [F.scaled_dot_product_attention(q[some], keys[some, :, slots], values[some, :, slots], attn_mask=mask,
-                                                  scale=self.scale) for some, slots, mask in seen[window]]  # fmt: skip
+            out = []
+            for some, slots, mask in seen[window]:
+                k, v = keys[some, :, slots], values[some, :, slots]
+                out.append(F.scaled_dot_product_attention(q[some], k, v, attn_mask=mask, scale=self.scale))
             return torch.cat(out).flatten(1, 2)
 
         self._share(self.names)
@@ -118,15 +120,16 @@ class Decoder:
         self.product, self.scorer = products.steady, products.pack(self.head)
         for layer in self.layers:
             layer.products = {kind: (products.pack(weight), None) for kind, (weight, _) in layer.products.items()}
-            layer.thin = {kind: {name: tuple(map(products.pack, pair)) for name, pair in pairs.items()}
-                          for kind, pairs in layer.thin.items()}  # fmt: skip
+            for pairs in layer.thin.values():
+                pairs.update({name: tuple(map(products.pack, pair)) for name, pair in pairs.items()})
 
     def _share(self, names):
         """Note which tokens go through which adapter."""
         places = {name: [i for i, other in enumerate(names) if other == name] for name in {*names} - {None}}
-        every = slice(None)
-        self.parts = {name: every if len(at) == len(names) else torch.tensor(at, device=self.head.device)
-                      for name, at in places.items()}  # fmt: skip
+        self.parts = {
+            name: slice(None) if len(at) == len(names) else torch.tensor(at, device=self.head.device)
+            for name, at in places.items()
+        }
 
     def _linear(self, x, layer, kind):
         """A layer's product of x (N, in), with what the adapters of its rows add."""
@@ -193,10 +196,10 @@ def _layer(layer, merge, dtype, adapters):
         "gate_up": [mlp.gate_proj, mlp.up_proj],
         "down": [mlp.down_proj],
     }
-    found = {kind: {name: products.thin(some, name, dtype) for name in adapters} for kind, some in linears.items()}
+    thin = {kind: {name: products.thin(some, name, dtype) for name in adapters} for kind, some in linears.items()}
     return SimpleNamespace(
         products={kind: products.fuse(some, merge, dtype) for kind, some in linears.items()},
-        thin={kind: {name: pair for name, pair in pairs.items() if pair} for kind, pairs in found.items()},
+        thin={kind: {name: pair for name, pair in pairs.items() if pair} for kind, pairs in thin.items()},
         before_attention=_scale(layer.input_layernorm),
         after_attention=_scale(layer.post_attention_layernorm),
         before_mlp=_scale(layer.pre_feedforward_layernorm),

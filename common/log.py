@@ -149,9 +149,11 @@ def read_records(path):
 
 def line(record):
     """A record as one readable console line: `step 20  loss 1.234  ...`."""
-    shown = ("step", "reward", "kl", "length", "eval/reward", "loss", "accuracy", "margin", "eval/loss",
-             "eval/perplexity", "eval/accuracy", "eval/margin", "eval/chosen_logprob", "eval/kl", "lr", "grad_norm",
-             "tokens_per_second")  # fmt: skip
+    shown = (
+        *("step", "reward", "kl", "length", "eval/reward", "loss", "accuracy", "margin"),
+        *("eval/loss", "eval/perplexity", "eval/accuracy", "eval/margin", "eval/chosen_logprob", "eval/kl"),
+        *("lr", "grad_norm", "tokens_per_second"),
+    )
     return "  ".join(f"{key} {record[key]:.4g}" for key in shown if record.get(key) is not None)
 
 
@@ -176,10 +178,10 @@ def provenance(**facts):
     root = Path(__file__).resolve().parents[1]
     git = shutil.which("git")  # a container may have none
     words = [git, "describe", "--always", "--dirty"]
-    found = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False).stdout.strip() if git else ""
+    commit = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False).stdout.strip() if git else ""
     return {
         "command": sys.argv,
-        "commit": found or None,
+        "commit": commit or None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()} {platform.system()}",

@@ -28,7 +28,7 @@ def token_logprobs_and_hits(hidden, head_weight, targets, temperature=1.0, chunk
 
 
 class _FrozenHead(torch.autograd.Function):
-    """d logp / d hidden = (onehot - p) @ W / T is one fixed vector a token, so it is made while the logits exist.
+    """d logp / d hidden = (onehot - p) @ W / T is one fixed vector per token, so it is made while the logits exist.
 
     Backward only scales it by the incoming gradient: two matrix products where recomputing needs three. p - onehot is
     formed in fp32 before the cast, or a confident model loses a tenth of its gradient to rounding.
@@ -177,8 +177,8 @@ def dpo_loss(
 
     h = log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected)
     sigmoid            -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)    Rafailov et al. 2023, eq. 7; e: cDPO
-    length_normalised  the same on averages a token (Lambert et al. 2024, `dpo_norm`)
-    ipo                (h - 1 / (2 beta))^2 on averages a token                 Azar et al. 2023, eq. 17
+    length_normalised  the same on averages per token (Lambert et al. 2024, `dpo_norm`)
+    ipo                (h - 1 / (2 beta))^2 on averages per token                 Azar et al. 2023, eq. 17
     The caller sums or averages; this function only says which one it wants: sums for sigmoid, averages for the others.
     """
     h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
@@ -195,12 +195,12 @@ def hinge_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reje
 
 
 def simpo_loss(chosen_logprobs, rejected_logprobs, beta=2.0, gamma=0.5):
-    """-log sigmoid(beta (c - r) - gamma) -> (pairs,) on averages a token, no reference. Meng et al. 2024, eq. 6."""
+    """-log sigmoid(beta (c - r) - gamma) -> (pairs,) on averages per token, no reference. Meng et al. 2024, eq. 6."""
     return -F.logsigmoid(beta * (chosen_logprobs - rejected_logprobs) - gamma)
 
 
 def orpo_loss(chosen_logprobs, rejected_logprobs):
-    """-log sigmoid(log odds(chosen) - log odds(rejected)) -> (pairs,) on averages a token. Hong et al. 2024, eq. 7.
+    """-log sigmoid(log odds(chosen) - log odds(rejected)) -> (pairs,) on averages per token. Hong et al. 2024, eq. 7.
 
     odds(p) = p / (1 - p); log(1 - p) from log p by log1mexp, since 1 - exp(x) is all rounding near x = 0.
     """
@@ -244,7 +244,7 @@ def value_loss(values, old_values, returns, clip=0.2):
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k3"):
-    """KL(policy || ref) a token, on samples of the policy -> (B, T-1); d = log pi - log ref. Schulman 2020.
+    """KL(policy || ref) per token, on samples of the policy -> (B, T-1); d = log pi - log ref. Schulman 2020.
 
     k1  d                  unbiased; for rewards and reports: as a loss its expected gradient is 0
     k2  d^2 / 2            biased, but as a loss its gradient is that of KL(policy || ref)

@@ -22,7 +22,7 @@ def pick_device(device="auto"):
     """`auto` takes cuda, then mps, then cpu; a named device that is not there is refused."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        device = next(name for name, found in there.items() if found)
+        device = next(name for name, available in there.items() if available)
     if device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count() > 0:
         raise UserError(f"device: {torch.cuda.device_count()} GPUs here, fewer than torchrun's --nproc-per-node")
     if not there.get(device, False):
@@ -53,14 +53,19 @@ def load(checkpoint, device, dtype, quantize=False):
         raise UserError(f"{folder}: the tokenizer knows {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     base.check_weights(folder, config)
     transformers_logging.disable_progress_bar()
-    model, found = Gemma3ForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
-        local_files_only=True, output_loading_info=True,
-    )  # fmt: skip
+    model, report = Gemma3ForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
     model.tie_weights()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
         raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
     model.generation_config = GenerationConfig(
         bos_token_id=chat.BOS, eos_token_id=sorted(chat.STOP_TOKENS), pad_token_id=chat.PAD
@@ -289,8 +294,8 @@ def check_base(net, folder, key, any_bits=False):
 def trained_quantised(folder):
     """Was the adapter in `folder` trained on a 4-bit base? An older one has no record: then its run's config.yml says,
     and away from its run it counts as trained on the unquantised base."""
-    if found := base.record(folder):
-        return found["quantised"] is not None
+    if record := base.record(folder):
+        return record["quantised"] is not None
     run = Path(folder).resolve().parent
     if not (run / "metrics.jsonl").is_file() or not (run / "config.yml").is_file():
         return False

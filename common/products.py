@@ -32,8 +32,10 @@ def thin(linears, name, dtype):
     bases = [m.base if isinstance(m, lora.LoraLinear) else m for m in linears]
     device = bases[0].weight.device
     a = [torch.zeros(0, w.in_features, device=device) if m is None else m.lora_A[name] for w, m in zip(bases, adapted)]
-    b = [torch.zeros(w.out_features, 0, device=device) if m is None else m.lora_B[name] * m.scale[name]
-         for w, m in zip(bases, adapted)]  # fmt: skip
+    b = [
+        torch.zeros(w.out_features, 0, device=device) if m is None else m.lora_B[name] * m.scale[name]
+        for w, m in zip(bases, adapted)
+    ]
     return torch.cat(a).to(dtype), torch.block_diag(*b).to(dtype)
 
 

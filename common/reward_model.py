@@ -49,19 +49,19 @@ def values(net, head, tokens, mask):
     if not kept.any():
         return torch.zeros(mask.shape, device=tokens.device)
     hidden, index = model.sequence_hidden(net, tokens, mask)
-    found = (hidden[index[:, :-1][kept]].float() * head).sum(-1)
-    return torch.zeros(mask.shape, device=tokens.device).masked_scatter(kept, found)
+    target_values = (hidden[index[:, :-1][kept]].float() * head).sum(-1)
+    return torch.zeros(mask.shape, device=tokens.device).masked_scatter(kept, target_values)
 
 
 @torch.no_grad()
 def score_completions(net, head, prompts, completions, budget):
     """Rewards (n,) fp32 on the CPU of completions behind prompts (lists of ids), `budget` tokens a pass."""
     examples = [{"ids": [*p, *c], "mask": [0] * len(p) + [1] * len(c)} for p, c in zip(prompts, completions)]
-    lengths, found = [len(example["ids"]) for example in examples], torch.zeros(len(examples))
+    lengths, rewards = [len(example["ids"]) for example in examples], torch.zeros(len(examples))
     for rows in data.micro_batches(range(len(examples)), lengths, budget, sort=False):
         tokens, mask = data.collate([examples[i] for i in rows], head.device)
-        found[rows] = scores(net, head, tokens, mask).cpu()
-    return found
+        rewards[rows] = scores(net, head, tokens, mask).cpu()
+    return rewards
 
 
 def save(net, tokenizer, folder, name, head, reward_stats):

@@ -185,8 +185,8 @@ def load_function(spec):
 
 def call_function(function, records, texts):
     """A user function's rewards -> list of floats; UserError if it raises, exits or returns no finite number."""
-    found = []
-    for record, text in zip(records, texts):
+    values = []
+    for record, text in zip(records, texts, strict=True):
         try:
             value = float(function(record["prompt"], text, record["reference"]))
         except SystemExit as error:  # it would end the run without a word
@@ -197,8 +197,8 @@ def call_function(function, records, texts):
             ) from error
         if not math.isfinite(value):
             raise UserError(f"reward.function: returned {value} for {record['id']}; it says {text[:SHOWN]!r}")
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def said(error):

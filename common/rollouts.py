@@ -23,8 +23,20 @@ PROMPTS = 8  # computed at a time
 
 
 @torch.no_grad()
-def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, uniforms=None,
-           *, greedy=False, top_p=1.0, top_k=0, stop=chat.STOP_TOKENS, merge="auto"):  # fmt: skip
+def sample(
+    model,
+    prompts,
+    group_size,
+    max_new_tokens,
+    temperature=1.0,
+    uniforms=None,
+    *,
+    greedy=False,
+    top_p=1.0,
+    top_k=0,
+    stop=chat.STOP_TOKENS,
+    merge="auto",
+):
     """`group_size` completions of each prompt (a list of ids) -> the batch that trainers take; prompt 0's rows first.
 
     tokens, attention_mask (B, T); mask, sampled_logprobs (B, T-1); completions (B lists of ids, with the stop token if
@@ -61,9 +73,9 @@ def uniforms(seed, step, rows, max_new_tokens):
     Row numbers count over all ranks, so neither ranks nor the rows beside it can change what a row draws.
     """
     out = torch.empty(len(rows), max_new_tokens, dtype=torch.float64)
-    for one, row in zip(out, rows):
+    for values, row in zip(out, rows):
         number = hashlib.sha256(f"rollout/{seed}/{step}/{row}".encode()).digest()[:8]
-        one.uniform_(generator=torch.Generator().manual_seed(int.from_bytes(number, "little", signed=True)))
+        values.uniform_(generator=torch.Generator().manual_seed(int.from_bytes(number, "little", signed=True)))
     return out
 
 
@@ -84,12 +96,12 @@ def _generate(decoder, prompts, uniforms, stop, choose):
         many = ROWS if hidden.device.type == "cpu" else len(hidden)
         pairs = zip(hidden.split(many), uniforms[running, at].split(many))
         drawn = [choose(decoder.scores(some), u) for some, u in pairs]
-        tokens, found = (torch.cat(column) for column in zip(*drawn))
-        for row, token, logprob in zip(running, tokens.tolist(), found.tolist()):
+        tokens, token_logprobs = (torch.cat(column) for column in zip(*drawn))
+        for row, token, logprob in zip(running, tokens.tolist(), token_logprobs.tolist()):
             completions[row].append(token)
             logprobs[row].append(logprob)
-        alive = [i for i, row in enumerate(running)
-                 if completions[row][-1] not in stop and len(completions[row]) < limit]  # fmt: skip
+        done = [completions[row][-1] in stop or len(completions[row]) == limit for row in running]
+        alive = [i for i, ended in enumerate(done) if not ended]
         order = decoder.select(alive)
         running = [running[i] for i in order]
         hidden = decoder.step(tokens[order]) if running else hidden[:0]
@@ -190,10 +202,10 @@ def _batch(prompts, completions, logprobs):
     tokens = torch.full((len(prompts), width), chat.PAD)
     attention_mask = torch.zeros_like(tokens)
     mask, sampled = torch.zeros(len(prompts), width - 1), torch.zeros(len(prompts), width - 1)
-    for i, (prompt, ids, found) in enumerate(zip(prompts, completions, logprobs)):
+    for i, (prompt, ids, row_logprobs) in enumerate(zip(prompts, completions, logprobs)):
         start, end = len(prompt), len(prompt) + len(ids)
         tokens[i, :end] = torch.tensor([*prompt, *ids])
         attention_mask[i, :end] = 1
         mask[i, start - 1 : end - 1] = 1
-        sampled[i, start - 1 : end - 1] = torch.tensor(found)
+        sampled[i, start - 1 : end - 1] = torch.tensor(row_logprobs)
     return {"tokens": tokens, "attention_mask": attention_mask, "mask": mask, "sampled_logprobs": sampled}

@@ -20,14 +20,33 @@ from common.log import UserError, say
 from common.runtime import cache, tiny, versions
 from common.runtime.checkpoint import verify
 
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-             "*.safetensors", "*.index.json"]  # fmt: skip
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "*.safetensors",
+    "*.index.json",
+]
 # config.json may only choose numbers; these choose code or another architecture
-FORBIDDEN = ("auto_map", "trust_remote_code", "quantization_config",
-             "_attn_implementation", "_attn_implementation_internal")  # fmt: skip
-LIMITS = {"vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
-          "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 1024,
-          "sliding_window": 2**20}  # fmt: skip
+FORBIDDEN = (
+    "auto_map",
+    "trust_remote_code",
+    "quantization_config",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+)
+LIMITS = {
+    "vocab_size": 2**20,
+    "hidden_size": 2**14,
+    "intermediate_size": 2**16,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 256,
+    "num_key_value_heads": 256,
+    "head_dim": 1024,
+    "sliding_window": 2**20,
+}
 LARGEST = 2**20  # bytes of a config.json: Gemma's has 2,000
 ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 RECORD = "base.json"  # beside an adapter's files: the base that it was trained on
@@ -57,11 +76,11 @@ def locate(source):
     if not path.is_file():
         return resolve(source), None
     try:
-        found = json.loads(path.read_text())
-        name = str(found["base_model_name_or_path"])
+        config = json.loads(path.read_text())
+        name = str(config["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: names no base_model_name_or_path ({error!r})") from error
-    if found.get("task_type") == "SEQ_CLS":
+    if config.get("task_type") == "SEQ_CLS":
         raise UserError(f"{folder} is a reward model, not a policy")
     return resolve(name), folder
 
@@ -109,17 +128,20 @@ def _convert_gguf(path, folder):
 
     print(f"converting {path.name} to safetensors, once (about a minute and 3 GB for 270M) ...", file=sys.stderr)
     try:
-        model, found = Gemma3ForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16,
+        model, report = Gemma3ForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
             output_loading_info=True,
-        )  # fmt: skip
+        )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the reader raises whatever a broken or foreign file makes it stumble over
         raise UserError(
             f"model.base_checkpoint: {path} is broken or no Gemma 3 text model ({type(error).__name__}: {error})"
         ) from error
-    if found["missing_keys"]:  # they would be random numbers
-        missing = sorted(found["missing_keys"])
+    if report["missing_keys"]:  # they would be random numbers
+        missing = sorted(report["missing_keys"])
         raise UserError(f"model.base_checkpoint: {path} lacks {len(missing)} weights, the first is {missing[0]}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -154,8 +176,8 @@ def record(folder):
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
-        name, digest, quantised = (found[key] for key in ("base_checkpoint", "fingerprint", "quantised"))
+        saved = json.loads(path.read_text())
+        name, digest, quantised = (saved[key] for key in ("base_checkpoint", "fingerprint", "quantised"))
         if not isinstance(name, str) or not isinstance(digest, str) or quantised not in (None, "nf4"):
             raise ValueError("a value of another kind")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -171,22 +193,22 @@ def check_record(folder, key, here, fingerprint, quantised):
     the error of the 4 bits, so without that error it is refused. The other way is only said: to go on with QLoRA from a
     LoRA adapter is usual, and training then corrects what the 4 bits changed.
     """
-    found = record(folder)
-    if found and fingerprint and found["fingerprint"] != fingerprint:
-        name, here = found["base_checkpoint"], here.resolve()
+    trained_on = record(folder)
+    if trained_on and fingerprint and trained_on["fingerprint"] != fingerprint:
+        name, here = trained_on["base_checkpoint"], here.resolve()
         todo = f"pass --model.base_checkpoint {name}"
         if name == str(here) or f"models--{name.replace('/', '--')}" in here.parts:
             todo = "the files of this base have changed since: put back those that it was trained on"
         raise UserError(
-            f"{key}: {folder} was trained on another base, {name} (sha256 {found['fingerprint'][:12]}), "
+            f"{key}: {folder} was trained on another base, {name} (sha256 {trained_on['fingerprint'][:12]}), "
             f"and this is {here} (sha256 {fingerprint[:12]}): {todo}"
         )
-    if found and found["quantised"] and quantised is False:
+    if trained_on and trained_on["quantised"] and quantised is False:
         raise UserError(
             f"{key}: {folder} was trained on a 4-bit base, and this one is not quantised: "
             "pass --model.peft_type qlora, or take one that was trained with lora"
         )
-    if found and not found["quantised"] and quantised:
+    if trained_on and not trained_on["quantised"] and quantised:
         say(
             f"{key}: {folder} was trained on the unquantised base; on this 4-bit one its numbers differ from those it "
             "ended with. If that is not meant, pass --model.peft_type lora"
@@ -227,9 +249,9 @@ def _repaired(config):
     layers = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
     rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in ROPE.items()}
     for key, right in (("layer_types", layers), ("rope_parameters", rope), ("tie_word_embeddings", True)):
-        found = getattr(config, key, None)
-        if found != right:
-            say(f"repaired: {key} was {str(found)[:80]}, which is not Gemma 3's")
+        value = getattr(config, key, None)
+        if value != right:
+            say(f"repaired: {key} was {str(value)[:80]}, which is not Gemma 3's")
             setattr(config, key, right)
     if config.final_logit_softcapping or config.attn_logit_softcapping or config.attention_bias:
         raise ValueError("Gemma 3 has no soft-capping and no attention bias")

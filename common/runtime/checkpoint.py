@@ -86,8 +86,8 @@ def verify(folder, optional=False):
             raise ValueError(f"it is that of step {manifest['step']}, the folder was renamed")
         for name, expected in manifest["files"].items():
             path = _plain_file(folder, name)
-            if (found := {"bytes": path.stat().st_size, "sha256": sha256(path)}) != expected:
-                raise UserError(f"{path} is damaged: {found}, but {MANIFEST} says {expected}")
+            if (actual := {"bytes": path.stat().st_size, "sha256": sha256(path)}) != expected:
+                raise UserError(f"{path} is damaged: {actual}, but {MANIFEST} says {expected}")
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error!r}") from error
     return manifest

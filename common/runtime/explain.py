@@ -91,8 +91,12 @@ def pass_flops(config, tokens, targets, length, trained=None):
 def linears(config):
     """Numbers in the four products of one layer, as rollouts fuse them: {"qkv", "o_proj", "gate_up", "down_proj"}."""
     d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    return {"qkv": d * (heads + 2 * groups) * config.head_dim, "o_proj": heads * config.head_dim * d,
-            "gate_up": 2 * d * config.intermediate_size, "down_proj": config.intermediate_size * d}  # fmt: skip
+    return {
+        "qkv": d * (heads + 2 * groups) * config.head_dim,
+        "o_proj": heads * config.head_dim * d,
+        "gate_up": 2 * d * config.intermediate_size,
+        "down_proj": config.intermediate_size * d,
+    }
 
 
 def memory_plan(net, trainable, batch, frozen=None, logits=True, decodes=()):
@@ -115,34 +119,35 @@ def memory_plan(net, trainable, batch, frozen=None, logits=True, decodes=()):
     update += [("one chunk of logits", config.vocab_size * (rows * width + copied * 4))] if logits else []
     update += [("the head's gradient and one chunk's part of it", head.numel() * (4 + width))] if full else []
     update += [("weights cast to bf16", (body + head.numel()) * 2)] if cast else []
-    update += [(f"activations of {tokens} tokens", tokens * activation_bytes_per_token(config, width, batch[1], full)),
-               ("the layer at work", tokens * 4 * config.intermediate_size * width)]  # fmt: skip
-    found = {"always": _held(net, frozen, body), "loading": _loading(net, body) if cpu else [], "update": update}
+    activations = tokens * activation_bytes_per_token(config, width, batch[1], full)
+    update += [(f"activations of {tokens} tokens", activations)]
+    update += [("the layer at work", tokens * 4 * config.intermediate_size * width)]
+    plan = {"always": _held(net, frozen, body), "loading": _loading(net, body) if cpu else [], "update": update}
     if full:
         roots = head.numel() * 2 if cpu else numbers  # tensor by tensor, or of all at once
-        found["optimizer"] = [*optimizer, ("roots of Adam's second moments", roots * 4)]
+        plan["optimizer"] = [*optimizer, ("roots of Adam's second moments", roots * 4)]
     if dist.world_size() > 1:
-        found["all-reduce"] = [*optimizer, ("the gradients once more, in one piece", numbers * 4)]
+        plan["all-reduce"] = [*optimizer, ("the gradients once more, in one piece", numbers * 4)]
     if frozen is not None:
         both = [("two chunks of logits", 2 * rows * config.vocab_size * head.element_size())]
-        found["measuring the KL"] = [*optimizer, *both, ("their distributions", 6 * copied * config.vocab_size * 4)]
+        plan["measuring the KL"] = [*optimizer, *both, ("their distributions", 6 * copied * config.vocab_size * 4)]
     if decodes:
-        found["sampling"] = optimizer + _sampling(net, decodes, width)
-    return found
+        plan["sampling"] = optimizer + _sampling(net, decodes, width)
+    return plan
 
 
 def _held(net, frozen, body):
     """What is there from the first step to the last."""
-    found = [("libraries and tokenizer", LIBRARIES), ("weights", model.memory_bytes(net))]
+    parts = [("libraries and tokenizer", LIBRARIES), ("weights", model.memory_bytes(net))]
     if frozen is not None and frozen is not net:
-        found.append(("the frozen second copy, with what is on it", model.memory_bytes(frozen)))
+        parts.append(("the frozen second copy, with what is on it", model.memory_bytes(frozen)))
     head = net.lm_head.weight
     if _in_4_bits(net) and head.device.type == "cpu":
         places = "places in the heap that the linears had before they were 4-bit, until the first step gives them back"
-        found.append((places, body * head.element_size()))
+        parts.append((places, body * head.element_size()))
         if head.dtype == torch.bfloat16:
-            found.append(("pages of the weight file behind the linears, which the system may drop", body * 2))
-    return found
+            parts.append(("pages of the weight file behind the linears, which the system may drop", body * 2))
+    return parts
 
 
 def _loading(net, body):

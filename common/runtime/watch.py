@@ -20,13 +20,15 @@ FALL = 0.1  # of a component: heuristics lie in [0, 1], a trained score has devi
 LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct bigrams that are worth a word
 
 
-ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats a token between sampler and trainer, on average
+ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats per token between sampler and trainer, on average
 HALF = 0.5  # of an adapter that reaches weights it is merged into
 SPIKE, RECENT, FEWEST = 10.0, 32, 4  # times the median norm of so many steps; no word before there are a few
-COLLAPSE = 0.5  # nats a token: chosen answers that became this much less likely
-COLLAPSED = ("the chosen answers themselves became {:.2f} nats a token less likely than at the start: DPO pushes both "
-             "answers down, the rejected one faster, and what it pushes up instead is unknown; lower rl.learning_rate, "
-             "raise rl.dpo_beta, or hold on with rl.dpo_sft_coeff 1")  # fmt: skip
+COLLAPSE = 0.5  # nats per token: chosen answers that became this much less likely
+COLLAPSED = (
+    "the chosen answers themselves became {:.2f} nats per token less likely than at the start: DPO pushes both "
+    "answers down, the rejected one faster, and what it pushes up instead is unknown; lower rl.learning_rate, "
+    "raise rl.dpo_beta, or hold on with rl.dpo_sft_coeff 1"
+)
 
 
 def collapse(record):
@@ -46,8 +48,10 @@ def spikes(norms, record):
             before, norm = norms.get(name, []), record[name]
             usual = statistics.median(before) if len(before) >= FEWEST else math.inf
             if norm > SPIKE * usual:
-                said.append(f"{name} was {norm:.4g} before clipping, over {SPIKE:g} times the usual {usual:.4g}: "
-                            "look at the rows of this step, or lower training.max_grad_norm")  # fmt: skip
+                said.append(
+                    f"{name} was {norm:.4g} before clipping, over {SPIKE:g} times the usual {usual:.4g}: "
+                    "look at the rows of this step, or lower training.max_grad_norm"
+                )
             norms[name] = [*before, norm][-RECENT:]
     return said
 
@@ -55,11 +59,13 @@ def spikes(norms, record):
 def sampler(record, dtype):
     """Log-probs of the sampler that are not the trainer's: a wrong merge, a stale copy, or too coarse a dtype."""
     apart = record.get("sampler_mean", 0.0)
-    said = [f"sampler and trainer differ by {apart:.4f} nats a token on average"] if apart > ALARM[dtype] else []
+    said = [f"sampler and trainer differ by {apart:.4f} nats per token on average"] if apart > ALARM[dtype] else []
     if record.get("eval/merge_survival", 1.0) < HALF:
         share, name = record["eval/merge_survival"], str(dtype).removeprefix("torch.")
-        said.append(f"merged into {name} weights only {share:.0%} of the adapter would survive: sampling keeps it "
-                    "beside them; merge in float32")  # fmt: skip
+        said.append(
+            f"merged into {name} weights only {share:.0%} of the adapter would survive: sampling keeps it "
+            "beside them; merge in float32"
+        )
     return said
 
 
@@ -108,8 +114,10 @@ def reward_hacking(memory, normalised=True):
             said.append(f"{rise}answers became alike: {a:.0%} of their token pairs were different, now {b:.0%}")
     trained = _mean(now.get("reward/trained", [0.0]))
     if normalised and trained > BEYOND:
-        said.append(f"{rise}its trained part stands {trained:.1f} deviations above the good answers that it was scaled "
-                    "on, on average: it judges what it has never seen")  # fmt: skip
+        said.append(
+            f"{rise}its trained part stands {trained:.1f} deviations above the good answers that it was scaled "
+            "on, on average: it judges what it has never seen"
+        )
     return sorted(said)
 
 

@@ -178,17 +178,17 @@ def records(task, split, count, seed=0):
     """`count` records with distinct prompts; the first n of a longer list are the list of n."""
     if task not in DRAW or split not in SPLITS:
         raise ValueError(f"no synthetic data for task {task!r}, split {split!r}")
-    rng, found, draws = random.Random(f"{seed}/{task}/{split}"), {}, 0
-    while len(found) < count:
+    rng, kept, draws = random.Random(f"{seed}/{task}/{split}"), {}, 0
+    while len(kept) < count:
         draws += 1
         if draws > 20 * count + 1000:
-            raise ValueError(f"synthetic {task}/{split} holds about {len(found)} prompts, not {count}")
+            raise ValueError(f"synthetic {task}/{split} holds about {len(kept)} prompts, not {count}")
         prompt, good, bad = DRAW[task](rng, split)
-        name = f"synthetic-{task}-{split}-{seed}-{len(found)}"
+        name = f"synthetic-{task}-{split}-{seed}-{len(kept)}"
         bad = bad if task == "safety" else None  # the real data of the other tasks has no pairs
         record = {"id": name, "prompt": prompt, "response": good, "rejected": bad, "reference": good}
-        found.setdefault(repr(prompt), record)
-    return list(found.values())
+        kept.setdefault(repr(prompt), record)
+    return list(kept.values())
 
 
 def pretraining_corpus(count, seed=0):
