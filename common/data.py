@@ -1,9 +1,11 @@
 """Records of the three tasks -> token examples -> steps of rows -> micro-batches under a token budget.
 
 A record is one JSON line: `prompt` (turns, the last one the user's), `response`, `rejected` (or null), `reference`
-(or null), `id`; optional `margin` (of a preference) and `unfinished` (which of the two answers were cut off). An
-example is {"id", "ids": T token ids, "mask": T of 0 / 1}, a pair two examples with one prompt; nothing is padded until
-`collate`.
+(or null), `id`; optional `margin` (of a preference), `unfinished` (which of the two answers were cut off) and
+`answer_ids` (of answers that a model sampled: {"response": ids, "rejected": ids}).
+
+An example is {"id", "ids": T token ids, "mask": T of 0 / 1}, a pair two examples with one prompt; nothing is padded
+until `collate`.
 """
 
 import json
@@ -68,6 +70,12 @@ def _record(line, where):
     margin = record.get("margin", 0.0)
     if type(margin) not in (int, float) or not 0 <= margin < 1e6:
         raise UserError(f"{where}: margin: expected a number from 0 up, got {str(margin)[:40]!r}")
+    answer_ids = record.get("answer_ids", {})
+    if not isinstance(answer_ids, dict) or not all(
+        key in ("response", "rejected") and isinstance(ids, list) and all(type(token) is int for token in ids)
+        for key, ids in answer_ids.items()
+    ):
+        raise UserError(f"{where}: answer_ids: expected lists of token ids by response and rejected")
     prompt = record.get("prompt")
     if not isinstance(prompt, list) or not prompt:
         raise UserError(f"{where}: prompt: expected a list of turns, got {str(prompt)[:40]!r}")
@@ -141,20 +149,32 @@ def _pair(record, tokenizer, max_length, report):
         turns, repairs = chat.normalise([*record["prompt"], {"role": "assistant", "content": text}])
         if not turns:
             return "no_user_turn"
-        ids, mask = chat.encode(tokenizer, turns, last_turn_only=True)
-        end = max(i for i, m in enumerate(mask) if m) + 1  # the newline after the stop token is never generated
-        end -= key in record.get("unfinished", ())  # a sample that was cut off has no stop token to learn
-        pair[side] = {
-            "id": f"{record['id']}/{side}",
-            "ids": ids[: min(end, max_length)],
-            "mask": mask[: min(end, max_length)],
-        }
+        sampled = record.get("answer_ids", {}).get(key)
+        if sampled is None:
+            ids, mask = chat.encode(tokenizer, turns, last_turn_only=True)
+            end = max(i for i, m in enumerate(mask) if m) + 1  # the newline after the stop token is never generated
+            end -= key in record.get("unfinished", ())  # an answer that was cut off has no stop token to learn
+        else:
+            ids, mask = _sampled_answer(record, sampled, text, tokenizer)
+            end = len(ids)
+        cut = min(end, max_length)
+        pair[side] = {"id": f"{record['id']}/{side}", "ids": ids[:cut], "mask": mask[:cut]}
+        if sampled is not None:
+            pair[side]["sampled"] = True  # it may hold what no text encodes to
         pair["prompt_tokens"] = mask.index(1)
         if pair["prompt_tokens"] >= max_length:
             return "prompt_too_long"
         report["truncated"] += end > max_length
     report |= {key: report[key] + count for key, count in repairs.items()}
     return pair if pair["chosen"]["ids"] != pair["rejected"]["ids"] else "equal_answers"
+
+
+def _sampled_answer(record, sampled, text, tokenizer):
+    """(ids, mask) of the prompt and the very ids that were sampled. UserError if they are another tokenizer's."""
+    if not all(0 <= token < tokenizer.vocab_size for token in sampled) or chat.decode(tokenizer, sampled) != text:
+        raise UserError(f"{record['id']}: answer_ids do not decode to the answer: they are of another tokenizer")
+    prompt = chat.encode_prompt(tokenizer, record["prompt"])
+    return [*prompt, *sampled], [0] * len(prompt) + [1] * len(sampled)
 
 
 def pair_tokens(pair):

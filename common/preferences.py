@@ -1,6 +1,7 @@
 """Preference pairs made from a model's own samples, for tasks whose data has none; kept as JSONL by content hash."""
 
 import json
+import sys
 
 import torch
 
@@ -10,7 +11,8 @@ from common.log import UserError, say
 from common.runtime import cache, resume
 
 ROWS = 64  # completions sampled together
-SOURCES = (chat, decoder, gemma, heuristics, lora, rollouts)  # what decides which pairs are made
+# what decides which pairs are made, and what is written of them
+SOURCES = (chat, decoder, gemma, heuristics, lora, rollouts, sys.modules[__name__])
 
 
 def sample(net, tokenizer, records, sampling):
@@ -43,7 +45,7 @@ def sample(net, tokenizer, records, sampling):
 
 
 def best_and_worst(records, answers, tokenizer, score):
-    """[(best, worst)] of each record's samples, ties by the first; a side is {"text", "stopped", "score", "parts"}.
+    """[(best, worst)] of each record's samples, ties by the first; see pair_record for a side.
 
     score(records, answers) -> (rewards (n,), a dict of components each); each rank scores its share, and all refuse
     together (UserError) where one cannot score or a score is not finite.
@@ -64,6 +66,7 @@ def best_and_worst(records, answers, tokenizer, score):
         best, worst = (
             {
                 "text": chat.decode(tokenizer, samples[i]),
+                "ids": samples[i],
                 "stopped": samples[i][-1] in chat.STOP_TOKENS,
                 "score": row[i].item(),
                 "parts": part,
@@ -75,13 +78,18 @@ def best_and_worst(records, answers, tokenizer, score):
 
 
 def pair_record(record, good, bad, suffix=""):
-    """A record whose answers are two sides as best_and_worst gives them (or {"text"} alone), with what decided."""
+    """A record whose answers are two sides, with what decided.
+
+    A side is {"text", "ids": as sampled, "stopped": by itself, "score", "parts"}, or {"text"} alone. The ids are kept,
+    since the text may have other ids when it is encoded again, and it is the sampled ones that were scored.
+    """
     sides = {"response": good, "rejected": bad}
     return record | {
         "id": record["id"] + suffix,
         "response": good["text"],
         "rejected": bad["text"],
         "scores": {key: {"total": side["score"], **side["parts"]} for key, side in sides.items() if "score" in side},
+        "answer_ids": {key: side["ids"] for key, side in sides.items() if "ids" in side},
         "unfinished": [key for key, side in sides.items() if not side.get("stopped", True)],
     }
 
