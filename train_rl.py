@@ -306,7 +306,7 @@ def train_on_prompts(run, models, records, score, explained):
 
     # --- loop: set lr -> evaluate -> save -> sample, update -> log. Step 0 evaluates the reference itself.
     for step in range(run.step, steps + 1):
-        lr = optim.set_learning_rate(optimizer, step, run.expected_end(step), training)
+        lr = optim.set_learning_rate(optimizer, run.position(step), run.planned_end, training)
         if run.evaluation_due(step):
             lines, metrics = prompts.evaluate(run, models, dataset, score, step)
             assert step or not metrics.get("eval/kl"), "policy and reference differ before the first update"
@@ -413,7 +413,7 @@ def train_on_pairs(run, models, records, score, explained):
     # --- loop: set lr -> evaluate -> save -> update -> log. Step 0 evaluates the reference itself.
     held_out = None
     for step in range(run.step, steps + 1):
-        lr = optim.set_learning_rate(optimizer, step, run.expected_end(step), training)
+        lr = optim.set_learning_rate(optimizer, run.position(step), run.planned_end, training)
         if run.evaluation_due(step):
             held_out, metrics = pairs.evaluate(run, models, dataset, dpo_objective, DPO_METRICS)
             assert step or not metrics["eval/kl"], "policy and reference differ before the first update"

@@ -96,7 +96,7 @@ def main(argv=None):
     # --- loop: set lr -> evaluate -> save -> make batch -> update -> log. Step 0 evaluates what training starts from.
     net.train()
     for step in range(run.step, steps + 1):
-        lr = optim.set_learning_rate(optimizer, step, run.expected_end(step), training)
+        lr = optim.set_learning_rate(optimizer, run.position(step), run.planned_end, training)
         if run.evaluation_due(step):
             with run.autocast:
                 run.keep_evaluation(evaluate(net, val, training.micro_batch_tokens, run.device))

@@ -32,11 +32,11 @@ def adamw_groups(named, peak_lr, weight_decay):
 def learning_rate(step, steps, peak, warmup_ratio, shape):
     """Linear warm-up over warmup_ratio * steps, then `shape`: cosine or linear decay to zero, or constant.
 
-    Counts steps of the loop; all updates of one rollout are one.
+    Counts steps of the loop; all updates of one rollout are one. step may lie between two whole ones, see Run.position.
     """
     warmup = round(warmup_ratio * steps)
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return min(peak, peak * (step + 1) / warmup)
     left = 1 - (step - warmup) / max(1, steps - warmup)
     return peak * {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}[shape]
 
@@ -53,7 +53,10 @@ def expected_steps(step, steps, seen, budget, tokens_per_step):
 
 
 def set_learning_rate(optimizer, step, steps, training):
-    """Set the learning rate of each group for this step of `steps`; returns that of the first group."""
+    """Set the learning rate of each group for this step of `steps`; returns that of the first group.
+
+    By a budget of tokens, step and steps are Run.position and Run.planned_end.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, group["peak_lr"], training.warmup_ratio, training.schedule)
     return optimizer.param_groups[0]["lr"]

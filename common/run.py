@@ -149,6 +149,21 @@ class Run:
         budget, seen = self.training.budget_tokens, self.state.tokens_seen
         return expected_steps(step, self.steps, seen, budget, self.tokens_per_step)
 
+    @property
+    def planned_end(self) -> int:
+        """The step at which the run was expected to end before any token was seen: the length of the schedule."""
+        return expected_steps(0, self.steps, 0, self.training.budget_tokens, self.tokens_per_step)
+
+    def position(self, step: int) -> float:
+        """How far the schedule has come at this step, in steps of planned_end: by steps or by tokens, what is further.
+
+        It never goes back, however many tokens a step takes; so the learning rate never falls during the warm-up.
+        """
+        budget = self.training.budget_tokens
+        if budget is None:
+            return step
+        return self.planned_end * min(1.0, max(step / self.steps, self.state.tokens_seen / budget))
+
     def _last(self, step):
         budget = self.training.budget_tokens
         return step >= self.steps or (budget is not None and self.state.tokens_seen >= budget)
