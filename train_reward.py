@@ -61,7 +61,8 @@ def evaluate(net, head, pairs, budget, device):
     net.train()
     chosen, rejected = rewards.T
     margins = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float64)
-    reference_rewards = chosen[[not pair["id"].endswith(SAMPLED) for pair in pairs]]
+    of_references = [not pair["id"].endswith(SAMPLED) for pair in pairs]
+    reference_rewards = chosen[of_references] if any(of_references) else chosen
     return rewards, {
         "eval/loss": losses.reward_loss(chosen, rejected, margins).mean().item(),
         "eval/accuracy": stats.preference_accuracy(chosen - rejected)[0],
@@ -69,6 +70,11 @@ def evaluate(net, head, pairs, budget, device):
         "eval/reward_mean": reference_rewards.mean().item(),
         "eval/reward_std": reference_rewards.std(correction=0).item(),
     }
+
+
+def alike(record):
+    """The warning where an evaluation's reference answers all have the same reward."""
+    return [reward_model.ALIKE] if record.get("eval/reward_std", 1.0) < heuristics.SMALLEST_STD else []
 
 
 def make_pairs(net, tokenizer, records, sampling, task):
@@ -131,7 +137,7 @@ def report(rewards, pairs, task):
     only_model, only_floor, p = stats.mcnemar(margins > 0, np.array(shorter) > 0)
     calibration_error, bins = stats.calibration(torch.sigmoid(rewards[:, 0] - rewards[:, 1]).numpy())
     sampled = torch.tensor([pair["id"].endswith(SAMPLED) for pair in pairs]).numpy()
-    reference_rewards = rewards[~sampled, 0]
+    reference_rewards = rewards[~sampled, 0] if not sampled.all() else rewards[:, 0]
     return {
         "held_out": accuracy(margins[~sampled]),
         **({"held_out_between_samples": accuracy(margins[sampled])} if sampled.any() else {}),
@@ -271,10 +277,10 @@ def main(argv=None):
 
         # log
         metrics = {"loss": loss, "grad_norm": grad_norm, "accuracy": hits / len(batch), "lr": lr}
-        run.log(step, metrics | {"epoch": step / batches.per_epoch})
+        run.log(step, metrics | {"epoch": step / batches.per_epoch}, alike(run.record))
 
     # --- report
-    record = run.finish(PANELS)
+    record = run.finish(PANELS, alike(run.record))
     if rewards is None:  # resumed where all was done but this
         rewards, _ = evaluate(net, head, val, training.micro_batch_tokens, run.device)
     if dist.is_main():

@@ -5,6 +5,7 @@ Gemma3TextForSequenceClassification, with reward.json beside it: mean and deviat
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -12,9 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import chat, data, lora, model, rewards
-from common.log import UserError, write_json
+from common.log import UserError, say, write_json
 from common.runtime import checkpoint
 
+ALIKE = (
+    "its held-out reference answers all have the same reward, so scores are not divided by their deviation: "
+    "train it with more held-out pairs"
+)
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
 
 
@@ -104,6 +109,8 @@ def load(net, name, folder, fingerprint):
         reward_stats = json.loads((folder / "reward.json").read_text())
         if config.get("task_type") != "SEQ_CLS" or not {"mean", "std", "base"} <= reward_stats.keys():
             raise ValueError("not a reward model of train_reward.py")
+        if not all(math.isfinite(reward_stats[name]) for name in ("mean", "std")):
+            raise ValueError("its rewards of reference answers have no mean or no deviation")
         if reward_stats["base"] != fingerprint:
             raise ValueError(f"it was trained on another base, {reward_stats['base_checkpoint']}")
         model.check_base(net, folder, key)
@@ -125,6 +132,8 @@ def scorer(net, tokenizer, reward, fingerprint, budget, name="reward"):
     With reward.normalize_rewards they have mean 0 and deviation 1 on the model's own held-out reference answers.
     """
     head, reward_stats = load(net, name, reward.checkpoint, fingerprint)
+    if reward.normalize_rewards and reward_stats["std"] < rewards.SMALLEST_STD:
+        say(f"warning: {reward.checkpoint}: {ALIKE}")
 
     def score(records, answers):
         prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]

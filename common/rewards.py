@@ -21,6 +21,7 @@ from common import model
 from common.log import UserError
 from common.runtime import checkpoint
 
+SMALLEST_STD = 1e-6  # of rewards of reference answers; below it they are all alike
 SHOWN = 200  # characters of a sample in an error message
 LONGEST = 20_000  # characters that are looked at
 WORDS = 410  # words that ROUGE-L compares (MTS-Dialog's longest reference has 403); its time grows with their square
@@ -268,5 +269,8 @@ def combine(heuristic, trained, alpha, beta, clip=None):
 
 
 def normalise(scores, mean, std):
-    """(scores - mean) / std with the reward model's statistics on reference answers, stored at its training."""
-    return (scores - mean) / max(std, 1e-6)
+    """(scores - mean) / std with the reward model's statistics on reference answers, stored at its training.
+
+    std below SMALLEST_STD: divided by 1, as their spread says nothing.
+    """
+    return (scores - mean) / (std if std >= SMALLEST_STD else 1.0)
