@@ -63,13 +63,13 @@ SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, pr
 SOURCES += (products, rewards, rollouts)  # what decides an answer and its scores
 
 
-def parse_systems(words):
+def parse_systems(arguments):
     """["base=ID", "sft=DIR", ...] -> {name: [checkpoint of each seed]}"""
     systems = {}
-    for word in words:
-        name, sign, source = word.partition("=")
+    for argument in arguments:
+        name, sign, source = argument.partition("=")
         if not sign or not source or not name.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"--checkpoints: expected NAME=CHECKPOINT, got {word!r:.80}")
+            raise UserError(f"--checkpoints: expected NAME=CHECKPOINT, got {argument!r:.80}")
         systems.setdefault(name, []).append(source)
     counts = {len(sources) for sources in systems.values()} - {1}
     if len(counts) > 1:
@@ -87,8 +87,8 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, _ = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     lines, speed = ask(net, tokenizer, items, cfg, scorers or {}, others or {})
-    found = {name: comparison.cell([lines], name, cfg.evaluation.draws) for name in lines[0]["stats"]}
-    return {"metrics": {name: cell for name, cell in found.items() if cell}, "lines": lines, "speed": speed}
+    cells = {name: comparison.cell([lines], name, cfg.evaluation.draws) for name in lines[0]["stats"]}
+    return {"metrics": {name: cell for name, cell in cells.items() if cell}, "lines": lines, "speed": speed}
 
 
 def ask(net, tokenizer, items, cfg, scorers, others):
@@ -108,29 +108,32 @@ def sampling(cfg):
 
 
 def cached(path, key, make):
-    """What make() returns (JSON), from `path` where it was left under the same key; written whole or not at all."""
-    found = None
+    """What make() returns, (lines, speed or None), from `path` where it was left under the same key.
+
+    JSON lines, written whole or not at all. Their head calls the speed "about".
+    """
+    kept = None
     if dist.is_main() and path.is_file():
         try:
             lines = log.read_records(path)
-            found = lines if lines and lines[0].get("key") == key else None
+            kept = lines if lines and lines[0].get("key") == key else None
         except (ValueError, AttributeError):
             say(f"{path} is damaged: asking anew")
-    if dist.any_rank(found is not None):
-        head, *lines = dist.gather_rows(found or [])
+    if dist.any_rank(kept is not None):
+        head, *lines = dist.gather_rows(kept or [])
         say(f"{path.stem}: answered before")
         return lines, head["about"]
-    lines, about = make()
+    lines, speed = make()
     if dist.is_main():
         path.parent.mkdir(exist_ok=True)
         draft = path.with_suffix(".tmp")
         draft.unlink(missing_ok=True)
-        log.write_records(draft, [{"key": key, "about": about}, *lines])
+        log.write_records(draft, [{"key": key, "about": speed}, *lines])
         os.replace(draft, path)
-    return lines, about
+    return lines, speed
 
 
-def best_of(home, tokenizer, items, cfg, scorers):
+def best_of(base_model, tokenizer, items, cfg, scorers):
     """Lines of the base's best answer by the optimised reward among the first n samples, n = 2 and BEST_OF.
 
     Always at temperature 1 and over the whole distribution: of equal answers none is the best, and the KL is only then
@@ -138,19 +141,19 @@ def best_of(home, tokenizer, items, cfg, scorers):
     """
     whole = sampling(cfg) | {"temperature": 1.0, "top_p": 1.0}
     oracle = " (oracle)" if task_reads_references(cfg) else ""
-    with lora.using(home, None):  # the adapter that was loaded last is active
-        answers, _ = measure.generate(home, items, whole, BEST_OF)
+    with lora.using(base_model, None):  # the adapter that was loaded last is active
+        answers, _ = measure.generate(base_model, items, whole, BEST_OF)
     records = [item.record for item in items for _ in range(BEST_OF)]
-    mine, rewards_found = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records)).double()
+    mine, scores = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records)).double()
     flat = [ids for group in answers for ids in group]
-    rewards_found[mine] = scorers["reward"]([records[i] for i in mine], [flat[i] for i in mine]).double().cpu()
-    table, found = dist.sum_tensor(rewards_found).view(-1, BEST_OF), {}
+    scores[mine] = scorers["reward"]([records[i] for i in mine], [flat[i] for i in mine]).double().cpu()
+    table, best = dist.sum_tensor(scores).view(-1, BEST_OF), {}
     for n in (2, BEST_OF):
         picked = table[:, :n].argmax(1).tolist()
         lines = measure.text_lines(cfg.task, items, [g[i] for g, i in zip(answers, picked)], tokenizer, scorers)
-        found[f"base, best of {n}{oracle}"] = measure.merge(lines, {"kl_base_sequence": measure.mean(
-            [np.log(n) - (n - 1) / n] * len(items))})  # fmt: skip
-    return found
+        kl = measure.values_and_counts([np.log(n) - (n - 1) / n] * len(items))
+        best[f"base, best of {n}{oracle}"] = measure.merge(lines, {"kl_base_sequence": kl})
+    return best
 
 
 def task_reads_references(cfg):
@@ -181,107 +184,112 @@ def main(argv=None):
     dtype = model.pick_dtype(cfg.model.dtype, device)
     resume.prepare(device)
     places = {(name, k): base.locate(source) for name, sources in systems.items() for k, source in enumerate(sources)}
-    home_folder = places["base", 0][0] if "base" in systems else base.resolve(cfg.model.base_checkpoint)
-    words, bases = checkpoint.sha256(home_folder / "tokenizer.json"), {home_folder: base.fingerprint(home_folder)}
-    home_print, small = bases[home_folder], {}
+    base_folder = places["base", 0][0] if "base" in systems else base.resolve(cfg.model.base_checkpoint)
+    tokenizer_sha256, base_sha256 = checkpoint.sha256(base_folder / "tokenizer.json"), base.fingerprint(base_folder)
+    fingerprints, four_bit = {base_folder: base_sha256}, {}
     for (name, k), (folder, adapter) in places.items():
-        if checkpoint.sha256(folder / "tokenizer.json") != words:
+        if checkpoint.sha256(folder / "tokenizer.json") != tokenizer_sha256:
             raise UserError(f"--checkpoints: {name} has another tokenizer than the base: not the same items")
-        bases[folder] = bases.get(folder) or base.fingerprint(folder)
-        small[name, k] = adapter is not None and model.trained_quantised(adapter)
+        fingerprints[folder] = fingerprints.get(folder) or base.fingerprint(folder)
+        four_bit[name, k] = adapter is not None and model.trained_quantised(adapter)
         if adapter:  # before hours of answers
-            base.check_record(adapter, f"--checkpoints {name}", folder, bases[folder], None)
+            base.check_record(adapter, f"--checkpoints {name}", folder, fingerprints[folder], None)
     dist.init(device, cfg.training.timeout)
 
     # --- the base in memory, its judges, the items
-    home, tokenizer = model.load(home_folder, device, dtype)
-    home.base_sha256 = home_print  # hashed already
-    lora.wrap(home)
-    lora.use(home, None)
+    base_model, tokenizer = model.load(base_folder, device, dtype)
+    base_model.base_sha256 = base_sha256  # hashed already
+    lora.wrap(base_model)
+    lora.use(base_model, None)
 
     @functools.cache
-    def home_in_4_bits():
+    def base_in_4_bits():
         """The base once more, for what was trained on it with qlora. The system `base` is the unquantised one."""
-        net = model.load(home_folder, device, dtype, quantize=True)[0]
-        net.base_sha256 = home_print
+        net = model.load(base_folder, device, dtype, quantize=True)[0]
+        net.base_sha256 = base_sha256
         lora.wrap(net)
         return net
 
-    def home_of(folder):
+    def base_for(folder):
         """The base as the reward model in `folder` saw it."""
-        return home_in_4_bits() if model.trained_quantised(folder) else home
+        return base_in_4_bits() if model.trained_quantised(folder) else base_model
 
     records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, counts = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     log.say_counts("test", counts)
-    scorers, second, notes, prints = {}, cfg.evaluation.reward_checkpoint, [], {}
-    if second:
-        if cfg.reward.checkpoint and model.adapter_fingerprint(second) == model.adapter_fingerprint(
+    scorers, judge, notes, scorer_fingerprints = {}, cfg.evaluation.reward_checkpoint, [], {}
+    if judge:
+        if cfg.reward.checkpoint and model.adapter_fingerprint(judge) == model.adapter_fingerprint(
             cfg.reward.checkpoint
         ):
             raise UserError(
                 "evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one"
             )
-        settings = SimpleNamespace(checkpoint=second, normalize_rewards=True)
+        settings = SimpleNamespace(checkpoint=judge, normalize_rewards=True)
         scorers["judge"] = reward_model.scorer(
-            home_of(second), tokenizer, settings, home_print, measure.TOGETHER, "judge"
+            base_for(judge), tokenizer, settings, base_sha256, measure.TOKENS_PER_PASS, "judge"
         )
-        prints["judge"] = model.adapter_fingerprint(second)
+        scorer_fingerprints["judge"] = model.adapter_fingerprint(judge)
     if rewards.wants_model(cfg.reward) and cfg.reward.checkpoint is None:
         notes.append(f"The optimised reward was not measured: reward.type {cfg.reward.type} needs --reward.checkpoint.")
         say(notes[-1])
     else:
         wanted = rewards.wants_model(cfg.reward)
         trained = wanted and reward_model.scorer(
-            home_of(cfg.reward.checkpoint), tokenizer, cfg.reward, home_print, measure.TOGETHER
+            base_for(cfg.reward.checkpoint), tokenizer, cfg.reward, base_sha256, measure.TOKENS_PER_PASS
         )
         scored = rewards.scorer(task, cfg.reward, functools.partial(chat.decode, tokenizer), trained)
-        scorers["reward"] = lambda *both: scored(*both)[0]
-        prints["reward"] = [rewards.fingerprint(cfg.reward), config.plain(cfg.reward)]
-    lora.use(home, None)
+        scorers["reward"] = lambda *answers: scored(*answers)[0]
+        scorer_fingerprints["reward"] = [rewards.fingerprint(cfg.reward), config.plain(cfg.reward)]
+    lora.use(base_model, None)
     if dist.is_main():
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
     dist.barrier()
     decoding = vars(cfg.evaluation) | {"draws": None}
-    shared = [home_print, words, prints, task, decoding, cfg.seed, cfg.training.max_seq_length, str(dtype),
+    shared = [base_sha256, tokenizer_sha256, scorer_fingerprints, task, decoding, cfg.seed,
+              cfg.training.max_seq_length, str(dtype),
               resume.fingerprint([item.record for item in items]),
               [checkpoint.sha256(file) for file in (__file__, *(module.__file__ for module in SOURCES))]]  # fmt: skip
 
     # --- every system, one at a time
-    found, speed, runs = {}, {}, {}
+    runs_by_system, speed, runs = {}, {}, {}
     for (name, k), (folder, adapter) in places.items():
         runs[name, k] = comparison.history(systems[name][k])
-        last = config.load_config(runs[name, k][-1] / "config.yml") if runs[name, k] else None
-        own, learned = folder.resolve() != home_folder.resolve(), last is not None and last.training.mode == "rl"
-        start = last.model if learned else None
-        full = learned and own and not adapter  # then what RL started from is a whole model too
-        origin = base.resolve(start.base_checkpoint) if full else home_folder
-        key = resume.fingerprint([*shared, bases[folder] if own else None, learned,
-                                  base.fingerprint(origin) if origin != home_folder else None,
-                                  model.adapter_fingerprint(adapter), small[name, k],
-                                  model.adapter_fingerprint(start.adapter if learned else None)])  # fmt: skip
+        last_config = config.load_config(runs[name, k][-1] / "config.yml") if runs[name, k] else None
+        whole_model = folder.resolve() != base_folder.resolve()  # with weights of its own, not the base's
+        by_rl = last_config is not None and last_config.training.mode == "rl"
+        rl_start = last_config.model if by_rl else None
+        full = by_rl and whole_model and not adapter  # then what RL started from is a whole model too
+        reference_folder = base.resolve(rl_start.base_checkpoint) if full else base_folder
+        key = resume.fingerprint([*shared, fingerprints[folder] if whole_model else None, by_rl,
+                                  base.fingerprint(reference_folder) if reference_folder != base_folder else None,
+                                  model.adapter_fingerprint(adapter), four_bit[name, k],
+                                  model.adapter_fingerprint(rl_start.adapter if by_rl else None)])  # fmt: skip
 
-        def answer(name=name, k=k, folder=folder, adapter=adapter, start=start, own=own, origin=origin):
-            if own:
-                net = model.load(folder, device, dtype, quantize=small[name, k])[0]
-                net.base_sha256 = bases[folder]
+        def answer(
+            name=name, k=k, folder=folder, adapter=adapter,
+            rl_start=rl_start, whole_model=whole_model, reference_folder=reference_folder,
+        ):  # fmt: skip
+            if whole_model:
+                net = model.load(folder, device, dtype, quantize=four_bit[name, k])[0]
+                net.base_sha256 = fingerprints[folder]
             else:
-                net = home_in_4_bits() if small[name, k] else home
-            others = {"kl_base": (home, None)}
-            if start:  # what RL started from and was held to
-                frozen = net if adapter else home  # an adapter's reference is one beside it, on the same base
-                frozen = frozen if origin == home_folder else model.load(origin, device, dtype)[0]
-                if start.adapter:
-                    model.load_adapter(frozen, f"reference-{name}-{k}", start.adapter, trainable=False)
-                others["kl_reference"] = (frozen, f"reference-{name}-{k}" if start.adapter else None)
+                net = base_in_4_bits() if four_bit[name, k] else base_model
+            others = {"kl_base": (base_model, None)}
+            if rl_start:  # what RL started from and was held to
+                frozen = net if adapter else base_model  # an adapter's reference is one beside it, on the same base
+                frozen = frozen if reference_folder == base_folder else model.load(reference_folder, device, dtype)[0]
+                if rl_start.adapter:
+                    model.load_adapter(frozen, f"reference-{name}-{k}", rl_start.adapter, trainable=False)
+                others["kl_reference"] = (frozen, f"reference-{name}-{k}" if rl_start.adapter else None)
             if adapter:
                 model.load_adapter(net, f"{name}-{k}", adapter, trainable=False)
             with lora.using(net, f"{name}-{k}" if adapter else None):
                 return ask(net, tokenizer, items, cfg, scorers, others)
 
         lines, speed[name] = cached(out / "items" / f"{name}-{k}.jsonl", key, answer)
-        found.setdefault(name, []).append(lines)
+        runs_by_system.setdefault(name, []).append(lines)
 
     # --- what needs no training: floors, and the best of several answers of the base
     floors = {}
@@ -290,19 +298,19 @@ def main(argv=None):
         floors[name] = measure.merge(measure.text_lines(task, items, answers, tokenizer, scorers), {})
     if places.get(("base", 0), (None, True))[1] is None and "reward" in scorers:
         key = resume.fingerprint([*shared, "best", BEST_OF])
-        make = functools.partial(best_of, home, tokenizer, items, cfg, scorers)
+        make = functools.partial(best_of, base_model, tokenizer, items, cfg, scorers)
         lines, _ = cached(out / "items" / "base-best.jsonl", key, lambda: (list(make().items()), None))
         floors |= dict(lines)
 
     # --- tables
-    draws, both = cfg.evaluation.draws, found | {name: [lines] for name, lines in floors.items()}
-    table = comparison.cells(both, draws)
+    draws, all_runs = cfg.evaluation.draws, runs_by_system | {name: [lines] for name, lines in floors.items()}
+    table = comparison.cells(all_runs, draws)
     headline = next((name for name in HEADLINES[task] if name in table), next(iter(table)))
     order = [headline, *(name for name in table if name != headline)]
     costs = {name: comparison.cost(runs[name, 0]) for name in systems}
-    notes += remarks(cfg, systems, costs, floors, second)
-    if any(small.values()):
-        names = ", ".join(dict.fromkeys(name for (name, _), found in small.items() if found))
+    notes += remarks(cfg, systems, costs, floors, judge)
+    if any(four_bit.values()):
+        names = ", ".join(dict.fromkeys(name for (name, _), quantised in four_bit.items() if quantised))
         notes.append(
             f"Trained on a 4-bit base and measured on it: {names}. The KL to the base, which is not quantised, "
             "counts what the 4 bits change, too."
@@ -313,30 +321,30 @@ def main(argv=None):
         "metrics": {name: vars(metrics.METRICS[name]) for name in order},
         "cells": {name: table[name] for name in order},
         "floors": list(floors),
-        "pairs": comparison.pairs(found, order, draws),
-        "wins": comparison.wins(found, headline) if metrics.METRICS[headline].kind != "corpus" else [],
+        "pairs": comparison.pairs(runs_by_system, order, draws),
+        "wins": comparison.wins(runs_by_system, headline) if metrics.METRICS[headline].kind != "corpus" else [],
         "frontier": [
             {"system": name, "seed": k, "kl": comparison.value(lines, "kl_base_sequence")}
             | {m: comparison.value(lines, m) for m in ("reward", "judge") if m in table}
-            for name, seeds in both.items() for k, lines in enumerate(seeds)
+            for name, seeds in all_runs.items() for k, lines in enumerate(seeds)
             if comparison.value(lines, "kl_base_sequence") is not None
         ],
         "by_seed": {
-            m: {name: [comparison.value(lines, m) for lines in found[name]]
+            m: {name: [comparison.value(lines, m) for lines in runs_by_system[name]]
                 for name in systems if name in table[m]} for m in order
         },
         "cost": costs,
         "extra_cost": {
             title: comparison.cost([Path(folder).resolve().parent])
-            for title, folder in (("reward model", cfg.reward.checkpoint), ("second reward model", second))
+            for title, folder in (("reward model", cfg.reward.checkpoint), ("second reward model", judge))
             if folder and comparison.history(folder)
         },
         "speed": speed,
-        "judge": judge_worth(scorers["judge"], items, tokenizer) if second else None,
+        "judge": judge_accuracy(scorers["judge"], items, tokenizer) if judge else None,
         "decoding": f"temperature {cfg.evaluation.temperature:g}, top_p {cfg.evaluation.top_p:g}, at most "
                     f"{cfg.evaluation.max_new_tokens} tokens, seed {cfg.seed}",
         "left_out": counts, "notes": notes, "command": " ".join(["python", *sys.argv]),
-        **examples(found, headline, cfg.seed),
+        **examples(runs_by_system, headline, cfg.seed),
     }  # fmt: skip
 
     # --- report
@@ -346,9 +354,9 @@ def main(argv=None):
         if job.human_eval and sheet.exists() and manifest.key_path(sheet).exists():
             say(f"{sheet} is there already and may have been rated: kept")
         elif job.human_eval:
-            texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in found.items()}
+            texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in runs_by_system.items()}
             asked = [{"task": task, "prompt": line["prompt"], "reference": item.record["reference"] or ""}
-                     for item, line in zip(items, next(iter(found.values()))[0])]  # fmt: skip
+                     for item, line in zip(items, next(iter(runs_by_system.values()))[0])]  # fmt: skip
             manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
         for name, row in results["cells"][headline].items():
             say(f"{headline} of {name}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
@@ -357,7 +365,7 @@ def main(argv=None):
     return {"headline": headline, "cells": results["cells"], "pairs": results["pairs"], "folder": str(out)}
 
 
-def remarks(cfg, systems, costs, floors, second):
+def remarks(cfg, systems, costs, floors, judge):
     """What a reader of the tables should know, in sentences."""
     spent, said = {name: cost["tokens"] for name, cost in costs.items() if cost}, []
     if spent and max(spent.values()) > 1.05 * min(spent.values()):
@@ -367,7 +375,7 @@ def remarks(cfg, systems, costs, floors, second):
         said.append("Cost and learning curves are those of each system's first seed.")
     if cfg.evaluation.temperature != 1 or cfg.evaluation.top_p < 1:
         said.append("Answers were not drawn from the policy itself, so the KL along them is no expectation under it.")
-    if second:
+    if judge:
         said.append("No policy was optimised against the judge's scores, but SFT may have learned the answers that the "
                     "judge learned to prefer.")  # fmt: skip
     if any(name.endswith("(oracle)") for name in floors):
@@ -375,7 +383,7 @@ def remarks(cfg, systems, costs, floors, second):
     return said
 
 
-def judge_worth(score, items, tokenizer):
+def judge_accuracy(score, items, tokenizer):
     """Accuracy of a reward model on the items' own pairs, beside that of the shorter answer; None without pairs."""
     records = [item.record for item in items if item.record["rejected"]]
     if not records:
@@ -406,28 +414,28 @@ def human_results(out, files, draws):
     path = out / "human_eval.key.csv"
     key = manifest.read_key(path)
     remedy = f"{path} is not its key, name the run that wrote its blind file with --logging.run_name"
-    found = manifest.analyse(key, manifest.read_ratings(files, key, remedy), draws)
-    text = manifest.report(found)
-    log.write_json(out / "human_results.json", found)
+    results = manifest.analyse(key, manifest.read_ratings(files, key, remedy), draws)
+    text = manifest.report(results)
+    log.write_json(out / "human_results.json", results)
     (out / "human_results.md").write_text(text, encoding="utf-8")
     say(text)
-    return found
+    return results
 
 
-def examples(found, headline, seed):
+def examples(runs_by_system, headline, seed):
     """{"samples": items drawn by `seed`, "top": the two of highest optimised reward of each system but the first}."""
-    names, count = list(found), len(next(iter(found.values()))[0])
+    names, count = list(runs_by_system), len(next(iter(runs_by_system.values()))[0])
 
     def row(i):
-        lines = {name: found[name][0][i] for name in names}
+        lines = {name: runs_by_system[name][0][i] for name in names}
         first = lines[names[0]]
         return {"id": first["id"], "prompt": first["prompt"],
                 "answers": {name: line["answer"] for name, line in lines.items()},
                 "scores": {name: line["scores"].get(headline) for name, line in lines.items()}}  # fmt: skip
 
     top = []
-    for name in names[1:] if all("reward" in line["scores"] for line in found[names[0]][0]) else []:
-        scores = [line["scores"].get("reward", -np.inf) for line in found[name][0]]
+    for name in names[1:] if all("reward" in line["scores"] for line in runs_by_system[names[0]][0]) else []:
+        scores = [line["scores"].get("reward", -np.inf) for line in runs_by_system[name][0]]
         order = sorted(range(count), key=lambda i: -scores[i])
         top += [row(i) | {"system": name, "reward": scores[i]} for i in order[:2]]
     return {"samples": [row(i) for i in sorted(data.shuffled(count, f"shown/{seed}")[:SHOWN])], "top": top}

@@ -132,8 +132,8 @@ def note(app, call):
     """Count a request and write its line, in which nothing that a client sent can end a line or move a cursor."""
     known = call.path if call.path in ROUTES or call.path in PAGES else "other"
     app.requests[known, call.status] = app.requests.get((known, call.status), 0) + 1
-    words = f"{call.id} {call.method} {json.dumps(call.path[:100])} {call.status}"
-    print(f"{words} {time.monotonic() - call.began:.3f} s {call.tokens} tokens", file=sys.stderr, flush=True)
+    line = f"{call.id} {call.method} {json.dumps(call.path[:100])} {call.status}"
+    print(f"{line} {time.monotonic() - call.began:.3f} s {call.tokens} tokens", file=sys.stderr, flush=True)
 
 
 async def jobs_of(app, dialogues, asked, param):
@@ -204,8 +204,8 @@ async def events(app, call, jobs):
 async def texts_of(app, call, jobs, stops=()):
     """Yields (number of the job, new text, finish) as text becomes certain; a stop text ends its request."""
     pushes = [chat.streamer(app.tokenizers[job.model], stops) for job in jobs]
-    async with contextlib.aclosing(events(app, call, jobs)) as found:
-        async for i, token, finish in found:
+    async with contextlib.aclosing(events(app, call, jobs)) as tokens:
+        async for i, token, finish in tokens:
             text, stopped = pushes[i](token, finish is not None)
             if stopped:
                 yield i, text, "stop"
@@ -271,8 +271,8 @@ async def stream_chat(app, call, jobs, stops, form):
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         await httpd.send(call, f"data: {json.dumps(head | {'choices': [choice]})}\n\n".encode())
 
-    async with contextlib.aclosing(texts_of(app, call, jobs, stops)) as found:
-        async for _, text, finish in found:
+    async with contextlib.aclosing(texts_of(app, call, jobs, stops)) as texts:
+        async for _, text, finish in texts:
             if not call.status:
                 await respond(call, 200, None, "text/event-stream; charset=utf-8")
                 await send({"role": "assistant", "content": ""})
@@ -331,8 +331,8 @@ async def rating_items(app, call):
         order = sorted(item["slots"], key=lambda slot: hashlib.sha256(f"{rater}/{name}/{slot}".encode()).digest())
         shown = {key: item[key] for key in ("task", "prompt", "reference") if key in item}
         items.append({"item_id": name, **shown, "answers": [{"slot": s, "text": item["answers"][s]} for s in order]})
-    found = {row["item_id"]: row for row in app.rated if row["rater_id"] == rater}  # the last of each item
-    await respond(call, 200, {"file": app.blind.name, "total": len(items), "items": items, "rated": found})
+    rated = {row["item_id"]: row for row in app.rated if row["rater_id"] == rater}  # the last of each item
+    await respond(call, 200, {"file": app.blind.name, "total": len(items), "items": items, "rated": rated})
 
 
 async def rate(app, call):
@@ -384,18 +384,18 @@ ROUTES = {
 # ---------------------------------------------------------------- start and stop
 
 
-def parse_models(words):
+def parse_models(arguments):
     """["DIR", "sft=DIR", ...] -> {name: checkpoint}; without a name it is called as its run's folder or file."""
-    found = {}
-    for word in words:
-        name, sign, source = word.partition("=")
+    checkpoints = {}
+    for argument in arguments:
+        name, sign, source = argument.partition("=")
         if not sign or not name.replace("-", "").replace("_", "").isalnum():
-            path = Path(word)
+            path = Path(argument)
             path = path.absolute().parent if path.name in ("final", "best") else path
-            name, source = path.name.removesuffix(".gguf"), word
-        if not source or found.setdefault(name, source) != source:
-            raise UserError(f"--checkpoint {word!r:.80} names nothing, or {name!r} stands twice: NAME=CHECKPOINT")
-    return found
+            name, source = path.name.removesuffix(".gguf"), argument
+        if not source or checkpoints.setdefault(name, source) != source:
+            raise UserError(f"--checkpoint {argument!r:.80} names nothing, or {name!r} stands twice: NAME=CHECKPOINT")
+    return checkpoints
 
 
 def load(sources, device, dtype):
@@ -403,7 +403,7 @@ def load(sources, device, dtype):
 
     And once more in 4 bits where adapters were trained on it so: beside the unquantised base they say something else.
     """
-    bases, found, tokenizers = {}, {}, {}
+    bases, models, tokenizers = {}, {}, {}
     for name, source in sources.items():
         folder, adapter = base.locate(source)
         quantised = adapter is not None and model.trained_quantised(adapter)
@@ -412,12 +412,12 @@ def load(sources, device, dtype):
             bases[key] = model.load(folder, device, dtype, quantize=quantised)
             lora.wrap(bases[key][0])
         net, tokenizers[name] = bases[key]
-        inner = f"adapter{len(found)}" if adapter else None  # a part of a model cannot have a dot in its name
+        inner = f"adapter{len(models)}" if adapter else None  # a part of a model cannot have a dot in its name
         if adapter:
             model.load_adapter(net, inner, adapter, trainable=False)
-        found[name] = (net, inner)
+        models[name] = (net, inner)
         chat.encode_text(tokenizers[name], "warm")  # sets the tokenizer's options, which later threads only read
-    return found, tokenizers
+    return models, tokenizers
 
 
 def start_loading(app, device, dtype):
@@ -431,9 +431,9 @@ def start_loading(app, device, dtype):
     def work():
         error = None
         try:
-            found, app.tokenizers = load(app.models, device, dtype)
+            models, app.tokenizers = load(app.models, device, dtype)
             app.longest = max(len(word) for tokenizer in app.tokenizers.values() for word in tokenizer.get_vocab())
-            app.engine = engine.Engine(found, ROWS, CONTEXT, QUEUE)
+            app.engine = engine.Engine(models, ROWS, CONTEXT, QUEUE)
         except BaseException as failure:  # a panic of a library in Rust is no Exception
             error = failure
         with contextlib.suppress(RuntimeError):  # the loop may be gone
@@ -461,8 +461,8 @@ async def serve(app, device, dtype):
     try:
         server = await asyncio.start_server(functools.partial(connection, app), app.host, app.port, **how)
     except (OSError, OverflowError) as error:
-        words = os.strerror(error.errno) if getattr(error, "errno", 0) > 0 else error
-        raise UserError(f"--host {app.host} --port {app.port}: {words}") from error
+        reason = os.strerror(error.errno) if getattr(error, "errno", 0) > 0 else error
+        raise UserError(f"--host {app.host} --port {app.port}: {reason}") from error
     host, port = server.sockets[0].getsockname()[:2]
     say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, loading {', '.join(app.models)}")
     loading, stopped = start_loading(app, device, dtype), asyncio.create_task(stop.wait())

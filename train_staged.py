@@ -153,27 +153,27 @@ def main(argv=None):
 
     # --- stages: those that are finished with these settings are skipped
     result = None  # what the last stage returned, where it was not skipped
-    for number, (name, mode, own) in enumerate(plan, 1):
+    for number, (name, mode, changes) in enumerate(plan, 1):
         alone = {} if mode == "sft" else {"training.packing": "false", "training.last_turn_only": "false"}
-        flags = {"training.mode": mode} | alone | own | {"logging.output_dir": out, "logging.run_name": name}
-        about, final = settings(cfg, flags, fingerprint), out / name / "final"
+        flags = {"training.mode": mode} | alone | changes | {"logging.output_dir": out, "logging.run_name": name}
+        decisive, final = settings(cfg, flags, fingerprint), out / name / "final"
         try:
             done = json.loads(done_file.read_text())
         except (OSError, ValueError):  # none yet, or damaged: each script then sees for itself that it is done
             done = {}
-        if dist.any_rank(dist.is_main() and done.get(name) == about and final.is_dir() and checkpoint.verify(final)):
+        if dist.any_rank(dist.is_main() and done.get(name) == decisive and final.is_dir() and checkpoint.verify(final)):
             say(f"stage {number} of {len(plan)}, {name}: finished before")
             continue
         say(f"stage {number} of {len(plan)}, {name}")
         log.reset_peak_memory()
         sections = ("", *{"sft": train_sft, "reward": train_reward, "rl": train_rl}[mode].SECTIONS)
-        words = [word for key, value in flags.items() if key.rpartition(".")[0].partition(".")[0] in sections
+        arguments = [word for key, value in flags.items() if key.rpartition(".")[0].partition(".")[0] in sections
                  for word in (f"--{key}", str(value))]  # fmt: skip
-        result = MAINS[mode](["--config", str(draft), *words])
+        result = MAINS[mode](["--config", str(draft), *arguments])
         gc.collect()
         model.trim_memory(model.pick_device(cfg.device))
         if dist.is_main():
-            log.write_json(done_file, done | {name: json.loads(json.dumps(about, default=str))})
+            log.write_json(done_file, done | {name: json.loads(json.dumps(decisive, default=str))})
         dist.barrier()
     if dist.is_main():
         os.replace(draft, config_file)
@@ -188,8 +188,8 @@ def main(argv=None):
     if any(name == "judge" for name, _, _ in plan):
         flags["evaluation.reward_checkpoint"] = out / "judge" / "final"
     flags |= {"logging.output_dir": out, "logging.run_name": "comparison"}
-    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    return evaluate.main(["--config", str(out / "config.yml"), "--checkpoints", *systems, *words])
+    arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    return evaluate.main(["--config", str(out / "config.yml"), "--checkpoints", *systems, *arguments])
 
 
 if __name__ == "__main__":

@@ -87,12 +87,12 @@ def resample(stats, draws, seed=0):
     if stats.ndim != 3 or 0 in stats.shape:
         raise ValueError(f"expected statistics (seeds, items, k), got {stats.shape}")
     (seeds, n, k), rng, rows = stats.shape, np.random.default_rng(seed), stats.transpose(1, 0, 2)
-    found = []
+    sums = []
     for many in _chunks(draws, n):
         by_seed = (_counts(rng, many, n) @ rows.reshape(n, seeds * k)).reshape(many, seeds, k)
         weights = _counts(rng, many, seeds) if seeds > 1 else np.ones((many, 1))
-        found.append(np.einsum("ds,dsk->dk", weights, by_seed))
-    return np.concatenate(found)
+        sums.append(np.einsum("ds,dsk->dk", weights, by_seed))
+    return np.concatenate(sums)
 
 
 def _chunks(draws, n):
@@ -177,9 +177,9 @@ def win_rate(a, b, lengths_a, lengths_b):
         raise ValueError("expected finite scores and lengths")
     wins, ties = int((a > b).sum()), int((a == b).sum())
     low, high = wilson(wins + ties / 2, len(a))
-    found = {"wins": wins, "ties": ties, "losses": len(a) - wins - ties, "rate": (wins + ties / 2) / len(a)}
+    outcome = {"wins": wins, "ties": ties, "losses": len(a) - wins - ties, "rate": (wins + ties / 2) / len(a)}
     controlled = length_controlled((a > b) + 0.5 * (a == b), longer) if np.ptp(longer) else None
-    return found | {"low": low, "high": high, "controlled": controlled}
+    return outcome | {"low": low, "high": high, "controlled": controlled}
 
 
 def length_controlled(outcomes, longer):

@@ -145,12 +145,14 @@ def unpack(path, member):
     try:
         if member:
             with zipfile.ZipFile(path) as archive:
-                found = [info for info in archive.infolist() if info.filename == member]
+                members = [info for info in archive.infolist() if info.filename == member]
                 # kind: none or regular; method: stored or deflated, as the others ignore the bound that `read` is given
-                plain = [info for info in found if info.external_attr >> 28 in (0, 8) and info.compress_type in (0, 8)]
-                if not len(found) == len(plain) == 1:
+                plain = [
+                    info for info in members if info.external_attr >> 28 in (0, 8) and info.compress_type in (0, 8)
+                ]
+                if not len(members) == len(plain) == 1:
                     raise UserError(f"{path}: {member} is not in it exactly once as a plain file")
-                with archive.open(found[0]) as file:
+                with archive.open(members[0]) as file:
                     data = file.read(MAX_UNPACKED_BYTES + 1)
         else:
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -225,7 +227,9 @@ def read_safety(row, where, index):
         "answers are equal": answer == rejected_answer,
         "a turn of the prompt is empty": not all(turn["content"] for turn in chosen[:-1]),
     }
-    return next((reason for reason, found in faults.items() if found), (index, chosen[:-1], answer, rejected_answer))
+    return next(
+        (reason for reason, present in faults.items() if present), (index, chosen[:-1], answer, rejected_answer)
+    )
 
 
 SECTIONS = dict(  # the 20 section headers of MTS-Dialog in words
@@ -276,16 +280,16 @@ def read_rows(task, split, path, member):
     read = {"safety": read_safety, "clinical": read_clinical, "conala": read_conala}[task]
     records, dropped, flagged = {}, {}, []
     for index, (line, row) in enumerate((csv_rows if task == "clinical" else json_rows)(text, name)):
-        found = read(row, f"{name}:{line}", index)
-        stray = task == "safety" and not isinstance(found, str) and "Human:" in found[2] + found[3]
+        parsed = read(row, f"{name}:{line}", index)
+        stray = task == "safety" and not isinstance(parsed, str) and "Human:" in parsed[2] + parsed[3]
         # a stray label or somebody else's turn: never trained on; kept in test, so that scores compare with others'
-        if isinstance(found, str) or (stray and split != "test"):
-            reason = "'Human:' in an answer" if stray else found
+        if isinstance(parsed, str) or (stray and split != "test"):
+            reason = "'Human:' in an answer" if stray else parsed
             dropped[reason] = dropped.get(reason, 0) + 1
             continue
-        key, prompt, response, rejected = f"{task}-{split}-{found[0]}", *found[1:]
+        key, prompt, response, rejected = f"{task}-{split}-{parsed[0]}", *parsed[1:]
         if key in records:
-            raise UserError(f"{name}:{line}:ID: {found[0]!r} stands twice")
+            raise UserError(f"{name}:{line}:ID: {parsed[0]!r} stands twice")
         flagged += [key] * stray
         records[key] = {"id": key, "prompt": prompt, "response": response, "rejected": rejected, "reference": response}
     if not records:
@@ -310,7 +314,7 @@ def clean_split(rows, before):
             overlap[taken[digest]].append(digest)
         else:
             kept.setdefault(json.dumps([row["prompt"], row["response"], row["rejected"]]), row)
-    counts = {name: {"rows": len(found), "prompts": len(set(found))} for name, found in overlap.items()}
+    counts = {name: {"rows": len(digests), "prompts": len(set(digests))} for name, digests in overlap.items()}
     duplicates = len(rows) - len(kept) - sum(map(len, overlap.values()))
     return [*kept.values()], {"rows": len(rows), "duplicates": duplicates, "also_in": counts, "kept": len(kept)}
 
@@ -362,7 +366,7 @@ def prepare(task, splits, source, output, deadline):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         contents[folder / f"{split}.jsonl"] = text
         done[split] = facts | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
-        shared = [f", {found['rows']:,} whose prompt is in {name}" for name, found in facts["also_in"].items()]
+        shared = [f", {overlap['rows']:,} whose prompt is in {name}" for name, overlap in facts["also_in"].items()]
         print(f"  {split}: {len(kept):,} kept; dropped {facts['duplicates']:,} duplicates{''.join(shared)}")
     files, done = old.get("files", {}) | files, old.get("splits", {}) | done
     report = {"task": task, "licence": LICENCES[task], "files": files, "splits": done}

@@ -15,13 +15,13 @@ def cell(runs, name, draws):
 
     The interval is the hierarchical bootstrap's; of a rate under one seed, Wilson's. n: items that count.
     """
-    found = stack(runs, name)
-    if found is None or not np.isfinite(metrics.value(name, found.sum((0, 1)))):
+    statistics = stack(runs, name)
+    if statistics is None or not np.isfinite(metrics.value(name, statistics.sum((0, 1)))):
         return None
-    value, low, high = stats.interval(found, lambda sums: metrics.value(name, sums), draws)
-    kind, counting = metrics.METRICS[name].kind, int((found[0, :, -1] > 0).sum())
+    value, low, high = stats.interval(statistics, lambda sums: metrics.value(name, sums), draws)
+    kind, counting = metrics.METRICS[name].kind, int((statistics[0, :, -1] > 0).sum())
     if kind == "corpus":
-        counting = found.shape[1]
+        counting = statistics.shape[1]
     if kind == "rate":  # of several seeds the wider of both, as the bootstrap has no width at 0 and 1
         least, most = stats.wilson(value * counting, counting)
         low, high = (least, most) if len(runs) == 1 else (min(low, least), max(high, most))
@@ -31,7 +31,7 @@ def cell(runs, name, draws):
 def cells(systems, draws):
     """{metric: {system: cell}} of {system: runs}, in the order of metrics.METRICS."""
     table = {name: {system: cell(runs, name, draws) for system, runs in systems.items()} for name in metrics.METRICS}
-    table = {name: {system: found for system, found in row.items() if found} for name, row in table.items()}
+    table = {name: {system: entry for system, entry in row.items() if entry} for name, row in table.items()}
     return {name: row for name, row in table.items() if row}
 
 
@@ -47,13 +47,13 @@ def pairs(systems, names, draws):
             ours, theirs = (stack(systems[system], name) for system in (a, b))
             if ours is None or theirs is None or len({len(ours), len(theirs), 1}) > 2:
                 continue
-            if not all(np.isfinite(metrics.value(name, found.sum((0, 1)))) for found in (ours, theirs)):
+            if not all(np.isfinite(metrics.value(name, side.sum((0, 1)))) for side in (ours, theirs)):
                 continue
-            found = stats.compare(ours, theirs, lambda sums, name=name: metrics.value(name, sums), draws)
-            row = dict(zip(("difference", "low", "high", "p"), found)) | {"test": "randomisation"}
+            compared = stats.compare(ours, theirs, lambda sums, name=name: metrics.value(name, sums), draws)
+            row = dict(zip(("difference", "low", "high", "p"), compared)) | {"test": "randomisation"}
             if metrics.METRICS[name].kind == "rate" and len(ours) == len(theirs) == 1:
                 both = (ours[0, :, 1] > 0) & (theirs[0, :, 1] > 0)
-                halves = [found[0, both, 0] for found in (ours, theirs)]
+                halves = [side[0, both, 0] for side in (ours, theirs)]
                 if not any((half % 1).any() for half in halves):
                     row |= {"p": stats.mcnemar(*(half > 0 for half in halves))[2], "test": "McNemar"}
             rows.append({"a": a, "b": b} | row)
@@ -74,22 +74,22 @@ def wins(systems, name):
         both = [list(zip(*systems[system])) for system in (a, b)]  # an item's lines under all seeds
         kept = [item for item in zip(*both) if all(name in line["scores"] for side in item for line in side)]
         if kept:
-            columns = [[better * np.mean([line["scores"][name] for line in each]) for each in side]
+            columns = [[better * np.mean([line["scores"][name] for line in lines]) for lines in side]
                        for side in zip(*kept)]  # fmt: skip
-            lengths = [[np.mean([line["tokens"] for line in each]) for each in side] for side in zip(*kept)]
+            lengths = [[np.mean([line["tokens"] for line in lines]) for lines in side] for side in zip(*kept)]
             rows.append({"a": a, "b": b, "by": name} | stats.win_rate(*columns, *lengths))
     return rows
 
 
 def value(lines, name):
     """Metric `name` over the lines of one run, or None without a value."""
-    found = stack([lines], name)
-    found = np.nan if found is None else float(metrics.value(name, found.sum((0, 1))))
-    return found if np.isfinite(found) else None
+    statistics = stack([lines], name)
+    result = np.nan if statistics is None else float(metrics.value(name, statistics.sum((0, 1))))
+    return result if np.isfinite(result) else None
 
 
 def history(source):
-    """The run folders behind a checkpoint, the first stage first: that of what it started from, then its own."""
+    """The run folders that led to a checkpoint, the first stage first: that of what it started from, then its own."""
     run = Path(source).resolve().parent
     if not (run / "metrics.jsonl").is_file() or not (run / "config.yml").is_file():
         return []
@@ -103,30 +103,30 @@ def cost(runs):
     stages = []
     for run in runs:
         records = log.read_records(run / "metrics.jsonl")
-        peaks = [record["peak_memory_gb"] for record in records if record.get("peak_memory_gb")]
+        memory = [record["peak_memory_gb"] for record in records if record.get("peak_memory_gb")]
         stages.append({
             "name": run.name,
             "tokens": int(max((record.get("tokens_seen") or 0) for record in records)),
             "seconds": sum(record.get("seconds") or 0.0 for record in records),
-            "peak_memory_gb": max(peaks) if peaks else None,
+            "peak_memory_gb": max(memory) if memory else None,
         })  # fmt: skip
-    peaks = [stage["peak_memory_gb"] for stage in stages if stage["peak_memory_gb"]]
+    memory = [stage["peak_memory_gb"] for stage in stages if stage["peak_memory_gb"]]
     return {
         "tokens": sum(stage["tokens"] for stage in stages),
         "seconds": sum(stage["seconds"] for stage in stages),
-        "peak_memory_gb": max(peaks) if peaks else None,
+        "peak_memory_gb": max(memory) if memory else None,
         "stages": stages,
     } if stages else {}  # fmt: skip
 
 
 def curve(runs):
     """The records of a system's runs as one curve: "stage" added, "tokens_seen" going on from stage to stage."""
-    found, before = [], 0
+    points, before = [], 0
     for run in runs:
         records, seen = log.read_records(run / "metrics.jsonl"), 0
         mode = config.load_config(run / "config.yml").training.mode
         for record in records:  # a record's evaluation stands before its update
-            found.append(record | {"stage": mode, "tokens_seen": before + seen})
+            points.append(record | {"stage": mode, "tokens_seen": before + seen})
             seen = int(record.get("tokens_seen") or seen)
         before += seen
-    return found
+    return points

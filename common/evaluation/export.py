@@ -81,9 +81,9 @@ def load(folder, adapter, quantized, device):
 def questions(records, tokenizer, sizes):
     """{"prompts": ids to be continued, "examples": the data's answers as {"ids", "mask"}, "most": tokens to add}"""
     items, _ = measure.items(records, tokenizer, sizes["row"] - sizes["answer"], sizes["items"], sizes["seed"])
-    found = [item.record for item in items]
-    found = [record | {"response": record["reference"] or record["response"]} for record in found]
-    examples, _ = data.encode_records(found, tokenizer, sizes["row"], last_turn_only=True)
+    chosen = [item.record for item in items]
+    answered = [record | {"response": record["reference"] or record["response"]} for record in chosen]
+    examples, _ = data.encode_records(answered, tokenizer, sizes["row"], last_turn_only=True)
     if not examples:
         raise UserError(f"--export: none of {len(items)} test records has an answer to compare log-probabilities on")
     return {"prompts": [item.ids for item in items], "examples": examples, "most": sizes["answer"]}
@@ -91,28 +91,28 @@ def questions(records, tokenizer, sizes):
 
 def answers(net, adapter, asked):
     """Log-probs of the data's answers, greedy texts, and the log-probs of the base alone (None for a whole model)."""
-    found = {"logprobs": score(net, asked["examples"], model.sequence_logprobs), "texts": greedy(net, asked)}
+    results = {"logprobs": score(net, asked["examples"], model.sequence_logprobs), "texts": greedy(net, asked)}
     with lora.using(net, None):
-        found["base"] = score(net, asked["examples"], model.sequence_logprobs) if adapter else None
-    return found
+        results["base"] = score(net, asked["examples"], model.sequence_logprobs) if adapter else None
+    return results
 
 
 @torch.no_grad()
 def score(net, examples, function):
     """log p of every supervised token -> (N,) fp64, by function(net, tokens, mask) of one row at a time."""
-    found = []
+    logprobs = []
     for example in examples:
         tokens, mask = data.collate([example], net.device)
-        found.append(function(net, tokens, mask)[mask.bool()].cpu().double())
-    return torch.cat(found)
+        logprobs.append(function(net, tokens, mask)[mask.bool()].cpu().double())
+    return torch.cat(logprobs)
 
 
 def by_transformers(net, tokens, mask):
     """As model.sequence_logprobs, by transformers' own forward pass."""
-    mask, found = mask.bool(), torch.zeros(mask.shape, device=tokens.device)
+    mask, logprobs = mask.bool(), torch.zeros(mask.shape, device=tokens.device)
     hidden = net.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-    found[mask] = losses.token_logprobs(hidden[mask], net.lm_head.weight, tokens[:, 1:][mask])
-    return found
+    logprobs[mask] = losses.token_logprobs(hidden[mask], net.lm_head.weight, tokens[:, 1:][mask])
+    return logprobs
 
 
 def greedy(net, asked):
@@ -158,11 +158,11 @@ def compare(net, adapter, asked, right, folder):
     }  # fmt: skip
 
 
-def gap(right, found):
-    """{"mean", "largest": of |found - right|, "loss", "loss_merged": -mean log-prob of each} in nats a token."""
-    apart = (found - right).abs()
-    return {"mean": apart.mean().item(), "largest": apart.max().item(), "loss": -right.mean().item(),
-            "loss_merged": -found.mean().item()}  # fmt: skip
+def gap(adapter, merged):
+    """{"mean", "largest": of |merged - adapter|, "loss", "loss_merged": -mean log-prob of each} in nats per token."""
+    apart = (merged - adapter).abs()
+    return {"mean": apart.mean().item(), "largest": apart.max().item(), "loss": -adapter.mean().item(),
+            "loss_merged": -merged.mean().item()}  # fmt: skip
 
 
 def tell(figures):
@@ -184,17 +184,17 @@ def tell(figures):
 
 def refuse(figures, dtype, target):
     """UserError that names the first figure beyond its limit; a nan is beyond every limit."""
-    words = {"mean": "mean |difference| of log-probs", "largest": "largest |difference| of a log-prob",
-             "tie": "greedy texts part between words that differ by"}  # fmt: skip
-    found = [f"{words[name]} {figures[name]:.3g} nats, limit {limit:g}" for name, limit in LIMITS[dtype].items()
-             if not figures[name] <= limit]  # fmt: skip
+    labels = {"mean": "mean |difference| of log-probs", "largest": "largest |difference| of a log-prob",
+              "tie": "greedy texts part between words that differ by"}  # fmt: skip
+    faults = [f"{labels[name]} {figures[name]:.3g} nats, limit {limit:g}" for name, limit in LIMITS[dtype].items()
+              if not figures[name] <= limit]  # fmt: skip
     if figures["survives"] is not None and not figures["survives"] >= SURVIVES:
-        found.append(f"only {figures['survives']:.1%} of the adapter survives rounding, limit {SURVIVES:.0%}")
+        faults.append(f"only {figures['survives']:.1%} of the adapter survives rounding, limit {SURVIVES:.0%}")
     moves = figures["adapter_moves"] if dtype != torch.float32 else None
     if moves and not figures["mean"] <= NOISE * moves:
-        found.append(
+        faults.append(
             f"rounding moves log-probs by {figures['mean']:.2g} nats, over {NOISE:.0%} of what the adapter does"
         )
-    if found:
+    if faults:
         todo = "export it with --model.dtype float32" if dtype != torch.float32 else "this merge is wrong, report it"
-        raise UserError(f"--export: {target} was not written, the merged model differs: {found[0]}; {todo}")
+        raise UserError(f"--export: {target} was not written, the merged model differs: {faults[0]}; {todo}")

@@ -61,11 +61,11 @@ def markdown(blocks):
 
 
 def _md_row(cells):
-    found = []
+    texts = []
     for cell in cells:
         value, detail, bold = cell if isinstance(cell, tuple) else (cell, "", False)
-        found.append(f"{f'**{_md(value)}**' if bold else _md(value)} {_md(detail)}".strip())
-    return f"| {' | '.join(found)} |"
+        texts.append(f"{f'**{_md(value)}**' if bold else _md(value)} {_md(detail)}".strip())
+    return f"| {' | '.join(texts)} |"
 
 
 def _md_table(head, rows):
@@ -113,13 +113,13 @@ def _html_picture(path, alt):
 
 
 def _html_row(cells, tag="td"):
-    found = []
+    texts = []
     for cell in cells:
         value, detail, bold = cell if isinstance(cell, tuple) else (cell, "", False)
         value = f"<b>{_e(value)}</b>" if bold else _e(value)
         kind = f'{tag} scope="col"' if tag == "th" else tag
-        found.append(f"<{kind}>{value}{f' <small>{_e(detail)}</small>' if detail else ''}</{tag}>")
-    return f"<tr>{''.join(found)}</tr>"
+        texts.append(f"<{kind}>{value}{f' <small>{_e(detail)}</small>' if detail else ''}</{tag}>")
+    return f"<tr>{''.join(texts)}</tr>"
 
 
 def _html_table(head, rows):

@@ -14,7 +14,7 @@ from common import chat, data, dist, model, prompts, rollouts
 from common.evaluation import metrics
 from common.log import UserError
 
-TOGETHER = 4096  # tokens a forward pass without gradient
+TOKENS_PER_PASS = 4096  # of a forward pass without gradient
 
 
 def items(records, tokenizer, longest, most, seed):
@@ -22,13 +22,13 @@ def items(records, tokenizer, longest, most, seed):
 
     -> ([{"id", "ids", "record"}], {reason: how many were left out}). UserError if none is left.
     """
-    found, counts = prompts.encode_prompts(records, tokenizer, longest)
-    order = sorted(data.shuffled(len(found), f"items/{seed}")[:most])
-    counts["not_drawn"] = len(found) - len(order)
+    encoded, counts = prompts.encode_prompts(records, tokenizer, longest)
+    order = sorted(data.shuffled(len(encoded), f"items/{seed}")[:most])
+    counts["not_drawn"] = len(encoded) - len(order)
     if not order:
         raise UserError(f"test: none of {len(records)} prompts has at most {longest} tokens (training.max_seq_length "
                         "minus evaluation.max_new_tokens)")  # fmt: skip
-    return [found[i] for i in order], counts | {"kept": len(order)}
+    return [encoded[i] for i in order], counts | {"kept": len(order)}
 
 
 def generate(net, items, sampling, group=1):
@@ -37,16 +37,18 @@ def generate(net, items, sampling, group=1):
     sampling: {"seed", "max_new_tokens", "temperature" (0 is greedy), "top_p"}. A random number belongs to (seed, item,
     sample). The tokens per second are this rank's.
     """
-    mine, heat = range(dist.rank(), len(items), dist.world_size()), sampling["temperature"]
+    mine, temperature = range(dist.rank(), len(items), dist.world_size()), sampling["temperature"]
     rows, started = [i * group + g for i in mine for g in range(group)], time.perf_counter()
-    found = []
+    completions = []
     if rows:
         uniforms = rollouts.uniforms(sampling["seed"], f"test/{group}", rows, sampling["max_new_tokens"])
-        found = rollouts.sample(net, [items[i].ids for i in mine], group, sampling["max_new_tokens"], heat or 1.0,
-                                uniforms, greedy=heat == 0, top_p=sampling["top_p"])["completions"]  # fmt: skip
-    speed = sum(map(len, found)) / (time.perf_counter() - started)
-    everyone = dict(dist.gather_rows([[row, ids] for row, ids in zip(rows, found)]))
-    return [[everyone[i * group + g] for g in range(group)] for i in range(len(items))], speed
+        completions = rollouts.sample(
+            net, [items[i].ids for i in mine], group, sampling["max_new_tokens"], temperature or 1.0, uniforms,
+            greedy=temperature == 0, top_p=sampling["top_p"],
+        )["completions"]  # fmt: skip
+    speed = sum(map(len, completions)) / (time.perf_counter() - started)
+    by_row = dict(dist.gather_rows([[row, ids] for row, ids in zip(rows, completions)]))
+    return [[by_row[i * group + g] for g in range(group)] for i in range(len(items))], speed
 
 
 def text_lines(task, items, answers, tokenizer, scorers):
@@ -57,12 +59,12 @@ def text_lines(task, items, answers, tokenizer, scorers):
     records, texts = [item.record for item in items], [chat.decode(tokenizer, ids) for ids in answers]
     stats = metrics.score(task, records, texts)
     for name, scorer in scorers.items():
-        mine, found = range(dist.rank(), len(items), dist.world_size()), torch.zeros(len(items), dtype=torch.float64)
+        mine, scores = range(dist.rank(), len(items), dist.world_size()), torch.zeros(len(items), dtype=torch.float64)
         if mine:
-            found[mine] = scorer([records[i] for i in mine], [answers[i] for i in mine]).double().cpu()
-        stats[name] = mean(dist.sum_tensor(found).numpy())
-    stats["length"] = mean([len(ids) for ids in answers])
-    stats["stops"] = mean([bool(ids) and ids[-1] in chat.STOP_TOKENS for ids in answers])
+            scores[mine] = scorer([records[i] for i in mine], [answers[i] for i in mine]).double().cpu()
+        stats[name] = values_and_counts(dist.sum_tensor(scores).numpy())
+    stats["length"] = values_and_counts([len(ids) for ids in answers])
+    stats["stops"] = values_and_counts([bool(ids) and ids[-1] in chat.STOP_TOKENS for ids in answers])
     return [
         {"id": record["id"], "prompt": dialogue(record["prompt"]), "answer": text, "tokens": len(ids),
          "stopped": bool(ids) and ids[-1] in chat.STOP_TOKENS,
@@ -72,14 +74,14 @@ def text_lines(task, items, answers, tokenizer, scorers):
 
 
 def dialogue(turns):
-    """The prompt as a person reads it: the text of a single turn, else every turn behind who said it."""
+    """The prompt as a person reads it: the text of a single turn, else every turn after who said it."""
     if len(turns) == 1:
         return turns[0]["content"]
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
 
 
-def mean(values):
-    """Statistics (n, 2) of a mean over all items."""
+def values_and_counts(values):
+    """Statistics (n, 2) of a metric that is a mean over all items: [value, 1] of each."""
     values = np.asarray(values, dtype=np.float64)
     return np.stack([values, np.ones_like(values)], 1)
 
@@ -94,42 +96,42 @@ def model_stats(net, others, items, answers, tokenizer, limit):
     examples = [{"ids": [*item.ids, *ids], "mask": [0] * len(item.ids) + [1] * len(ids)}
                 for item, ids in zip(items, answers)]  # fmt: skip
     sizes = [len(example["ids"]) for example in examples]
-    cuts = data.micro_batches(range(dist.rank(), len(items), dist.world_size()), sizes, TOGETHER)
+    cuts = data.micro_batches(range(dist.rank(), len(items), dist.world_size()), sizes, TOKENS_PER_PASS)
     for name, (frozen, adapter) in others.items():
-        found = dist.sum_tensor(model.exact_entropy_and_kl(net, frozen, adapter, examples, cuts)).numpy()
-        stats[name] = found[:, 1:]
+        sums = dist.sum_tensor(model.exact_entropy_and_kl(net, frozen, adapter, examples, cuts)).numpy()
+        stats[name] = sums[:, 1:]
         if name == "kl_base":
-            stats["kl_base_sequence"] = mean(found[:, 1])
+            stats["kl_base_sequence"] = values_and_counts(sums[:, 1])
     return stats
 
 
 def _preferences(net, records, tokenizer, limit):
-    """Loss a byte of the data's answers and, where there are pairs, which of the two answers is more likely."""
+    """Loss per byte of the data's answers and, where there are pairs, which of the two answers is more likely."""
     if any(record["rejected"] is not None for record in records):
-        found, _ = data.encode_pairs(records, tokenizer, limit)
-        rows = [pair[side] for pair in found for side in ("chosen", "rejected")]
-        names = [pair["id"] for pair in found]
+        pairs, _ = data.encode_pairs(records, tokenizer, limit)
+        rows = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+        names = [pair["id"] for pair in pairs]
     else:
-        found = [record | {"response": record["reference"] or record["response"]} for record in records]
-        rows, _ = data.encode_records(found, tokenizer, limit, last_turn_only=True)
+        answered = [record | {"response": record["reference"] or record["response"]} for record in records]
+        rows, _ = data.encode_records(answered, tokenizer, limit, last_turn_only=True)
         names = [row["id"] for row in rows]
     if not rows:
         return {}
-    each = len(rows) // len(names)  # rows an item
+    rows_per_item = len(rows) // len(names)
     cuts = data.micro_batches(range(dist.rank(), len(names), dist.world_size()),
-                              [sum(len(row["ids"]) for row in rows[i * each : (i + 1) * each])
-                               for i in range(len(names))], TOGETHER)  # fmt: skip
-    totals = dist.sum_tensor(_logprobs(net, rows, each, cuts)).view(-1, each).numpy()
-    tokens = np.array([sum(row["mask"]) for row in rows], dtype=np.float64).reshape(-1, each)
+                              [sum(len(row["ids"]) for row in rows[i * rows_per_item : (i + 1) * rows_per_item])
+                               for i in range(len(names))], TOKENS_PER_PASS)  # fmt: skip
+    totals = dist.sum_tensor(_logprobs(net, rows, rows_per_item, cuts)).view(-1, rows_per_item).numpy()
+    tokens = np.array([sum(row["mask"]) for row in rows], dtype=np.float64).reshape(-1, rows_per_item)
     place = {record["id"]: i for i, record in enumerate(records)}
     stats = {"loss_per_byte": np.zeros((len(records), 2))}
-    if each == 2:
+    if rows_per_item == 2:
         stats |= {"preference": np.zeros((len(records), 2)), "preference_per_token": np.zeros((len(records), 2))}
     for number, name in enumerate(names):
-        good = rows[number * each]
+        good = rows[number * rows_per_item]
         text = chat.decode(tokenizer, [token for token, m in zip(good["ids"], good["mask"]) if m])
         stats["loss_per_byte"][place[name]] = -totals[number, 0], max(1, len(text.encode("utf-8")))
-        if each == 2:
+        if rows_per_item == 2:
             sums, means = totals[number], totals[number] / tokens[number]
             for metric, (a, b) in (("preference", sums), ("preference_per_token", means)):
                 stats[metric][place[name]] = (a > b) + 0.5 * (a == b), 1
@@ -137,14 +139,14 @@ def _preferences(net, records, tokenizer, limit):
 
 
 @torch.no_grad()
-def _logprobs(net, rows, each, cuts):
-    """Summed log-probs of the rows of these items (`each` rows an item), zeros elsewhere -> (rows,) fp64."""
-    found = torch.zeros(len(rows), dtype=torch.float64)
+def _logprobs(net, rows, rows_per_item, cuts):
+    """Summed log-probs of the rows of these items (`rows_per_item` of each), zeros elsewhere -> (rows,) fp64."""
+    totals = torch.zeros(len(rows), dtype=torch.float64)
     for cut in cuts:
-        at = [i * each + side for i in cut for side in range(each)]
+        at = [i * rows_per_item + side for i in cut for side in range(rows_per_item)]
         tokens, mask = data.collate([rows[i] for i in at], net.device)
-        found[at] = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1).cpu().double()
-    return found
+        totals[at] = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1).cpu().double()
+    return totals
 
 
 def merge(lines, stats):

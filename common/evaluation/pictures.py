@@ -173,7 +173,7 @@ def learning(results, curves, styles):
                           marker=marker if held_out or len(points) < 3 else "")  # fmt: skip
         axis.set(title=title, xlabel="tokens seen, over all stages")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(figure, list(dict.fromkeys(name for found in lines.values() for name, *_ in found)), styles, lines=True)
+    _legend(figure, list(dict.fromkeys(name for series in lines.values() for name, *_ in series)), styles, lines=True)
     return figure
 
 

@@ -72,7 +72,7 @@ def _pairs(results, metric):
 
     A pair is turned round where that reads better: an arm against the base, staged against the others.
     """
-    found, better = [], results["metrics"][metric]["better"]
+    judged, better = [], results["metrics"][metric]["better"]
     for given in results.get("pairs", {}).get(metric, ()):
         pair = given
         if pair["a"] == _base(results) or (pair["b"] == "staged" and pair["a"] != "staged"):
@@ -82,9 +82,9 @@ def _pairs(results, metric):
         sure = None not in (finite(pair["difference"]), finite(pair.get("p_holm"))) and pair["p_holm"] < 0.05
         up = sure and pair["difference"] * (better or 1) > 0
         word = (("better", "worse") if better else ("higher", "lower"))[not up] if sure else None
-        found.append(pair | {"verdict": word})
+        judged.append(pair | {"verdict": word})
     return sorted(
-        found, key=lambda pair: (pair["b"] != _base(results), pair["b"] != _base(results) and pair["a"] != "staged")
+        judged, key=lambda pair: (pair["b"] != _base(results), pair["b"] != _base(results) and pair["a"] != "staged")
     )
 
 
@@ -147,10 +147,10 @@ def _comparison(results):
     for name in (*results["systems"], *results.get("floors", ())):
         rows += ["floors, for orientation"] if results.get("floors") and name == results["floors"][0] else []
         row = [name]
-        for metric, about in metrics.items():
+        for metric, facts in metrics.items():
             cell = results["cells"].get(metric, {}).get(name, {})
             few = f" (n {cell['n']})" if finite(cell.get("n")) not in (None, results["items"]) else ""
-            row.append((shown(cell.get("value"), about["digits"]), _range(cell, about["digits"]) + few,
+            row.append((shown(cell.get("value"), facts["digits"]), _range(cell, facts["digits"]) + few,
                         (metric, name) in bold))  # fmt: skip
         rows.append(row)
     how = [f"{results['items']} items", results.get("decoding"), f"{results['draws']:,} draws for each interval"]
@@ -178,9 +178,9 @@ def _pair_tables(results):
     names = list(dict.fromkeys((p["a"], p["b"]) for m in tables if m != head for p in tables[m]))
     rows = []
     for metric in (m for m in tables if m != head and tables[m]):
-        found, digits = {(p["a"], p["b"]): p for p in tables[metric]}, metrics[metric]["digits"]
+        by_systems, digits = {(p["a"], p["b"]): p for p in tables[metric]}, metrics[metric]["digits"]
         cells = [(shown(p["difference"], digits, "+"), f"{_range(p, digits, '+')} p {_p(p.get('p_holm'))}"
-                  + (f", {p['verdict']}" if p["verdict"] else ""), False) if (p := found.get(name)) else "–"
+                  + (f", {p['verdict']}" if p["verdict"] else ""), False) if (p := by_systems.get(name)) else "–"
                  for name in names]  # fmt: skip
         rows.append([metric + ARROWS.get(metrics[metric]["better"], ""), *cells])
     other = [("text", "The other metrics, with Holm's p:"), ("table", ["", *(f"{a} - {b}" for a, b in names)], rows)]
@@ -221,10 +221,10 @@ def _cost_table(results):
     )
 
 
-def _samples(items, about):
+def _samples(items, caption):
     if not items:
         return []
-    blocks = [("text", about)]
+    blocks = [("text", caption)]
     for item in items:
         answers = [(name, shown(item.get("scores", {}).get(name), 2), text) for name, text in item["answers"].items()]
         title = f"{item['id']}" + (f" (highest reward of {item['system']})" if item.get("system") else "")

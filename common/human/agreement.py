@@ -13,15 +13,15 @@ def krippendorff_alpha(counts, weights=None):
     fewer than two ratings say nothing. nan where all labels left are the same, or none are: chance agreement is 1.
     """
     counts = np.asarray(counts, dtype=np.float64)
-    each = counts.sum(1)
-    counts = counts * (each >= 2)[:, None]
-    observed = (counts * (each[:, None] - counts)).sum(1) / np.maximum(each - 1, 1)
+    raters = counts.sum(1)
+    counts = counts * (raters >= 2)[:, None]
+    observed = (counts * (raters[:, None] - counts)).sum(1) / np.maximum(raters - 1, 1)
     draws = np.ones((1, len(counts))) if weights is None else np.asarray(weights, dtype=np.float64)
     totals = draws @ counts
     n = totals.sum(1)
     expected = (totals * (n[:, None] - totals)).sum(1) / np.maximum(n - 1, 1)
-    found = np.divide(draws @ observed, expected, out=np.full(len(n), np.nan), where=expected > 0)
-    return float(1 - found[0]) if weights is None else 1 - found
+    ratio = np.divide(draws @ observed, expected, out=np.full(len(n), np.nan), where=expected > 0)
+    return float(1 - ratio[0]) if weights is None else 1 - ratio
 
 
 def fleiss_kappa(counts):
@@ -34,8 +34,8 @@ def fleiss_kappa(counts):
     counts = counts[counts.sum(1) >= 2]
     if not len(counts):
         return math.nan
-    each = counts.sum(1)
-    observed = ((counts * (counts - 1)).sum(1) / (each * (each - 1))).mean()
+    raters = counts.sum(1)
+    observed = ((counts * (counts - 1)).sum(1) / (raters * (raters - 1))).mean()
     chance = ((counts.sum(0) / counts.sum()) ** 2).sum()
     return float((observed - chance) / (1 - chance)) if chance < 1 else math.nan
 

@@ -101,23 +101,23 @@ def _interval(draws):
 def _strengths(chosen, systems, n, weights):
     """Win matrix, win rates of each pair and Bradley-Terry strengths, with intervals over items."""
     k = len(systems)
-    each = np.zeros((n, k, k))
+    item_wins = np.zeros((n, k, k))
     for item, preferred in chosen:
         inside = np.array([name in preferred for name in systems])
         tie = np.outer(inside, inside) if preferred else np.ones((k, k))
-        each[item] += np.outer(inside, ~inside) + 0.5 * tie * (1 - np.eye(k))
-    wins, drawn = each.sum(0), (weights @ each.reshape(n, -1)).reshape(-1, k, k)
-    rates = [_win_rate(systems, pair, each, drawn) for pair in itertools.combinations(range(k), 2)]
+        item_wins[item] += np.outer(inside, ~inside) + 0.5 * tie * (1 - np.eye(k))
+    wins, drawn = item_wins.sum(0), (weights @ item_wins.reshape(n, -1)).reshape(-1, k, k)
+    rates = [_win_rate(systems, pair, item_wins, drawn) for pair in itertools.combinations(range(k), 2)]
     finite, strengths = agreement.connected(wins), agreement.bradley_terry(wins, PRIOR)
     bounds = [_interval(column) for column in agreement.bradley_terry(drawn, PRIOR).T] if finite else [(None, None)] * k
     table = {s: {"strength": float(v), "low": b[0], "high": b[1]} for s, v, b in zip(systems, strengths, bounds)}
     return {"wins": wins.tolist(), "win_rates": rates, "bradley_terry": table, "strengths_finite": finite}
 
 
-def _win_rate(systems, pair, each, drawn):
+def _win_rate(systems, pair, item_wins, drawn):
     """Share of the comparisons of systems a and b that a won. Where resampled items all agree: Wilson's over items."""
     a, b = pair
-    compared, many = each[:, a, b] + each[:, b, a], drawn[:, a, b] + drawn[:, b, a]
+    compared, many = item_wins[:, a, b] + item_wins[:, b, a], drawn[:, a, b] + drawn[:, b, a]
     row = {
         "first": systems[a],
         "second": systems[b],
@@ -128,7 +128,7 @@ def _win_rate(systems, pair, each, drawn):
     }
     if not compared.any():
         return row
-    rate, n = float(each[:, a, b].sum() / compared.sum()), int((compared > 0).sum())
+    rate, n = float(item_wins[:, a, b].sum() / compared.sum()), int((compared > 0).sum())
     low, high = _interval(np.divide(drawn[:, a, b], many, out=np.full(len(many), np.nan), where=many > 0))
     return {**row, "rate": rate, **dict(zip(("low", "high"), wilson(rate * n, n) if low is None else (low, high)))}
 
@@ -149,9 +149,9 @@ def _agreement(chosen, raters, weights):
         reason = "all ratings are the same: agreement beyond chance is not defined"
     low, high = (None, None) if reason else _interval(agreement.krippendorff_alpha(counts, weights))
     kappa, raw = agreement.fleiss_kappa(counts), agreement.raw_agreement(counts)
-    found = {"alpha": alpha, "low": low, "high": high, "kappa": kappa, "raw": raw}
-    found = {name: None if value is None or math.isnan(value) or reason else value for name, value in found.items()}
-    return {**found, "raw": raw if shared else None, "items": shared, "reason": reason}
+    values = {"alpha": alpha, "low": low, "high": high, "kappa": kappa, "raw": raw}
+    values = {name: None if value is None or math.isnan(value) or reason else value for name, value in values.items()}
+    return {**values, "raw": raw if shared else None, "items": shared, "reason": reason}
 
 
 def _position_bias(key, ratings):
@@ -180,11 +180,14 @@ def _length_bias(key, ratings):
 
 def _scores(key, ratings):
     """{system: {column: {"mean", "n"}}} over the ratings that preferred that one answer, which the scores speak of."""
-    found = {}
+    scores = {}
     for rating in ratings:
         if len(rating["preferred"]) == 1:
             name = key[rating["item_id"]]["systems"][rating["preferred"][0]]
             for column in SCORES:
                 if rating[column] is not None:
-                    found.setdefault(name, {}).setdefault(column, []).append(rating[column])
-    return {s: {c: {"mean": sum(v) / len(v), "n": len(v)} for c, v in of.items()} for s, of in sorted(found.items())}
+                    scores.setdefault(name, {}).setdefault(column, []).append(rating[column])
+    return {
+        s: {c: {"mean": sum(v) / len(v), "n": len(v)} for c, v in columns.items()}
+        for s, columns in sorted(scores.items())
+    }

@@ -96,16 +96,16 @@ def read_manifest(path):
     slots = "".join(name.removeprefix("response_") for name in columns if name.startswith("response_"))
     if slots not in WIDTHS or columns != _blind_columns("task" in columns, slots):
         raise UserError(f"{path}, line 1: no blind file's columns: {columns}")
-    found = {}
+    items = {}
     for line, row in rows:
-        if not row["item_id"] or row["item_id"] in found:
+        if not row["item_id"] or row["item_id"] in items:
             raise UserError(f"{path}, line {line}: item_id {row['item_id']!r} is empty or stands twice")
-        found[row["item_id"]] = {
+        items[row["item_id"]] = {
             "slots": slots, **{name: row[name] for name in ("task", "prompt", "reference") if name in row},
             "answers": {slot: row[f"response_{slot}"] for slot in slots},
         }  # fmt: skip
-    _check_marks(path, found)
-    return found
+    _check_marks(path, items)
+    return items
 
 
 def read_key(path):
@@ -114,20 +114,20 @@ def read_key(path):
     columns, rows = sheets.read(path)
     if tuple(columns) != KEY:
         raise UserError(f"{path}, line 1: a key's columns are {', '.join(KEY)}")
-    found = {}
+    entries = {}
     for line, row in rows:
         try:
-            _add_slot(found, row)
+            _add_slot(entries, row)
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}") from error
-    for item, entry in found.items():
-        first = found.get(entry["original"], {}).get("kind")
+    for item, entry in entries.items():
+        first = entries.get(entry["original"], {}).get("kind")
         if entry["slots"] not in WIDTHS or (entry["kind"] == "check") != (entry["trap"] is not None):
             raise UserError(f"{path}: {item} has slots {entry['slots']} and trap {entry['trap']}, as {entry['kind']}")
         if (entry["kind"] == "duplicate") != (first == "item"):
             raise UserError(f"{path}: {item} is {entry['kind']}, of original {entry['original']!r}")
-    _check_marks(path, found)
-    return found
+    _check_marks(path, entries)
+    return entries
 
 
 def check_pair(path, items):
@@ -142,20 +142,20 @@ def check_pair(path, items):
         )
 
 
-def _check_marks(path, found):
+def _check_marks(path, items):
     """UserError if a file holds items of several studies; a warning where its items carry no mark."""
     first = {}
-    for item in found:
+    for item in items:
         first.setdefault(mark_of(item), item)
     if len(first) > 1:
-        one, other = list(first.values())[:2]
-        raise UserError(f"{path}: {one!r:.80} and {other!r:.80} are items of two studies: one file for each is needed")
+        item, other = list(first.values())[:2]
+        raise UserError(f"{path}: {item!r:.80} and {other!r:.80} are items of two studies: one file for each is needed")
     if "" in first:
         say(f"{path}: its items carry no study mark, as it is of an earlier version: use it with its own ratings only")
 
 
-def _add_slot(found, row):
-    """Put a line of the key into `found`; ValueError says what is wrong with it."""
+def _add_slot(entries, row):
+    """Put a line of the key into `entries`; ValueError says what is wrong with it."""
     shared = {
         "kind": row["kind"],
         "original": row["original"],
@@ -163,7 +163,7 @@ def _add_slot(found, row):
         "seed": row["seed"],
     }
     empty = {"slots": "", **shared, "trap": None, "systems": {}, "characters": {}, "digests": {}}
-    entry, slot = found.setdefault(row["item_id"], empty), row["slot"]
+    entry, slot = entries.setdefault(row["item_id"], empty), row["slot"]
     if not row["item_id"] or {name: entry[name] for name in shared} != shared:
         raise ValueError(f"item_id {row['item_id']!r} is empty, or differs from its lines above")
     if slot != SLOTS[len(entry["slots"]) : len(entry["slots"]) + 1] or row["kind"] not in KINDS or not row["system"]:

@@ -30,8 +30,8 @@ class ForeignItem(ValueError):
 
 def mark_of(item_id):
     """The mark of the study that an item_id belongs to; "" in files that were written before there were marks."""
-    found = re.fullmatch("([0-9a-f]{6})-item-[0-9]+", item_id)
-    return found[1] if found else ""
+    match = re.fullmatch("([0-9a-f]{6})-item-[0-9]+", item_id)
+    return match[1] if match else ""
 
 
 def read_ratings(paths, entries, remedy=OWN_KEY):
@@ -40,23 +40,23 @@ def read_ratings(paths, entries, remedy=OWN_KEY):
     A rater's later rating of an item is kept beside the earlier one: `analyse` takes the last and counts the others.
     UserError names file and line. remedy: what the user should do where an item is of another study.
     """
-    found = []
+    ratings = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        found += _parse_rows(path, _rating_rows(path), entries, remedy)
-    return found
+        ratings += _parse_rows(path, _rating_rows(path), entries, remedy)
+    return ratings
 
 
 def _parse_rows(path, rows, entries, remedy):
     """The ratings in the rows [(line, {column: value})] of a file."""
-    found = []
+    ratings = []
     for line, row in rows:
         try:
-            found.append(parse_rating(row, entries))
+            ratings.append(parse_rating(row, entries))
         except ForeignItem as error:
             raise UserError(f"{path}, line {line}: {error}: {remedy}") from error
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}") from error
-    return found
+    return ratings
 
 
 def _rating_rows(path):
@@ -121,12 +121,12 @@ def _unknown_item(item_id, entries):
 
 def _slots(row, column, slots):
     """The slots of "B/A" as a tuple; ValueError for another slot, or one that stands twice."""
-    found = tuple(part.strip().upper() for part in row[column].split("/"))
-    if len(set(found)) < len(found) or not set(found) <= set(slots):
+    chosen = tuple(part.strip().upper() for part in row[column].split("/"))
+    if len(set(chosen)) < len(chosen) or not set(chosen) <= set(slots):
         raise ValueError(
             f"{column} {row[column]!r}: slots of {'/'.join(slots)}, joined by / , or none where none is best"
         )
-    return found
+    return chosen
 
 
 def append(path, row):
@@ -157,8 +157,8 @@ def reopen(path, entries):
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     rows = _json_rows(path, sheets.decode(path, whole)) if whole else []
-    found = _parse_rows(path, rows, entries, "move this file away, or serve the blind file that it rates")
+    ratings = _parse_rows(path, rows, entries, "move this file away, or serve the blind file that it rates")
     if whole != data:
         os.truncate(path, len(whole))
         say(f"{path}: the last line was cut off and is dropped ({len(data) - len(whole)} bytes)")
-    return found
+    return ratings

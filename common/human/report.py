@@ -1,68 +1,68 @@
-"""What human.analyse found, as Markdown."""
+"""The report of a study, from the dict of human.analyse, as Markdown."""
 
 import re
 
 from common.human.analysis import MAX_FAILED, PRIOR, SCORES
 
 
-def report(found):
+def report(study):
     """human.analyse's dict -> Markdown text, for a reader who has not seen the code."""
     blocks = [
         "## Human evaluation",
-        _counts(found),
-        *_comparison(found),
-        _agreement(found["agreement"]),
-        _biases(found),
+        _counts(study),
+        *_comparison(study),
+        _agreement(study["agreement"]),
+        _biases(study),
     ]
-    scored = [[name, *map(_mean, map(of.get, SCORES))] for name, of in found["scores"].items()]
+    scored = [[name, *map(_mean, map(columns.get, SCORES))] for name, columns in study["scores"].items()]
     if scored:
         blocks += ["Scores of the preferred answer, where only one was:", _table(["preferred", *SCORES], scored)]
     raters = [[row["rater_id"], str(row["items"]), f"{row['failed']} of {row['checks']}",
-               f"{row['same']} of {row['twice']}"] for row in found["raters"]]  # fmt: skip
+               f"{row['same']} of {row['twice']}"] for row in study["raters"]]  # fmt: skip
     blocks.append(_table(["rater", "items", "failed checks", "duplicates alike"], raters))
     return "\n\n".join(blocks) + "\n"
 
 
-def _counts(found):
-    rows = [row for row in found["raters"] if row["rater_id"] in found["excluded"]]
+def _counts(study):
+    rows = [row for row in study["raters"] if row["rater_id"] in study["excluded"]]
     why = "; ".join(f"{_plain(row['rater_id'])} ({row['failed']} of {row['checks']} checks failed)" for row in rows)
     return (
-        f"{found['items']} items, {len(found['raters']) - len(rows)} raters, {found['ratings']} ratings counted; "
-        f"{found['replaced']} replaced by a later rating of the same rater. Excluded, by the rule fixed before the "
-        f"study (more than {MAX_FAILED} failed check): {why or 'nobody'}. With {found['items']} items a win rate near "
-        f"50 % is known to ±{100 * found['half_width']:.1f} points: a smaller difference cannot be seen here."
+        f"{study['items']} items, {len(study['raters']) - len(rows)} raters, {study['ratings']} ratings counted; "
+        f"{study['replaced']} replaced by a later rating of the same rater. Excluded, by the rule fixed before the "
+        f"study (more than {MAX_FAILED} failed check): {why or 'nobody'}. With {study['items']} items a win rate near "
+        f"50 % is known to ±{100 * study['half_width']:.1f} points: a smaller difference cannot be seen here."
     )
 
 
-def _comparison(found):
+def _comparison(study):
     """Win matrix, win rates and strengths, the strongest first."""
-    names, ranked = found["systems"], sorted(found["bradley_terry"].items(), key=lambda pair: -pair[1]["strength"])
-    wins = [[name, *(f"{value:g}" for value in row)] for name, row in zip(names, found["wins"])]
-    rates = [[f"{row['first']} : {row['second']}", _share(row, "rate"), f"{row['n']:g}"] for row in found["win_rates"]]
+    names, ranked = study["systems"], sorted(study["bradley_terry"].items(), key=lambda pair: -pair[1]["strength"])
+    wins = [[name, *(f"{value:g}" for value in row)] for name, row in zip(names, study["wins"])]
+    rates = [[f"{row['first']} : {row['second']}", _share(row, "rate"), f"{row['n']:g}"] for row in study["win_rates"]]
     yield "Wins of the row over the column, ties half:"
     yield _table(["", *names], wins)
     yield _table(["pair", "win rate of the first", "comparisons"], rates)
     yield _table(["system", "Bradley-Terry strength"], [[name, _figure(row, "strength")] for name, row in ranked])
     yield "Strengths are log odds with mean 0; 95 % intervals (in brackets) are over items."
-    if not found["strengths_finite"]:
+    if not study["strengths_finite"]:
         yield (
             "Some system won or lost everything against others, so its strength has no bound: the strengths are those "
             f"with {PRIOR} wins added each way to every pair, and have no intervals."
         )
 
 
-def _agreement(found):
-    raw = "" if found["raw"] is None else f" {100 * found['raw']:.1f} % of the pairs of ratings of an item are alike."
-    if found["reason"]:
-        return f"Agreement: {found['reason']}.{raw}"
+def _agreement(study):
+    raw = "" if study["raw"] is None else f" {100 * study['raw']:.1f} % of the pairs of ratings of an item are alike."
+    if study["reason"]:
+        return f"Agreement: {study['reason']}.{raw}"
     return (
-        f"Agreement on {found['items']} items that two or more rated: Krippendorff's alpha {_figure(found, 'alpha')}, "
-        f"Fleiss' kappa {found['kappa']:.3f}.{raw}"
+        f"Agreement on {study['items']} items that two or more rated: Krippendorff's alpha {_figure(study, 'alpha')}, "
+        f"Fleiss' kappa {study['kappa']:.3f}.{raw}"
     )
 
 
-def _biases(found):
-    same, position, length = found["self_consistency"], found["position_bias"], found["length_bias"]
+def _biases(study):
+    same, position, length = study["self_consistency"], study["position_bias"], study["length_bias"]
     p = "" if position["p"] is None else f", p = {position['p']:.2g} (exact binomial test)"
     return (
         f"The same rater on the same item with other slots: {_share(same)} alike, n = {same['n']}. "

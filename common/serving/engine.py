@@ -29,7 +29,7 @@ def request(ids, asked, emit=None, stop=chat.STOP_TOKENS):
     """What Engine.submit takes. ids: the prompt; asked: {"model": a name that the engine knows, "max_tokens",
     "temperature": 0 is greedy, "top_p", "seed"}.
 
-    emit(token, finish) is called from the engine's thread for each token, with finish None, "stop" behind a stop token
+    emit(token, finish) is called from the engine's thread for each token, with finish None, "stop" after a stop token
     or "length"; instead emit(None, error) where an exception ended the request.
     """
     return SimpleNamespace(ids=ids, **asked, emit=emit, stop=frozenset(stop), tokens=[], cancelled=False, done=False)
@@ -51,82 +51,85 @@ class Engine:
             group = SimpleNamespace(decoder=decoder, rows=rows, failures=0)
             group.running, group.entering, group.hidden = [], [], decoder.head[:0]
             self.groups |= dict.fromkeys(names, group)
-        self.each = list({id(group): group for group in self.groups.values()}.values())
-        self.queue, self.door, self.closed, self.alive = deque(), threading.Condition(), False, True
+        self.unique_groups = list({id(group): group for group in self.groups.values()}.values())
+        self.queue, self.lock, self.closed, self.alive = deque(), threading.Condition(), False, True
         self.counts = dict.fromkeys(("prompt_tokens", "tokens", "steps", "finished", "cancelled", "failed"), 0)
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
 
     def submit(self, requests):
         """Take all of these requests or none. Busy if they do not fit into the queue, RuntimeError if nothing runs."""
-        for one in requests:
-            if len(one.ids) + one.max_tokens > self.slots:
-                raise ValueError(f"{len(one.ids)} + {one.max_tokens} tokens, more than {self.slots}")
-        with self.door:
+        for request in requests:
+            if len(request.ids) + request.max_tokens > self.slots:
+                raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens, more than {self.slots}")
+        with self.lock:
             if not self.alive or self.closed:
                 raise RuntimeError("the engine has stopped")
             self.check_room(len(requests))
             self.queue.extend(requests)
-            self.door.notify()
+            self.lock.notify()
 
     def check_room(self, count):
         """Busy if `count` requests more would not be taken now."""
-        rows, flying = sum(group.rows for group in self.each), self.in_flight()
-        if sum(flying) + count > self.limit + rows:
-            raise Busy(1 + flying[1] // rows)
+        rows, active = sum(group.rows for group in self.unique_groups), self.in_flight()
+        if sum(active) + count > self.limit + rows:
+            raise Busy(1 + active[1] // rows)
 
     def cancel(self, requests):
         """Stop these at the next token; nothing is emitted for them any more."""
-        with self.door:
-            for one in requests:
-                one.cancelled = True
-            self.door.notify()
+        with self.lock:
+            for request in requests:
+                request.cancelled = True
+            self.lock.notify()
 
     def in_flight(self):
         """(requests that decode, requests that wait)"""
-        return sum(len(group.running) + len(group.entering) for group in self.each), len(self.queue)
+        return sum(len(group.running) + len(group.entering) for group in self.unique_groups), len(self.queue)
 
     def close(self, seconds=5.0):
-        """End the thread behind the step at hand; what is in flight gets no further token."""
-        with self.door:
+        """End the thread after the step at hand; what is in flight gets no further token."""
+        with self.lock:
             self.closed = True
-            self.door.notify()
+            self.lock.notify()
         self.thread.join(seconds)
 
     def _work(self):
         torch.set_num_threads(torch.get_num_threads())  # as above
         try:
             while True:
-                with self.door:
-                    while not (self.closed or self.queue or any(group.running for group in self.each)):
-                        self.door.wait()
+                with self.lock:
+                    while not (self.closed or self.queue or any(group.running for group in self.unique_groups)):
+                        self.lock.wait()
                     if self.closed:
                         return
-                    for group in self.each:
+                    for group in self.unique_groups:
                         group.entering = self._next(group)
-                for group in self.each:
+                for group in self.unique_groups:
                     if group.running or group.entering:
                         self._turn(group)
         finally:
-            with self.door:
+            with self.lock:
                 self.alive = False
-                left = [*self.queue, *(one for group in self.each for one in [*group.running, *group.entering])]
-                self.queue, self.each = deque(), []
-            for one in left:
-                _emit(one, None, RuntimeError("the engine has stopped"))
+                left = [
+                    *self.queue,
+                    *(request for group in self.unique_groups for request in [*group.running, *group.entering]),
+                ]
+                self.queue, self.unique_groups = deque(), []
+            for request in left:
+                _emit(request, None, RuntimeError("the engine has stopped"))
 
     def _next(self, group):
         """Take out of the queue what may enter this group now, in the order of arrival."""
         free, tokens, entering, others = group.rows - len(group.running), 0, [], deque()
-        for one in self.queue:
-            mine = self.groups[one.model] is group
-            if one.cancelled:
+        for request in self.queue:
+            mine = self.groups[request.model] is group
+            if request.cancelled:
                 self.counts["cancelled"] += 1
-            elif mine and len(entering) < free and (not entering or tokens + len(one.ids) <= PREFILL):
-                entering.append(one)
-                tokens += len(one.ids)
+            elif mine and len(entering) < free and (not entering or tokens + len(request.ids) <= PREFILL):
+                entering.append(request)
+                tokens += len(request.ids)
             else:
-                others.append(one)
+                others.append(request)
                 free = len(entering) if mine else free  # nobody overtakes
         self.queue = others
         return entering
@@ -141,33 +144,35 @@ class Engine:
             group.failures += 1
             group.decoder.select([])
             group.running, group.entering, group.hidden = [], [], group.decoder.head[:0]
-            for one in members:
-                self.counts["failed"] += not one.done
-                _emit(one, None, error)
+            for request in members:
+                self.counts["failed"] += not request.done
+                _emit(request, None, error)
             if group.failures == PATIENCE:
                 raise
 
     def _advance(self, group, decoder):
         if group.entering:
-            for one in group.entering:
-                one.uniforms = rollouts.uniforms(one.seed, 0, [0], one.max_tokens)[0]
-                self.counts["prompt_tokens"] += len(one.ids)
-            fresh = [decoder.admit([one.ids], [1], [self.adapters[one.model]]) for one in group.entering]
+            for request in group.entering:
+                request.uniforms = rollouts.uniforms(request.seed, 0, [0], request.max_tokens)[0]
+                self.counts["prompt_tokens"] += len(request.ids)
+            fresh = [decoder.admit([request.ids], [1], [self.adapters[request.model]]) for request in group.entering]
             group.hidden = torch.cat([group.hidden, *fresh])
-            with self.door:
+            with self.lock:
                 group.running, group.entering = [*group.running, *group.entering], []
         tokens = _draw(decoder.scores(group.hidden), group.running)
         alive = []
         self.counts["tokens"] += len(tokens)
         self.counts["steps"] += 1
-        for row, (one, token) in enumerate(zip(group.running, tokens.tolist())):
-            one.tokens.append(token)
-            finish = "stop" if token in one.stop else "length" if len(one.tokens) == one.max_tokens else None
-            if one.cancelled or finish:
-                self.counts["cancelled" if one.cancelled else "finished"] += 1
+        for row, (request, token) in enumerate(zip(group.running, tokens.tolist())):
+            request.tokens.append(token)
+            finish = (
+                "stop" if token in request.stop else "length" if len(request.tokens) == request.max_tokens else None
+            )
+            if request.cancelled or finish:
+                self.counts["cancelled" if request.cancelled else "finished"] += 1
             else:
                 alive.append(row)
-            _emit(one, token, finish)
+            _emit(request, token, finish)
         order = decoder.select(alive)
         group.running = [group.running[row] for row in order]
         group.hidden = decoder.step(tokens[order]) if order else group.hidden[:0]
@@ -175,29 +180,29 @@ class Engine:
 
 def _by_base(models):
     """{id of a model: (model, names that run on it)}"""
-    found = {}
+    bases = {}
     for name, (net, _) in models.items():
-        found.setdefault(id(net), (net, []))[1].append(name)
-    return found
+        bases.setdefault(id(net), (net, []))[1].append(name)
+    return bases
 
 
-def _emit(one, token, finish):
-    """Hand a token or the end over; nothing behind the end, and nothing to those who have left."""
-    if not one.done and not one.cancelled:
-        one.done = finish is not None
+def _emit(request, token, finish):
+    """Hand a token or the end over; nothing after the end, and nothing to those who have left."""
+    if not request.done and not request.cancelled:
+        request.done = finish is not None
         with contextlib.suppress(RuntimeError):  # the server's loop has been closed
-            one.emit(token, finish)
+            request.emit(token, finish)
 
 
 def _draw(logits, requests):
-    """One token a row (rows,), each by its request's own settings and next random number."""
-    kinds = [(one.temperature, one.top_p) for one in requests]
-    uniforms = torch.stack([one.uniforms[len(one.tokens)] for one in requests]).to(logits.device)
+    """One token per row (rows,), each by its request's own settings and next random number."""
+    kinds = [(request.temperature, request.top_p) for request in requests]
+    uniforms = torch.stack([request.uniforms[len(request.tokens)] for request in requests]).to(logits.device)
     tokens = torch.empty(len(requests), dtype=torch.long, device=logits.device)
     for kind in dict.fromkeys(kinds):
         temperature, top_p = kind
         rows = torch.tensor([i for i, other in enumerate(kinds) if other == kind], device=logits.device)
-        some = logits if len(rows) == len(kinds) else logits[rows]
+        own_logits = logits if len(rows) == len(kinds) else logits[rows]
         how = {"temperature": temperature, "top_p": top_p} if temperature else {"greedy": True}
-        tokens[rows], _ = rollouts.draw(some, uniforms[rows], **how)
+        tokens[rows], _ = rollouts.draw(own_logits, uniforms[rows], **how)
     return tokens

@@ -75,7 +75,7 @@ def check_flat(body):
 
 def settings(body, models, **defaults):
     """The fields of NUMBERS and `model`, one of `models`, checked; as engine.request takes them."""
-    found = {}
+    values = {}
     for name, (kind, least, most, default) in NUMBERS.items():
         value = body.get(name, defaults.get(name, default))
         fits = type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
@@ -83,14 +83,14 @@ def settings(body, models, **defaults):
             raise Refused(
                 400, f"{name} must be {'a whole number' if kind is int else 'a number'} from {least} to {most}", name
             )
-        found[name] = value
-    if 0 < found["temperature"] < 0.01:
+        values[name] = value
+    if 0 < values["temperature"] < 0.01:
         raise Refused(400, "temperature must be 0 (the likeliest token) or at least 0.01", "temperature")
-    found["seed"] = secrets.randbits(63) if found["seed"] is None else found["seed"]
-    found["model"] = body.get("model", next(iter(models)))
-    if found["model"] not in models if isinstance(found["model"], str) else True:
+    values["seed"] = secrets.randbits(63) if values["seed"] is None else values["seed"]
+    values["model"] = body.get("model", next(iter(models)))
+    if values["model"] not in models if isinstance(values["model"], str) else True:
         raise Refused(404, f"no model of that name; there are {', '.join(models)}", "model")
-    return found
+    return values
 
 
 def turns_of(messages):
@@ -113,7 +113,7 @@ def turns_of(messages):
 
 
 def chat_options(body):
-    """(stream, with usage behind it, stop texts) of a chat request; Refused for what this server cannot do."""
+    """(stream, with usage after it, stop texts) of a chat request; Refused for what this server cannot do."""
     for name, neutral in NEUTRAL.items():
         if body.get(name, neutral) != neutral:
             raise Refused(400, f"{name} is not supported, but as {json.dumps(neutral)}", name)

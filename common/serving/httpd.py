@@ -49,13 +49,13 @@ async def read_head(reader, call):
         raise Refused(400, "expected METHOD /path HTTP/1.1")
     call.method, (call.path, _, call.query), call.headers = start[1], start[2].partition("?"), {}
     for line in lines[1:-1]:
-        found = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*", line)
-        if not found:
+        header = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*", line)
+        if not header:
             raise Refused(400, "a header is not NAME: VALUE")
-        name = found[1].lower()
+        name = header[1].lower()
         if name in call.headers and name in ONCE:
             raise Refused(400, f"header {name} stands twice")
-        call.headers[name] = found[2]
+        call.headers[name] = header[2]
     body = {"content-length": "0"} | call.headers
     if call.method in ("GET", "HEAD") and (body["content-length"] != "0" or "transfer-encoding" in body):
         raise Refused(400, f"{call.method} takes no body")
