@@ -257,21 +257,20 @@ def main(argv=None):
     for (name, k), (folder, adapter) in places.items():
         runs[name, k] = comparison.history(systems[name][k])
         last_config = config.load_config(runs[name, k][-1] / "config.yml") if runs[name, k] else None
-        whole_model = folder.resolve() != base_folder.resolve()  # with weights of its own, not the base's
+        is_whole = folder.resolve() != base_folder.resolve()  # with weights of its own, not the base's
         by_rl = last_config is not None and last_config.training.mode == "rl"
         rl_start = last_config.model if by_rl else None
-        full = by_rl and whole_model and not adapter  # then what RL started from is a whole model too
-        reference_folder = base.resolve(rl_start.base_checkpoint) if full else base_folder
-        key = resume.fingerprint([*shared, fingerprints[folder] if whole_model else None, by_rl,
-                                  base.fingerprint(reference_folder) if reference_folder != base_folder else None,
+        full = by_rl and is_whole and not adapter  # then what RL started from is a whole model too
+        ref_folder = base.resolve(rl_start.base_checkpoint) if full else base_folder
+        key = resume.fingerprint([*shared, fingerprints[folder] if is_whole else None, by_rl,
+                                  base.fingerprint(ref_folder) if ref_folder != base_folder else None,
                                   model.adapter_fingerprint(adapter), four_bit[name, k],
                                   model.adapter_fingerprint(rl_start.adapter if by_rl else None)])  # fmt: skip
 
         def answer(
-            name=name, k=k, folder=folder, adapter=adapter,
-            rl_start=rl_start, whole_model=whole_model, reference_folder=reference_folder,
-        ):  # fmt: skip
-            if whole_model:
+            name=name, k=k, folder=folder, adapter=adapter, rl_start=rl_start, is_whole=is_whole, ref_folder=ref_folder
+        ):
+            if is_whole:
                 net = model.load(folder, device, dtype, quantize=four_bit[name, k])[0]
                 net.base_sha256 = fingerprints[folder]
             else:
@@ -279,7 +278,7 @@ def main(argv=None):
             others = {"kl_base": (base_model, None)}
             if rl_start:  # what RL started from and was held to
                 frozen = net if adapter else base_model  # an adapter's reference is one beside it, on the same base
-                frozen = frozen if reference_folder == base_folder else model.load(reference_folder, device, dtype)[0]
+                frozen = frozen if ref_folder == base_folder else model.load(ref_folder, device, dtype)[0]
                 if rl_start.adapter:
                     model.load_adapter(frozen, f"reference-{name}-{k}", rl_start.adapter, trainable=False)
                 others["kl_reference"] = (frozen, f"reference-{name}-{k}" if rl_start.adapter else None)
@@ -355,8 +354,10 @@ def main(argv=None):
             say(f"{sheet} is there already and may have been rated: kept")
         elif job.human_eval:
             texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in runs_by_system.items()}
-            asked = [{"task": task, "prompt": line["prompt"], "reference": item.record["reference"] or ""}
-                     for item, line in zip(items, next(iter(runs_by_system.values()))[0])]  # fmt: skip
+            asked = [
+                {"task": task, "prompt": line["prompt"], "reference": item.record["reference"] or ""}
+                for item, line in zip(items, next(iter(runs_by_system.values()))[0])
+            ]
             manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
         for name, row in results["cells"][headline].items():
             say(f"{headline} of {name}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
@@ -369,15 +370,20 @@ def remarks(cfg, systems, costs, floors, judge):
     """What a reader of the tables should know, in sentences."""
     spent, said = {name: cost["tokens"] for name, cost in costs.items() if cost}, []
     if spent and max(spent.values()) > 1.05 * min(spent.values()):
-        said.append("The systems did not cost the same: "
-                    + ", ".join(f"{name} {tokens:,} tokens" for name, tokens in spent.items()) + ".")  # fmt: skip
+        said.append(
+            "The systems did not cost the same: "
+            + ", ".join(f"{name} {tokens:,} tokens" for name, tokens in spent.items())
+            + "."
+        )
     if any(len(sources) > 1 for sources in systems.values()):
         said.append("Cost and learning curves are those of each system's first seed.")
     if cfg.evaluation.temperature != 1 or cfg.evaluation.top_p < 1:
         said.append("Answers were not drawn from the policy itself, so the KL along them is no expectation under it.")
     if judge:
-        said.append("No policy was optimised against the judge's scores, but SFT may have learned the answers that the "
-                    "judge learned to prefer.")  # fmt: skip
+        said.append(
+            "No policy was optimised against the judge's scores, but SFT may have learned the answers that the "
+            "judge learned to prefer."
+        )
     if any(name.endswith("(oracle)") for name in floors):
         said.append("The best of several answers was picked by a reward that reads the reference: an upper bound.")
     return said
@@ -388,8 +394,10 @@ def judge_accuracy(score, items, tokenizer):
     records = [item.record for item in items if item.record["rejected"]]
     if not records:
         return None
-    answers = [[[*chat.encode_text(tokenizer, record[side]), chat.END_OF_TURN] for record in records]
-               for side in ("response", "rejected")]  # fmt: skip
+    answers = [
+        [[*chat.encode_text(tokenizer, record[side]), chat.END_OF_TURN] for record in records]
+        for side in ("response", "rejected")
+    ]
     good, bad = (score(records, side) for side in answers)
     accuracy, low, high = stats.preference_accuracy(good - bad)
     shorter = stats.preference_accuracy([len(b) - len(a) for a, b in zip(*answers)])[0]
@@ -429,9 +437,12 @@ def examples(runs_by_system, headline, seed):
     def row(i):
         lines = {name: runs_by_system[name][0][i] for name in names}
         first = lines[names[0]]
-        return {"id": first["id"], "prompt": first["prompt"],
-                "answers": {name: line["answer"] for name, line in lines.items()},
-                "scores": {name: line["scores"].get(headline) for name, line in lines.items()}}  # fmt: skip
+        return {
+            "id": first["id"],
+            "prompt": first["prompt"],
+            "answers": {name: line["answer"] for name, line in lines.items()},
+            "scores": {name: line["scores"].get(headline) for name, line in lines.items()},
+        }
 
     top = []
     for name in names[1:] if all("reward" in line["scores"] for line in runs_by_system[names[0]][0]) else []:

@@ -56,8 +56,10 @@ ROWS, QUEUE, CONTEXT = 16, 32, 4096  # requests at a time and in line; tokens of
 WEB = Path(__file__).resolve().parent / "web"
 PAGES = {"/": "chat.html", "/rate": "rate.html"} | {f"/{n}": n for n in ("style.css", "page.js", "chat.js", "rate.js")}
 KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript; charset=utf-8"}
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 # ---------------------------------------------------------------- one connection, one request

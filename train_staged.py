@@ -116,8 +116,10 @@ def main(argv=None):
         if cfg.model.adapter:
             raise UserError("model.adapter: all arms start from the base; leave it out, or merge it into a base first")
         if cfg.model.peft_type == "none" and "staged" in arms and rewards.wants_model(cfg.reward):
-            raise UserError("model.peft_type none: after full SFT the reward model's base is gone; compare with "
-                            "lora or qlora, or with --reward.type heuristic")  # fmt: skip
+            raise UserError(
+                "model.peft_type none: after full SFT the reward model's base is gone; compare with "
+                "lora or qlora, or with --reward.type heuristic"
+            )
     out = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "staged")
     plan = stages(cfg, arms, out)
     if any(stage == "rl" for _, stage, _ in plan):  # before hours of SFT
