@@ -198,7 +198,6 @@ def main(argv=None):
 
     # --- the base in memory, its judges, the items
     base_model, tokenizer = model.load(base_folder, device, dtype)
-    base_model.base_sha256 = base_sha256  # hashed already
     lora.wrap(base_model)
     lora.use(base_model, None)
 
@@ -206,7 +205,6 @@ def main(argv=None):
     def base_in_4_bits():
         """The base once more, for what was trained on it with qlora. The system `base` is the unquantised one."""
         net = model.load(base_folder, device, dtype, quantize=True)[0]
-        net.base_sha256 = base_sha256
         lora.wrap(net)
         return net
 
@@ -272,7 +270,6 @@ def main(argv=None):
         ):
             if is_whole:
                 net = model.load(folder, device, dtype, quantize=four_bit[name, k])[0]
-                net.base_sha256 = fingerprints[folder]
             else:
                 net = base_in_4_bits() if four_bit[name, k] else base_model
             others = {"kl_base": (base_model, None)}
