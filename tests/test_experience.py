@@ -1,4 +1,4 @@
-"""A step of on-policy data: order of prompts, plan of updates, aggregation, rewards, and what is reported."""
+"""A step of on-policy data: minibatches, weights of the loss, micro-batches, rewards, and what is logged."""
 
 import math
 import re
@@ -8,39 +8,10 @@ import pytest
 import torch
 
 import train_rl
-from common import chat, config, data, experience, log, prompts, rewards
+from common import chat, config, experience, log, prompts, rewards
 from common.log import UserError
 from common.tasks import synthetic
 from tests.test_policy_losses import trl_loss
-
-
-@pytest.fixture
-def source(tokenizer):
-    records = {split: synthetic.records("safety", split, 30) for split in ("train", "val")}
-    return experience.source(records, tokenizer, 200, 7, 10, 0)
-
-
-def test_b24_each_prompt_once_an_epoch_in_whole_steps(source):
-    assert source.per_epoch == len(source.train) // 7 == 4 and len(source.val) == 10
-    epochs = [[source.batch(step) for step in range(4 * e, 4 * e + 4)] for e in range(3)]
-    for epoch in epochs:
-        chosen = [i for batch in epoch for i in batch]
-        assert all(len(batch) == 7 for batch in epoch) and len(set(chosen)) == 28
-    assert epochs[0] != epochs[1] != epochs[2]
-    for prompt in source.train:
-        assert prompt["ids"][0] == chat.BOS and prompt["ids"].count(chat.BOS) == 1
-
-
-def test_prompts_that_do_not_fit_are_counted(tokenizer, capsys):
-    records = {split: synthetic.records("safety", split, 20) for split in ("train", "val")}
-    lengths = [len(chat.encode_prompt(tokenizer, record["prompt"])) for record in records["train"]]
-    records["train"][0] = records["train"][0] | {"prompt": [{"role": "assistant", "content": "I begin."}]}
-    limit = sorted(lengths)[10]
-    found = experience.source(records, tokenizer, limit, 2, None, 0)
-    assert len(found.train) == sum(length <= limit for length in lengths[1:]) and len(found.train) < 19
-    assert "1 no_user_turn" in capsys.readouterr().out
-    with pytest.raises(UserError, match="train: 0 prompts of at most 3 tokens"):
-        experience.source(records, tokenizer, 3, 2, None, 0)
 
 
 def rollout_of(prompt_numbers, group_size=2, seed=0):
@@ -145,20 +116,18 @@ def test_groups_without_an_advantage():
     assert experience.zero_advantage_groups(advantages, 2).tolist() == [True, True, False, False, True, True]
 
 
-def test_rewards_summary_and_comparison_by_hand(tiny_model, source, tmp_path):
+def test_rewards_summary_and_lines_by_hand(tiny_model, tmp_path):
     net, tokenizer = tiny_model
     torch.set_num_threads(1)
-    heuristic = types.SimpleNamespace(toxicity=1.0, length=0.2, repetition=0.5, refusal=0.5, overlap=1.0, facts=0.5,
-                                      bleu=1.0, exact=0.5, parse=0.5)  # fmt: skip
-    settings = types.SimpleNamespace(type="heuristic", function=None, alpha=1.0, beta=0.5, clip_rewards=None,
-                                     heuristic=heuristic)  # fmt: skip
-    score = rewards.make("safety", settings, lambda ids: chat.decode(tokenizer, ids))
+    settings = config.load_config(None, {"reward.type": "heuristic"}).reward
+    score = rewards.scorer("safety", settings, lambda ids: chat.decode(tokenizer, ids))
     sampling = {"group_size": 3, "max_new_tokens": 12, "temperature": 1.0}
-    prompts = {number: source.train[i] for number, i in enumerate(source.batch(0)[:4])}
-    whole = experience.collect(net, prompts, score, 3, 4, **sampling)
+    encoded, _ = prompts.encode_prompts(synthetic.records("safety", "train", 4), tokenizer, 200)
+    chosen = dict(enumerate(encoded))
+    whole = experience.collect(net, chosen, score, 3, 4, **sampling)
     assert whole.row_numbers == list(range(12)) and whole.prompt_numbers == [i // 3 for i in range(12)]
     assert whole.sampled_tokens == whole.completion_tokens.sum() == sum(map(len, whole.completions))
-    half = experience.collect(net, {number: prompts[number] for number in (1, 3)}, score, 3, 4, **sampling)
+    half = experience.collect(net, {number: chosen[number] for number in (1, 3)}, score, 3, 4, **sampling)
     assert half.row_numbers == [3, 4, 5, 9, 10, 11]
     assert half.completions == [whole.completions[row] for row in half.row_numbers]  # B-38: whoever draws them
     assert half.rewards.tolist() == [whole.rewards[row].item() for row in half.row_numbers]
@@ -168,7 +137,7 @@ def test_rewards_summary_and_comparison_by_hand(tiny_model, source, tmp_path):
     assert found["x/reward_std"] == pytest.approx(whole.rewards.std().item(), abs=1e-5)
     assert found["x/reward/refusal"] == sum(part["refusal"] for part in whole.reward_parts) / 12
     assert whole.ids == [f"{record['id']}/{row}" for row, record in enumerate(whole.records)]
-    assert experience.listed(list("abc"), 2) == "a, b and 1 more" and experience.listed(["a", "b"]) == "a, b"
+    assert log.listed(list("abc"), 2) == "a, b and 1 more" and log.listed(["a", "b"]) == "a, b"
     lines = experience.lines(whole, tokenizer, 9)
     lines[0]["completion"] = "one\u2028line \x85"
     log.write_records(tmp_path / "log.jsonl", lines)
@@ -176,17 +145,40 @@ def test_rewards_summary_and_comparison_by_hand(tiny_model, source, tmp_path):
     assert [line["row"] for line in lines] == list(range(12)) and {line["step"] for line in lines} == {9}
     assert lines[5]["completion"] == chat.decode(tokenizer, whole.completions[5])
 
-    later = [line | {"step": 20, "reward": line["reward"] + 0.25, "tokens": line["tokens"] + 2} for line in lines]
-    report = experience.compare(lines + later, 200)
-    assert report["steps"] == [9, 20] and report["prompts"] == 12
-    assert report["reward"]["difference"] == pytest.approx(0.25) and report["length"]["difference"] == 2
-    assert report["reward"]["interval"] == pytest.approx([0.25, 0.25]) and report["reward/refusal"]["p"] == 1
-
-    def judge(records, answers):
+    def trained_scorer(records, answers):
         return torch.tensor([1.0] * (len(answers) - 1) + [math.nan])
 
     settings.type = "trainable"
-    broken = rewards.make("safety", settings, lambda ids: chat.decode(tokenizer, ids), judge)
-    words = f"sample for {prompts[3]['id']} is nan.*it says {lines[-1]['completion']!r}"
+    broken = rewards.scorer("safety", settings, lambda ids: chat.decode(tokenizer, ids), trained_scorer)
+    words = f"sample for {chosen[3].id} is nan.*it says {lines[-1]['completion']!r}"
     with pytest.raises(UserError, match=re.escape(words).replace(re.escape(".*"), ".*")):
-        experience.collect(net, prompts, broken, 3, 4, **sampling)
+        experience.collect(net, chosen, broken, 3, 4, **sampling)
+
+
+def test_a_micro_batch_is_as_if_collated_alone():
+    """Cut after its last masked token; what was not made stays out."""
+    mask = torch.tensor([[0.0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]])
+    tokens = torch.arange(18).view(3, 6)
+    sizes = {"row_tokens": torch.tensor([4, 6, 3]), "completion_tokens": mask.sum(1), "sampled_tokens": 6.0}
+    rollout = experience.Rollout(
+        tokens,
+        mask,
+        [],
+        torch.ones(3).bool(),
+        2 * mask,
+        torch.zeros(3),
+        [],
+        [{"id": name} for name in "abc"],
+        [6, 7, 8],
+        [3, 3, 4],
+        seconds={},
+        **sizes,
+    )
+    rollout.weight, rollout.advantages, rollout.values = 3 * mask, 4 * mask, 5 * mask
+    micro = rollout.micro_batch([2, 0])
+    assert micro.ids == ["c/8", "a/6"] and micro.tokens.equal(tokens[[2, 0], :4])
+    for name, times in (("mask", 1), ("sampled_logprobs", 2), ("weight", 3), ("advantages", 4), ("values", 5)):
+        assert getattr(micro, name).equal(times * mask[[2, 0], :3]), name
+    assert micro.old_logprobs is micro.ref_logprobs is micro.returns is None
+    rollout.exclude(torch.tensor([False, True, True]))
+    assert rollout.mask.sum(1).tolist() == [2, 0, 0] and rollout.micro_batch([0]).tokens.equal(tokens[[0], :4])

@@ -307,8 +307,8 @@ def test_plan_of_qlora_by_hand(tiny_folder):
 
 
 def test_rollouts_are_counted_over_this_rank():
-    prompt = [{"ids": [0] * n} for n in (10, 30, 20)]
-    source = SimpleNamespace(train=prompt, val=prompt[:2])
+    chosen = [SimpleNamespace(ids=[0] * n) for n in (10, 30, 20)]
+    dataset = SimpleNamespace(train=chosen, val=chosen[:2])
     rl = SimpleNamespace(rollout_size=16, group_size=8, max_new_tokens=100, minibatches=4)
-    found = explain.rollout_sizes(source, rl, SimpleNamespace(max_new_tokens=50))
+    found = explain.rollout_sizes(dataset, rl, SimpleNamespace(max_new_tokens=50))
     assert found == {"total": 4 * (20 + 800), "decodes": [(128, 130), (2, 80)]}

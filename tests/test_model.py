@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from common import lora, losses, model
+from common import data, lora, losses, model
+from common.tasks import synthetic
+from tests import runs
 from tests.test_gemma import LENGTHS, random_gemma, sequences
 from tests.test_losses import exact, inputs, relative
 
@@ -46,6 +48,28 @@ def test_a_small_step_moves_every_kind_of_weight():
         torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0).step()
         moved = [not torch.equal(a, b) for a, b in zip(before, trained) if b.grad.any()]
         assert moved and all(moved)
+
+
+def test_mean_entropy_and_kl_against_whole_logits(tiny_model):
+    net, tokenizer = tiny_model
+    pairs, _ = data.encode_pairs(synthetic.records("safety", "val", 5), tokenizer, 128)
+    runs.random_adapter(net, "policy", 0, std=0.05)
+    examples, micro_batches = [pair["chosen"] for pair in pairs], [[3, 0], [1], [4, 2]]
+    entropy = kl = count = 0.0
+    with torch.no_grad():
+        for pair, example in zip(pairs, examples):
+            ids, start = torch.tensor([example["ids"]]), pair["prompt_tokens"]
+            log_p = torch.log_softmax(net(ids, use_cache=False).logits[0].double(), -1)[start - 1 : -1]
+            with lora.using(net, None):
+                log_q = torch.log_softmax(net(ids, use_cache=False).logits[0].double(), -1)[start - 1 : -1]
+            entropy -= (log_p.exp() * log_p).sum().item()
+            kl += (log_p.exp() * (log_p - log_q)).sum().item()
+            count += len(log_p)
+    moved = model.mean_entropy_and_kl(net, net, examples, micro_batches)
+    assert moved == pytest.approx({"eval/entropy": entropy / count, "eval/kl": kl / count}, rel=1e-3)
+    assert moved["eval/kl"] > 1e-3
+    with lora.using(net, None):  # the policy is the reference
+        assert model.mean_entropy_and_kl(net, net, examples, micro_batches)["eval/kl"] == 0
 
 
 @CUDA

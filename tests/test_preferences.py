@@ -1,12 +1,13 @@
 """Pairs made from samples: which are picked, what the record keeps, what the cache is keyed on."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import chat, data, lora, preferences, reward_model, rewards
+from common import chat, config, data, lora, preferences, reward_model, rewards
 from common.log import UserError
 from common.tasks import synthetic
 
@@ -17,6 +18,15 @@ SAMPLING = {"group_size": 3, "max_new_tokens": 12, "temperature": 1.0, "seed": 0
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GEMMA_ALIGNMENT_CACHE", str(tmp_path))
     return tmp_path / "pairs"
+
+
+def made_by(tiny_model, records, score, start):
+    """preferences.from_policy for a run whose policy is `start`."""
+    flags = {f"rl.{name}": value for name, value in SAMPLING.items() if name != "seed"}
+    cfg = config.load_config(None, flags | {"seed": SAMPLING["seed"], "task": "conala"})
+    run = SimpleNamespace(cfg=cfg, start_key=[start], autocast=contextlib.nullcontext())
+    models = SimpleNamespace(frozen=tiny_model[0], tokenizer=tiny_model[1])
+    return preferences.from_policy(run, models, records, score, 0)
 
 
 def by_length(records, answers):
@@ -40,7 +50,7 @@ def test_best_against_worst_with_what_decided(tiny_model, cache, capsys):
     net, tokenizer = tiny_model
     records = {"train": synthetic.records("conala", "train", 6), "val": synthetic.records("conala", "val", 3)}
     answers = preferences.sample(net, tokenizer, records["train"], SAMPLING)
-    made = preferences.from_policy(net, tokenizer, records, by_length, SAMPLING, "key")
+    made = made_by(tiny_model, records, by_length, "key")
     sizes = [sorted(map(len, samples)) for samples in answers]
     assert len(made["train"]) == sum(s[0] < s[-1] for s in sizes)
     rows = {record["id"]: record for record in made["train"]}
@@ -58,12 +68,12 @@ def test_best_against_worst_with_what_decided(tiny_model, cache, capsys):
     def never(*_):
         raise AssertionError("the cache holds them")
 
-    assert preferences.from_policy(net, tokenizer, records, never, SAMPLING, "key") == made  # and the files are records
+    assert made_by(tiny_model, records, never, "key") == made  # and the files are records
     (folder,) = cache.iterdir()
     assert data.load_split(folder, "train") == made["train"] and sorted(p.name for p in folder.iterdir()) == [
         "train.jsonl", "val.jsonl"]  # fmt: skip
     with pytest.raises(AssertionError):
-        preferences.from_policy(net, tokenizer, records, never, SAMPLING, "another key")
+        made_by(tiny_model, records, never, "another key")
 
 
 def test_a_cut_answer_has_no_stop_token(tokenizer):
@@ -76,7 +86,6 @@ def test_a_cut_answer_has_no_stop_token(tokenizer):
 
 
 def test_equal_scores_and_bad_scores(tiny_model, cache):
-    net, tokenizer = tiny_model
     records = {"train": synthetic.records("conala", "train", 2)}
 
     def flat(rows, answers):
@@ -86,9 +95,9 @@ def test_equal_scores_and_bad_scores(tiny_model, cache):
         return torch.full((len(rows),), float("nan")), [{} for _ in rows]
 
     with pytest.raises(UserError, match="score the same"):
-        preferences.from_policy(net, tokenizer, records, flat, SAMPLING, "flat")
+        made_by(tiny_model, records, flat, "flat")
     with pytest.raises(UserError, match=f"{records['train'][0]['id']} is not finite"):
-        preferences.from_policy(net, tokenizer, records, nan, SAMPLING, "nan")
+        made_by(tiny_model, records, nan, "nan")
     assert not cache.exists()  # nothing half made is kept
 
 
@@ -122,7 +131,7 @@ def test_reward_types_and_components(tiny_model, tmp_path, tiny_folder):
 
     prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
     raw = reward_model.score_completions(net, head, prompts, answers, 4096)
-    plain, _ = rewards.make("safety", settings(), decode)(records, answers)
+    plain, _ = rewards.scorer("safety", settings(), decode)(records, answers)
     by_hand = [rewards.heuristic_reward("safety", r["prompt"], r["response"], **vars(settings().heuristic))
                for r in records]  # fmt: skip
     assert plain.tolist() == pytest.approx([value for value, _ in by_hand])
@@ -133,12 +142,12 @@ def test_reward_types_and_components(tiny_model, tmp_path, tiny_folder):
     ):
         chosen = settings(type=kind, checkpoint=str(tmp_path / "rm"), normalize_rewards=normal)
         assert rewards.needs_model(chosen)
-        judge = reward_model.judge(net, tokenizer, chosen, fingerprint, 100)
-        found, parts = rewards.make("safety", chosen, decode, judge)(records, answers)
+        trained = reward_model.scorer(net, tokenizer, chosen, fingerprint, 100)
+        found, parts = rewards.scorer("safety", chosen, decode, trained)(records, answers)
         assert (found - right).abs().max() < 1e-4, kind
         assert [part["trained"] for part in parts] == pytest.approx((raw if not normal else (raw - 0.5) / 2).tolist())
         assert ("toxicity" in parts[0]) == (kind == "hybrid")
-    clipped, _ = rewards.make("safety", settings(clip_rewards=0.3), decode)(records, answers)
+    clipped, _ = rewards.scorer("safety", settings(clip_rewards=0.3), decode)(records, answers)
     assert clipped.max().item() == pytest.approx(0.3)
     with pytest.raises(UserError, match=r"reward\.checkpoint: reward\.type hybrid needs"):
         rewards.needs_model(settings(type="hybrid"))
@@ -148,10 +157,13 @@ def test_reward_types_and_components(tiny_model, tmp_path, tiny_folder):
 def test_a_function_s_body_and_a_missing_reference(tmp_path, tokenizer):
     file = tmp_path / "mine.py"
     file.write_text("def f(prompt, completion, reference):\n    return len(completion)\n")
-    first = rewards.make("conala", settings(function=f"{file}:f"), str)
-    assert first([{"id": "a", "prompt": [], "reference": None}], ["four"])[0].tolist() == [4.0]
+    chosen = settings(function=f"{file}:f")
+    first = rewards.fingerprint(chosen)
+    assert rewards.scorer("conala", chosen, str)([{"id": "a", "prompt": [], "reference": None}], ["four"])[
+        0
+    ].tolist() == [4.0]
     file.write_text("def f(prompt, completion, reference):\n    return -len(completion)\n")
-    assert rewards.make("conala", settings(function=f"{file}:f"), str).about != first.about  # another key of the cache
+    assert rewards.fingerprint(chosen) != first  # another key of the cache
     with pytest.raises(UserError, match="a: the heuristic reward of conala needs a reference"):
-        rewards.make("conala", settings(), str)([{"id": "a", "prompt": [], "reference": None}], ["x"])
-    assert json.dumps(first.about)
+        rewards.scorer("conala", settings(), str)([{"id": "a", "prompt": [], "reference": None}], ["x"])
+    assert json.dumps(first)

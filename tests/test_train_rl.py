@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import train_rl
-from common import config, data, lora, model, reference, reward_model
-from common.runtime import base
+from common import config, data, lora, model, pairs, reward_model
+from common.runtime import base, cache
 from tests import runs
 from tests.faults import trainers
 from tests.runs import lines, write_data
@@ -22,7 +22,7 @@ ROOT = Path(train_rl.__file__).parent
 MAIN = train_rl.main
 train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
 few, settings, straight = trainers.fixtures("dpo")
-cache = trainers.cache
+own_cache = trainers.cache
 LOG2 = math.log(2)
 
 
@@ -46,10 +46,10 @@ def answer_logprobs(net, example):
     return torch.log_softmax(net(ids[None]).logits[0, :-1].double(), -1)[mask[1:]], ids[mask]
 
 
-def oracle(policy, ref, pairs):
+def oracle(policy, ref, encoded):
     """Sums of log-probs (pairs, 2) under policy and reference, sizes (pairs, 2), and KL a token of chosen answers."""
     sums, ref_sums, sizes, kl = [], [], [], []
-    for pair in pairs:
+    for pair in encoded:
         for side in ("chosen", "rejected"):
             (p, ids), (q, _) = answer_logprobs(policy, pair[side]), answer_logprobs(ref, pair[side])
             for found, logprobs in ((sums, p), (ref_sums, q)):
@@ -63,9 +63,9 @@ def oracle(policy, ref, pairs):
 
 def first_batch(source, tokenizer, size=4):
     """The pairs of step 0."""
-    pairs = runs.pairs_of(source, "train", tokenizer)
-    rows = data.epoch_batches([data.pair_tokens(pair) for pair in pairs], size, 0, 0)[0]
-    return [pairs[i] for i in rows]
+    encoded = runs.pairs_of(source, "train", tokenizer)
+    rows = data.epoch_batches([data.pair_tokens(pair) for pair in encoded], size, 0, 0)[0]
+    return [encoded[i] for i in rows]
 
 
 # ---------------------------------------------------------------- a run, and what it leaves behind
@@ -97,8 +97,8 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer, bare):
     assert len(json.loads((run_dir / "run.json").read_text())["facts"]["data"]) == 64
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
-    pairs = runs.pairs_of(source, "val", tokenizer)
-    found = oracle(plain_model(tiny_folder, run_dir / "final"), bare, pairs)
+    encoded = runs.pairs_of(source, "val", tokenizer)
+    found = oracle(plain_model(tiny_folder, run_dir / "final"), bare, encoded)
     assert_metrics(last, *found)
     assert_worth(report, *found[:3])
     assert "implicit accuracy: {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(
@@ -214,8 +214,8 @@ def test_b27_only_sums_know_the_length():
         found = []
         for times in (1, 2):
             row, ref_row = logprobs.repeat(1, times), ref.repeat(1, times)
-            batch = {"mask": torch.ones_like(row), "ref_logprobs": ref_row.sum(1)}
-            found.append(train_rl.dpo_objective({"logprobs": row}, batch, rl)[0][0][0].item())
+            micro = pairs.PairMicroBatch(["pair"], None, torch.ones_like(row), ref_row.sum(1))
+            found.append(train_rl.dpo_objective(row, micro, rl)[0].item())
         assert (found[0] == pytest.approx(found[1], rel=1e-12)) == same, kind
 
 
@@ -223,20 +223,23 @@ def test_b27_only_sums_know_the_length():
 
 
 def counting(main, argv):
-    calls, real = [], reference.pair_logprobs
+    calls, real = [], cache.records
 
-    def pair_logprobs(*args):
-        calls.append(args)
-        return real(*args)
+    def records(path, name, make):
+        def counted():
+            calls.append(path)
+            return make()
 
-    reference.pair_logprobs = pair_logprobs
+        return real(path, name, counted)
+
+    cache.records = records
     runs.call(main, argv)
     print(f"COMPUTED {len(calls)}")
 
 
 def test_reference_cache(tmp_path, settings, monkeypatch):
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("GEMMA_ALIGNMENT_CACHE", str(cache))
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("GEMMA_ALIGNMENT_CACHE", str(folder))
 
     def go(name, *more):
         argv = settings(tmp_path / name, "--training.max_steps", 3, *more)
@@ -245,7 +248,7 @@ def test_reference_cache(tmp_path, settings, monkeypatch):
         return int(out.partition("COMPUTED ")[2]), out, tmp_path / name / "run"
 
     computed, out, first = go("first")
-    files = sorted((cache / "reference").iterdir())
+    files = sorted((folder / "reference").iterdir())
     assert computed == 2 == len(files) and "damaged" not in out  # train and val
     whole = [file.read_bytes() for file in files]
 
@@ -255,11 +258,12 @@ def test_reference_cache(tmp_path, settings, monkeypatch):
     assert now["margin"] == 0 and all(now[key] == then[key] for key in ("chosen_logprob", "eval/rejected_logprob"))
 
     files[0].write_bytes(whole[0][: len(whole[0]) // 2])  # half of it, and another number in the other
-    value = json.loads(whole[1])
-    files[1].write_text(json.dumps(value | {"value": [value["value"][0] + 1, *value["value"][1:]]}))
+    head, first_pair, *others = map(json.loads, whole[1].splitlines())
+    changed = [head, [first_pair[0] + 1, first_pair[1]], *others]
+    files[1].write_text("".join(json.dumps(line) + "\n" for line in changed))
     computed, out, run_dir = go("damaged")
     assert computed == 2 and all(f"{file} is damaged" in out for file in files)
-    assert [file.read_bytes() for file in files] == whole and sorted((cache / "reference").iterdir()) == files
+    assert [file.read_bytes() for file in files] == whole and sorted((folder / "reference").iterdir()) == files
     runs.assert_same_records(run_dir, first)
 
     computed, out, run_dir = go("again")
@@ -285,11 +289,11 @@ def test_padding_does_not_count(tiny_folder, tokenizer, few):
         wide, wide_mask = torch.cat((tokens, pads), 1), torch.cat((mask, torch.zeros(pads.shape)), 1)
         with torch.no_grad():
             logprobs = model.sequence_logprobs(net, wide, wide_mask)
-        batch = {"mask": wide_mask, "ref_logprobs": torch.arange(-len(tokens), 0) * 3.0}
-        terms, metrics = train_rl.dpo_objective({"logprobs": logprobs}, batch, rl)
+        micro = pairs.PairMicroBatch([], wide, wide_mask, torch.arange(-len(tokens), 0) * 3.0)
+        pair_loss, sft_loss, metrics = train_rl.dpo_objective(logprobs, micro, rl)
         assert not logprobs[:, mask.shape[1] :].any()
-        sums = [(term * weight).sum() for term, weight in terms]
-        found.append([logprobs[:, : mask.shape[1]], terms[0][0], *metrics.values(), *sums])
+        sums = [pair_loss.sum(), sft_loss.sum()]
+        found.append([logprobs[:, : mask.shape[1]], pair_loss, *metrics.values(), *sums])
     for other in found[1:]:
         assert len(found[0]) == len(other) == 10
         assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(found[0], other))
@@ -373,7 +377,7 @@ def test_pairs_of_samples_and_a_function(tmp_path, settings):
     sampled = ["--task", "conala", "--dataset_path", source, "--rl.pairs", "sampled", "--rl.group_size", 3]
     sampled += ["--rl.max_new_tokens", 10, "--reward.function", f"{mine}:short", "--training.max_steps", 2]
     out_dir = tmp_path / "out"
-    kept = Path(base.cache_dir() / "pairs")
+    kept = cache.root() / "pairs"
     status, out, err = run(tmp_path, settings(out_dir, *sampled, "--explain"))
     assert status == 0 and not err and not out_dir.exists() and not kept.exists(), err
     status, out, err = run(tmp_path, settings(out_dir, *sampled))

@@ -18,8 +18,8 @@ def said(changes=(), steps=40, noise=0.02, seed=0, **more):
     for step in range(steps):
         means = {name: a + (b - a) * step / steps for name, (a, b) in (FAIR | dict(changes)).items()}
         values = {name: mean * (1 + dice.gauss(0, noise)) for name, mean in means.items()}
-        watch.remember(memory, values | {"loss": 1.0, "eval/reward": 0.5})
-        found = watch.hacking(memory, **more)
+        watch.observe(memory, values | {"loss": 1.0, "eval/reward": 0.5})
+        found = watch.reward_hacking(memory, **more)
         memory = json.loads(json.dumps(memory))  # as in a checkpoint
     assert len(memory["first"]) == watch.WINDOW == len(memory["last"])
     assert memory["first"][0].keys() == FAIR.keys() | dict(changes).keys()
@@ -57,16 +57,16 @@ def test_all_at_once_and_none_without_a_rise():
 def test_no_word_before_the_windows_are_full():
     memory = {"first": [], "last": []}
     for step in range(2 * watch.WINDOW):
-        assert not watch.hacking(memory)
-        watch.remember(memory, {"reward": float(step), "length": 2.0**step, "distinct_bigrams": 1.0})
-    assert watch.hacking(memory)
+        assert not watch.reward_hacking(memory)
+        watch.observe(memory, {"reward": float(step), "length": 2.0**step, "distinct_bigrams": 1.0})
+    assert watch.reward_hacking(memory)
 
 
-def test_news_are_said_once():
+def test_a_warning_is_said_once():
     said = []
-    assert watch.news(["it fell from 1.5 to 0.2", "grew 20%"], said) == ["it fell from 1.5 to 0.2", "grew 20%"]
-    assert watch.news(["it fell from 3 to -0.1", "grew 9%", "and now 1"], said) == ["and now 1"]
-    assert not watch.news([], said) and len(said) == 3
+    assert watch.unseen(["it fell from 1.5 to 0.2", "grew 20%"], said) == ["it fell from 1.5 to 0.2", "grew 20%"]
+    assert watch.unseen(["it fell from 3 to -0.1", "grew 9%", "and now 1"], said) == ["and now 1"]
+    assert not watch.unseen([], said) and len(said) == 3
 
 
 def test_distinct_bigrams_by_hand():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_rl
-from common import lora, model, reference
+from common import lora, model, pairs
 from tests import runs
 from tests.faults import trainers
 from tests.runs import lines, records
@@ -87,16 +87,16 @@ def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings):
 
 def watched(main, argv):
     """A body that checks at the end that nothing of the reference has changed."""
-    seen, real = {}, reference.pair_logprobs
+    seen, real = {}, pairs.reference_logprobs
 
     def tensors(net):
         return {key: tensor for key, tensor in net.state_dict().items() if not key.endswith("policy")}
 
-    def pair_logprobs(net, *more):
+    def reference_logprobs(net, *more):
         seen["net"], seen["before"] = net, {key: tensor.clone() for key, tensor in tensors(net).items()}
         return real(net, *more)
 
-    reference.pair_logprobs = pair_logprobs
+    pairs.reference_logprobs = reference_logprobs
     runs.call(main, argv)
     after = tensors(seen["net"])
     assert after.keys() == seen["before"].keys()

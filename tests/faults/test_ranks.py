@@ -160,17 +160,16 @@ def test_a_score_that_fails_on_one_rank_ends_the_evaluation_at_once(tmp_path, fe
     """The others end with its words, long before training.timeout."""
 
     def body(main, argv):
-        def make(*args):
+        def scorer(*args):
             def score(records, answers):
                 if dist.rank() == 1:
                     (tmp_path / "mark").touch()
                     raise UserError("no score for this")
                 return torch.zeros(len(records)), [{}] * len(records)
 
-            score.about = None
             return score
 
-        rewards.make = make
+        rewards.scorer = scorer
         runs.call(main, argv)
 
     argv = ["--debug", "--model.base_checkpoint", tiny_folder, "--dataset_path", few, "--reward.type", "heuristic"]

@@ -1,0 +1,61 @@
+"""What is costly to make: kept to the bit under its name, made anew where the code changed or the file is damaged."""
+
+import json
+
+import pytest
+
+from common.runtime import cache
+
+ROWS = [[1 / 3, -2e-17], [5e300, 0.1]]
+
+
+def test_records_are_made_once(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return ROWS
+
+    def records(name):
+        return cache.records(tmp_path / "kept" / f"{name}.jsonl", name, make)
+
+    assert records("one") == ROWS
+    assert records("one") == ROWS and len(calls) == 1  # to the bit
+    assert records("other") == ROWS and len(calls) == 2
+    assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".jsonl"] * 2  # no draft is left
+
+
+def test_a_file_of_another_name_is_made_anew(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    cache.records(path, "one", lambda: ROWS)
+    assert cache.records(path, "other", lambda: ROWS[:1]) == ROWS[:1]
+
+
+def test_another_source_is_another_key(tmp_path, monkeypatch):
+    value = ["model", 1, {"b": 2, "a": None}]
+    first = cache.key(value, cache)
+    assert first == cache.key(["model", 1, {"a": None, "b": 2}], cache) != cache.key(value) != cache.key(value[:2])
+    changed = tmp_path / "cache.py"
+    changed.write_text(open(cache.__file__).read() + "# a fork")
+    monkeypatch.setattr(cache, "__file__", str(changed))
+    assert cache.key(value, cache) != first
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "row lost", "not json", "hash"])
+def test_damage_is_made_anew_and_said(tmp_path, capsys, how):
+    path, rows = tmp_path / "kept.jsonl", [[1.5, 2.5], [3.5, 4.5]]
+    cache.records(path, "key", lambda: rows)
+    whole = path.read_text()
+    head, *lines = whole.splitlines(keepends=True)
+    path.write_text(
+        {
+            "cut": whole[:-9],
+            "flipped": whole.replace("1.5", "1.25"),
+            "row lost": head + lines[0],
+            "not json": "[]",
+            "hash": json.dumps({"key": "key"}) + "\n" + "".join(lines),
+        }[how]
+    )
+    assert cache.records(path, "key", lambda: rows) == rows
+    assert f"{path.name} is damaged" in capsys.readouterr().out
+    assert path.read_text() == whole and list(tmp_path.iterdir()) == [path]

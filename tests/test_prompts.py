@@ -1,0 +1,48 @@
+"""Prompts to sample from: which are kept, each once an epoch, and what the report compares."""
+
+import pytest
+
+from common import chat, prompts
+from common.log import UserError
+from common.tasks import synthetic
+
+
+@pytest.fixture
+def dataset(tokenizer):
+    records = {split: synthetic.records("safety", split, 30) for split in ("train", "val")}
+    return prompts.encode(records, tokenizer, 200, 7, 10, 0)
+
+
+def test_b24_each_prompt_once_an_epoch_in_whole_steps(dataset):
+    assert dataset.per_epoch == len(dataset.train) // 7 == 4 and len(dataset.val) == 10
+    epochs = [[dataset.batch(step) for step in range(4 * e, 4 * e + 4)] for e in range(3)]
+    for epoch in epochs:
+        chosen = [prompt.id for batch in epoch for prompt in batch]
+        assert all(len(batch) == 7 for batch in epoch) and len(set(chosen)) == 28
+    assert epochs[0] != epochs[1] != epochs[2]
+    for prompt in dataset.train:
+        assert prompt.ids[0] == chat.BOS and prompt.ids.count(chat.BOS) == 1
+
+
+def test_prompts_that_do_not_fit_are_counted(tokenizer, capsys):
+    records = {split: synthetic.records("safety", split, 20) for split in ("train", "val")}
+    lengths = [len(chat.encode_prompt(tokenizer, record["prompt"])) for record in records["train"]]
+    records["train"][0] = records["train"][0] | {"prompt": [{"role": "assistant", "content": "I begin."}]}
+    limit = sorted(lengths)[10]
+    dataset = prompts.encode(records, tokenizer, limit, 2, None, 0)
+    assert len(dataset.train) == sum(length <= limit for length in lengths[1:]) and len(dataset.train) < 19
+    assert "1 no_user_turn" in capsys.readouterr().out
+    with pytest.raises(UserError, match="train: 0 prompts of at most 3 tokens"):
+        prompts.encode(records, tokenizer, 3, 2, None, 0)
+
+
+def test_comparison_by_hand():
+    lines = [
+        {"step": 9, "row": row, "reward": row / 12, "parts": {"refusal": row % 2}, "tokens": row + 1, "stopped": True}
+        for row in range(12)
+    ]
+    later = [line | {"step": 20, "reward": line["reward"] + 0.25, "tokens": line["tokens"] + 2} for line in lines]
+    report = prompts.compare(lines + later, 200)
+    assert report["steps"] == [9, 20] and report["prompts"] == 12
+    assert report["reward"]["difference"] == pytest.approx(0.25) and report["length"]["difference"] == 2
+    assert report["reward"]["interval"] == pytest.approx([0.25, 0.25]) and report["reward/refusal"]["p"] == 1
