@@ -123,7 +123,7 @@ def changed(tmp_path, tiny_folder, few):
     return tmp_path / "rl" / "run" / "final"
 
 
-def test_a_base_that_changed_is_refused_by_evaluate_export_and_serve(tmp_path, changed, few, tiny_folder):
+def test_a_changed_base_is_refused_by_evaluate_export_and_serve(tmp_path, changed, few, tiny_folder):
     words = [str(changed), "another base", str(tmp_path / "home"), "have changed since"]
     for home in (tiny_folder, tmp_path / "home"):
         flags = asked(tmp_path / "out", few, home, f"base={home}", f"rl={changed}")

@@ -142,13 +142,13 @@ def test_a_rank_without_rows_waits_for_nobody(tmp_path, settings, case):
     (["--training.patience", 2, "--training.eval_interval", 1, "--training.learning_rate", 1], range(2, 19)),
     (["--training.budget_tokens", 1500], range(2, 19)),
 ])  # fmt: skip
-def test_patience_and_budget_end_one_rank_and_two_at_the_same_step(tmp_path, settings, flags, steps):
+def test_patience_and_budget_end_one_rank_and_two_alike(tmp_path, settings, flags, steps):
     one, two = one_and_two(tmp_path, settings, "sft", "--training.max_steps", 20, *flags)
     ends = [lines(folder / "run")[-1]["step"] for folder in (one, two)]
     assert ends[0] == ends[1] and ends[0] in steps, ends
 
 
-def test_an_attempt_has_a_name_of_its_own_whatever_the_dead_left_in_the_store():
+def test_an_attempt_has_a_name_no_dead_one_left_in_the_store():
     store, names = torch.distributed.HashStore(), []
     for _ in range(3):
         with ThreadPoolExecutor(2) as pool:

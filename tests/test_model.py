@@ -28,7 +28,7 @@ def gradient(net, context, device="cpu"):
     return loss.item(), torch.cat([p.grad.flatten().float().cpu() for p in net.parameters() if p.grad is not None])
 
 
-def test_full_fine_tuning_in_bf16_keeps_fp32_masters_and_their_gradients():
+def test_full_fine_tuning_in_bf16_keeps_fp32_masters():
     right_loss, right = gradient(random_gemma(), model.compute_context(torch.device("cpu"), torch.float32, True))
     net = random_gemma()
     loss, grad = gradient(net, model.compute_context(torch.device("cpu"), torch.bfloat16, True))

@@ -41,7 +41,7 @@ def test_head_has_unit_outputs_at_first():
         assert abs(heads.mean().item()) < 4 * (width + 1) ** -0.5 / heads.numel() ** 0.5  # four standard errors
 
 
-def test_score_is_that_of_the_last_token_by_transformers_own_states(judge, pairs):
+def test_score_is_of_the_last_token_by_transformers_own_states(judge, pairs):
     net, _, head = judge
     tokens, mask = data.collate_pairs(pairs)
     found = reward_model.scores(net, head, tokens, mask)

@@ -66,7 +66,7 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     )  # fmt: skip
 
 
-def test_R09_another_adapter_at_the_same_path_is_another_reference(tmp_path, settings, straight):
+def test_R09_another_adapter_at_one_path_is_another_reference(tmp_path, settings, straight):
     adapter = shutil.copytree(straight() / "final", tmp_path / "adapter")
     flags = ["--model.adapter", adapter, "--training.save_interval", 1]
     train(tmp_path, settings(tmp_path, *flags, "--training.max_steps", 2))

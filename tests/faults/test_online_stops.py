@@ -19,7 +19,7 @@ judge = trainers.judge
 
 
 @BOTH
-def test_R01_R13_R14_crash_behind_a_save_then_sigterm_at_an_evaluation(tmp_path, settings, straight, algorithm):
+def test_R01_R13_R14_crash_behind_a_save_then_sigterm(tmp_path, settings, straight, algorithm):
     """One run meets both, each resumed."""
     runs.crash(MAIN, tmp_path, settings(algorithm)(tmp_path))
     runs.check_sigterm(MAIN, tmp_path, settings(algorithm), straight(algorithm))
@@ -51,7 +51,7 @@ def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
     trainers.same_files(tmp_path / "run", straight("grpo")())
 
 
-def test_R01_resume_under_another_name_brings_the_first_evaluation(tmp_path, settings, straight):
+def test_R01_resume_under_another_name_has_the_first_evaluation(tmp_path, settings, straight):
     start = straight("grpo")() / f"step-{runs.STEPS:06d}"
     flags = ["--training.resume", start, "--logging.run_name", "other", "--training.max_steps", runs.STEPS + 2]
     train(tmp_path, settings("grpo")(tmp_path, *flags))

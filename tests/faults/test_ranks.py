@@ -156,7 +156,7 @@ def test_a_bug_on_one_rank_is_told_to_the_others(tmp_path, settings):
     assert "Traceback" in second[2], second
 
 
-def test_a_score_that_fails_on_one_rank_ends_the_evaluation_at_once(tmp_path, few, tiny_folder):
+def test_a_score_that_fails_on_one_rank_ends_the_evaluation(tmp_path, few, tiny_folder):
     """The others end with its words, long before training.timeout."""
 
     def body(main, argv):
