@@ -140,7 +140,10 @@ def parameters(net):
 )
 def test_the_gradient_is_that_of_the_formula(tmp_path, settings, tiny_folder, reward, passes, minibatches):
     """At the start, where the KL is 0, and after a step, where it is not."""
-    body = {"equal_in_groups": "return len(prompt[-1]['content']) % 5", "mixed": "return len(completion) % 5"}[reward]
+    body = {
+        "equal_in_groups": "return len(prompt[-1]['content']) % 5",
+        "mixed": "calls[0] += 1; return 2 * calls[0] % 5",
+    }[reward]
     flags = ["--rl.num_ppo_epochs", passes, "--rl.minibatches", minibatches, *runs.mine(tmp_path, body)]
     flags += ["--training.learning_rate", 1e-2]
     steps = caught(fork(tmp_path, WHOLE), tmp_path, settings(tmp_path, *flags))
