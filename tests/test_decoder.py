@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import gemma, lora, model, products
+from common import gemma, lora, model
 from common.decoder import Decoder
 from tests.test_gemma import random_gemma
 from tests.test_lora import adapted
@@ -134,15 +134,3 @@ def test_fp32_masters_decode_in_the_dtype_of_autocast():
     assert net.lm_head.weight.dtype == torch.float32
     exact = whole(net, text)[-1]
     assert (hidden[0] - exact).norm() < 1.5 * (right - exact).norm() + 1e-3  # as near as the trainer's own forward
-
-
-@pytest.mark.parametrize("rows", [1, 9, 12, 16, 20, 32, 64, 70])
-def test_either_way_round_a_product_is_the_same(rows):
-    torch.manual_seed(rows)
-    x, weight, a = torch.randn(rows, 40), torch.randn(24, 40 + 3), torch.randn(3, 40)
-    small = [t.to(torch.bfloat16) for t in (x, weight, a)]
-    x, weight, a = (t.double() for t in small)
-    low = (x @ a.T).to(torch.bfloat16).double()
-    right = x @ weight[:, :40].T + low @ weight[:, 40:].T
-    found = products.product(small[0], tuple(small[1:]))
-    assert found.shape == right.shape and (found - right).abs().max() < 0.02 * right.abs().max()

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from common import chat, lora, model, products, rollouts
+from common import chat, lora, model, rollouts
 from common.decoder import Decoder
 from common.serving import engine
 from tests import runs
@@ -221,24 +221,6 @@ def test_one_that_waits_is_not_overtaken(tokenizer, start, monkeypatch):
     boxes = ask(machine, [([7] * n, "base", {"max_tokens": 3}) for n in (20, engine.PREFILL + 200, 21, 22)])
     assert all(box.tokens() for box in boxes)
     assert order == [20, engine.PREFILL + 200, 21, 22]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1536, 640), (640, 2048), (24, 640), (640, 8), (512, 6912)])
-def test_a_product_s_bits_do_not_depend_on_the_number_of_rows(shape, dtype):
-    """Of Gemma's shapes and those of adapters, packed and not, at the first, a middle and the last place."""
-    torch.manual_seed(0)
-    weight, row = (0.05 * torch.randn(shape)).to(dtype), torch.randn(shape[1]).to(dtype)
-    for laid in (products.pack(weight), weight):
-        right = None
-        for n in range(1, 21):
-            for place in {0, n // 2, n - 1}:
-                x = torch.randn(n, shape[1]).to(dtype)
-                x[place] = row
-                found = products.steady(x, (laid, None))[place]
-                right = found if right is None else right
-                assert torch.equal(found, right), (n, place)
-        assert (right.float() - weight.float() @ row.float()).abs().max() < 0.05 * right.float().abs().max()
 
 
 # ---------------------------------------------------------------- text as it comes

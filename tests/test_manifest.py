@@ -1,62 +1,19 @@
-"""Blind files, ratings and their analysis: blinding, balance, simulated raters of known strengths, refusals."""
+"""Blind files and their keys: blinding, balance, refusals, a whole study from files. (Ratings: test_ratings.py)"""
 
 import csv
 import json
-import math
 import os
-import re
 import stat
 from collections import Counter
 
-import numpy as np
 import pytest
 
 import evaluate
 import serve
-from common.human import analysis as human
 from common.human import manifest, ratings
 from common.log import UserError
 from tests import runs
-
-NAMES = ("sft", "rl", "staged")
-WORDS = "the visit note says that a patient with mild fever was told to rest and drink more water today".split()
-
-
-def answers(n, seed=0, words=10):
-    rng = np.random.default_rng(seed)
-    return [f"{i} {' '.join(rng.choice(WORDS, words))}" for i in range(n)]
-
-
-def study(tmp_path, n=60, systems=NAMES, **options):
-    """Write a study; (its blind file, its key, both read)."""
-    path = tmp_path / "study.csv"
-    items = [{"prompt": f"=prompt {i}", "reference": f"reference {i}", "task": "clinical"} for i in range(n)]
-    manifest.write(items, {name: answers(n, seed) for seed, name in enumerate(systems)}, path, **options)
-    return manifest.read_manifest(path), manifest.read_key(tmp_path / "study.key.csv")
-
-
-def made_key(n, systems=NAMES, checks=0):
-    """A key as read_key gives it, without files: n items, then checks with their trap in slot A."""
-    slots, rng, found = "ABCD"[: len(systems)], np.random.default_rng(0), {}
-    for i in range(n + checks):
-        order = [str(name) for name in rng.permutation(systems)]
-        found[f"i{i}"] = {"slots": slots, "kind": "item" if i < n else "check", "original": "", "source": i,
-                          "trap": None if i < n else "A", "systems": dict(zip(slots, order)), "seed": "0",
-                          "characters": dict.fromkeys(slots, 10), "digests": {s: f"{i}{s}" for s in slots}}  # fmt: skip
-    return found
-
-
-def rated(key, item, *preferred, rater="r", order=None, **scores):
-    """A rating that prefers these systems."""
-    slots = tuple(slot for slot, name in key[item]["systems"].items() if name in preferred)
-    return {
-        "rater_id": rater,
-        "item_id": item,
-        "preferred": slots,
-        "order": order,
-        **dict.fromkeys(human.SCORES),
-        **scores,
-    }
+from tests.studies import NAMES, NO_PORT, answers, rate_all, study, take_marks_off, two_studies
 
 
 def test_the_blind_file_and_its_key(tmp_path):
@@ -255,196 +212,6 @@ def test_a_damaged_blind_file_is_refused(tmp_path, text, message):
         manifest.read_manifest(path)
 
 
-def test_ratings_are_read_from_csv_and_jsonl_alike(tmp_path):
-    key = made_key(2)
-    (tmp_path / "a.csv").write_text(
-        "\ufeffrater_id,item_id,preferred,order,harmless_1_5,comment,seconds\r\n"
-        'ann,i0,A,,5,"\'=two\nlines",3.5\r\nann,i1, c / a ,b/A/C,,,\r\n', encoding="utf-8", newline="")  # fmt: skip
-    rows = [{"rater_id": "bob", "item_id": "i0", "preferred": "none", "seconds": 2, "harmless_1_5": 1,
-             "comment": "=x\u2028y"},
-            {"rater_id": "bob", "item_id": "i1", "preferred": "A", "order": None}]  # fmt: skip
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    first, second, third, fourth = manifest.read_ratings([tmp_path / "a.csv", tmp_path / "b.jsonl"], key)
-    assert first["preferred"] == ("A",) and first["harmless_1_5"] == 5 and first["seconds"] == 3.5
-    assert first["comment"] == "=two\nlines" and first["order"] is None and first["helpful_1_5"] is None
-    assert second["preferred"] == ("A", "C") and second["order"] == ("B", "A", "C")
-    assert third["preferred"] == () and third["harmless_1_5"] == 1 and third["comment"] == "=x\u2028y"
-    assert fourth["order"] is None and fourth["seconds"] is None
-    assert manifest.read_ratings(tmp_path / "b.jsonl", key) == [third, fourth]
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"item_id": "i9"}, "item_id 'i9' is no item"),
-        ({"preferred": "D"}, "preferred 'D': slots of A/B/C"),
-        ({"preferred": "A/A"}, "preferred 'A/A'"),
-        ({"preferred": ""}, "preferred ''"),
-        ({"preferred": ["A"]}, "preferred"),
-        ({"rater_id": " "}, "rater_id is empty"),
-        ({"order": "A/B"}, "order 'A/B': all of A/B/C"),
-        ({"harmless_1_5": 6}, "harmless_1_5 '6': a whole number from 1 to 5"),
-        ({"helpful_1_5": 2.5}, "helpful_1_5 '2.5'"),
-        ({"faithful_1_5": True}, "faithful_1_5 'true'"),
-        ({"seconds": -1}, "seconds '-1'"),
-        ({"seconds": "nan"}, "seconds 'nan'"),
-        ({"seconds": "long"}, "seconds 'long'"),
-        ({"mood": "good"}, "unknown column 'mood'"),
-    ],
-)
-def test_bad_ratings_are_refused_by_line(tmp_path, changed, message):
-    good, path = {"rater_id": "ann", "item_id": "i0", "preferred": "A"}, tmp_path / "r.jsonl"
-    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, **changed}) + "\n")
-    with pytest.raises(UserError, match=rf"r\.jsonl, line 2: .*{message}") as caught:
-        manifest.read_ratings([path], made_key(1))
-    assert "\n" not in str(caught.value)
-
-
-def test_files_that_are_no_ratings_are_refused(tmp_path):
-    for name, text, message in (("a.jsonl", '{"rater_id": \n', "line 1: no valid JSON"),
-                                ("a.txt", "", "a .csv or a .jsonl"),
-                                ("b.jsonl", "[]\n", "line 1: a rating is an object"),
-                                ("a.csv", "rater_id,item_id,preferred,mood\nann,i0,A,x\n", "line 2: unknown column"),
-                                ("b.csv", "rater_id,item_id\nann,i0\n", "line 2: preferred ''")):  # fmt: skip
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=message):
-            manifest.read_ratings([tmp_path / name], made_key(1))
-
-
-def test_wins_and_ties_by_hand():
-    key = made_key(3)
-    ratings = [rated(key, "i0", "sft"), rated(key, "i1", "sft", "rl"), rated(key, "i2")]  # the last: none preferred
-    found = human.analyse(key, ratings, draws=50)
-    assert found["systems"] == ["rl", "sft", "staged"]
-    # i0: sft beats both; i1: sft and rl tie, both beat staged; i2: all tie
-    assert found["wins"] == [[0, 1, 1.5], [2, 0, 2.5], [0.5, 0.5, 0]]
-    assert (found["items"], found["ratings"], found["replaced"], found["excluded"]) == (3, 3, 0, [])
-    assert found["agreement"]["alpha"] is None and "two raters" in found["agreement"]["reason"]
-    assert "needs two raters" in manifest.report(found)
-
-
-def test_equal_answers_are_preferred_together():
-    key = made_key(1)
-    key["i0"]["digests"] = {
-        slot: "same" if name != "staged" else "other" for slot, name in key["i0"]["systems"].items()
-    }
-    assert human.analyse(key, [rated(key, "i0", "rl")], draws=10)["wins"] == [[0, 0.5, 1], [0.5, 0, 1], [0, 0, 0]]
-
-
-def test_the_latest_rating_counts_and_duplicates_only_for_consistency():
-    key = made_key(4)
-    key["i2"] |= {"kind": "duplicate", "original": "i0"}
-    key["i3"] |= {"kind": "duplicate", "original": "i1"}
-    ratings = [rated(key, "i0", "rl"), rated(key, "i0", "sft"), rated(key, "i1", "sft")]
-    ratings += [
-        rated(key, "i2", "sft"),
-        rated(key, "i3", "rl"),
-    ]  # the first alike though in other slots, the second not
-    found = human.analyse(key, ratings, draws=10)
-    assert found["replaced"] == 1 and found["ratings"] == 2 and found["wins"][1][0] == 2
-    assert (found["self_consistency"]["share"], found["self_consistency"]["n"]) == (0.5, 2)
-
-
-def test_raters_who_fail_more_than_one_check_are_excluded_by_name():
-    key = made_key(5, checks=3)
-    ratings = [rated(key, f"i{i}", "sft", rater="good") for i in range(5)]
-    ratings += [rated(key, f"i{i}", "rl", rater="b|d") for i in range(5)]
-    wrong = [rated(key, f"i{i}", key[f"i{i}"]["systems"]["A"]) for i in (5, 6, 7)]
-    ratings += [{**wrong[0], "rater_id": "good"}, {**wrong[0], "rater_id": "b|d"}, {**wrong[1], "rater_id": "b|d"}]
-    found = human.analyse(key, ratings, draws=20)
-    assert found["excluded"] == ["b|d"] and found["ratings"] == 5 and found["wins"][0] == [0, 0, 0]
-    assert [(row["failed"], row["checks"]) for row in found["raters"]] == [(2, 2), (1, 1)]
-    assert r"b\|d (2 of 2 checks failed)" in manifest.report(found)
-    with pytest.raises(UserError, match="no rating is left"):
-        human.analyse(key, [rating for rating in ratings if rating["rater_id"] == "b|d"])
-    with pytest.raises(UserError, match="no rating is left"):
-        human.analyse(key, [])
-
-
-def test_a_system_that_never_wins_has_no_interval_and_all_ties_no_difference():
-    key = made_key(10)
-    found = human.analyse(key, [rated(key, f"i{i}", ("sft", "rl")[i % 2]) for i in range(10)], draws=50)
-    assert not found["strengths_finite"] and found["bradley_terry"]["staged"]["low"] is None
-    assert found["bradley_terry"]["staged"]["strength"] < found["bradley_terry"]["sft"]["strength"]
-    rate = next(row for row in found["win_rates"] if (row["first"], row["second"]) == ("sft", "staged"))
-    assert rate["rate"] == 1 and rate["low"] < 0.7 and rate["high"] == pytest.approx(1)  # Wilson of 5 of 5
-    assert "no bound" in manifest.report(found)
-    tied = human.analyse(key, [rated(key, f"i{i}", *NAMES, rater=r) for i in range(10) for r in "ab"], draws=50)
-    assert {row["strength"] for row in tied["bradley_terry"].values()} == {0.0} and tied["strengths_finite"]
-    assert tied["agreement"]["alpha"] is None and "all ratings are the same" in tied["agreement"]["reason"]
-    assert tied["position_bias"]["n"] == 0 and tied["length_bias"]["n"] == 0
-    for result in (found, tied):
-        assert "nan" not in json.dumps(result, allow_nan=False) + manifest.report(result)
-
-
-def test_agreement_of_raters_by_system_not_by_slot():
-    key = made_key(40)
-    alike = [rated(key, f"i{i}", NAMES[i % 3], rater=r) for i in range(40) for r in "abc"]
-    found = human.analyse(key, alike, draws=100)["agreement"]
-    assert found["alpha"] == found["kappa"] == found["raw"] == 1.0 and found["items"] == 40
-    rng = np.random.default_rng(0)
-    chance = [rated(key, f"i{i}", rng.choice(NAMES), rater=r) for i in range(40) for r in "abc"]
-    found = human.analyse(key, chance, draws=200)["agreement"]
-    assert found["low"] < found["alpha"] < found["high"] and abs(found["alpha"]) < 0.25
-
-
-def test_raters_who_share_no_item_have_no_agreement():
-    key = made_key(2)
-    found = human.analyse(key, [rated(key, "i0", "rl", rater="a"), rated(key, "i1", "rl", rater="b")], draws=10)
-    assert found["agreement"] == {**dict.fromkeys(("alpha", "low", "high", "kappa", "raw")), "items": 0,
-                                  "reason": "no item was rated by two raters"}  # fmt: skip
-    assert "Agreement: no item was rated by two raters.\n" in manifest.report(found)
-
-
-def test_position_bias_is_found_in_the_slots_as_shown():
-    key, rng = made_key(100), np.random.default_rng(0)
-    first = [{**rated(key, f"i{i}"), "preferred": ("A" if rng.random() < 0.6 else "C",)} for i in range(100)]
-    found = human.analyse(key, first, draws=20)["position_bias"]
-    assert found["p"] < 1e-3 and found["low"] > found["expected"] == pytest.approx(1 / 3)
-    fair = [{**rated(key, f"i{i}"), "preferred": ("ABC"[i % 3],)} for i in range(100)]
-    assert human.analyse(key, fair, draws=20)["position_bias"]["p"] > 0.5
-    shown = [{**row, "order": (row["preferred"][0], *(s for s in "ABC" if s != row["preferred"][0]))} for row in fair]
-    found = human.analyse(key, shown, draws=20)["position_bias"]  # this rater's page showed its choice first each time
-    assert found["share"] == 1.0 and found["p"] == pytest.approx(3.0**-100)
-
-
-def test_length_bias_is_found():
-    key = made_key(60)
-    for entry in key.values():
-        entry["characters"] = {slot: 10 * (i + 1) for i, slot in enumerate(entry["slots"])}  # C is the longest
-    longest = [{**rated(key, f"i{i}"), "preferred": ("C",)} for i in range(60)]
-    assert human.analyse(key, longest, draws=10)["length_bias"]["low"] > 0.9
-    middle = human.analyse(key, [{**row, "preferred": ("B",)} for row in longest], draws=10)["length_bias"]
-    assert middle["share"] == 0.5 and middle["n"] == 60
-    key["i0"]["characters"]["B"] = 30  # as long as C: only A tells, and C is longer than A
-    key["i1"]["characters"] = dict.fromkeys("ABC", 10)  # nothing to tell
-    assert human.analyse(key, longest[:2], draws=10)["length_bias"]["n"] == 1
-    assert human.analyse(key, longest[:2], draws=10)["length_bias"]["share"] == 1.0
-
-
-def test_scores_and_power_are_reported():
-    key = made_key(100)
-    found = human.analyse(key, [rated(key, f"i{i}", "rl", helpful_1_5=4 + i % 2) for i in range(100)], draws=10)
-    assert found["scores"] == {"rl": {"helpful_1_5": {"mean": 4.5, "n": 100}}}
-    assert found["half_width"] == pytest.approx(1.96 * math.sqrt(0.25 / (100 + 1.96**2)), abs=1e-4)
-    text = manifest.report(found)
-    assert "known to ±9.6 points" in text and "4.50 (n = 100)" in text
-
-
-def test_simulated_raters_are_recovered_with_honest_intervals():
-    truth, rng, runs = np.array([0.5, 0.0, -0.5]), np.random.default_rng(0), 200
-    systems, key = ("a", "b", "c"), made_key(60, ("a", "b", "c"))
-    covered, ordered = 0, 0
-    for _ in range(runs):
-        picks = rng.choice(3, (60, 3), p=np.exp(truth) / np.exp(truth).sum())
-        ratings = [rated(key, f"i{i}", systems[picks[i, r]], rater=str(r)) for i in range(60) for r in range(3)]
-        found = human.analyse(key, ratings, draws=300)["bradley_terry"]
-        ordered += found["a"]["strength"] > found["b"]["strength"] > found["c"]["strength"]
-        covered += sum(found[name]["low"] <= value <= found[name]["high"] for name, value in zip(systems, truth))
-    assert ordered >= 0.95 * runs
-    assert 0.90 <= covered / (3 * runs) <= 0.99
-
-
 def test_a_whole_study_from_files(tmp_path):
     """Raters who read prefer the staged system's answers; the report says so, from the written files alone."""
     items, key = study(tmp_path, n=60, seed=2)
@@ -469,44 +236,6 @@ def test_a_whole_study_from_files(tmp_path):
 
 
 # ---------------------------------------------------------------- two studies, and files without marks
-
-NO_PORT = 99_999  # a server that is started where it should refuse ends at once, with another line
-
-
-def two_studies(tmp_path):
-    """The folders of two runs that compare the same two systems, each with a blind file and its key."""
-    folders = []
-    for name, seed in (("first", 1), ("second", 2)):
-        (tmp_path / name).mkdir()
-        items = [{"prompt": f"{name} prompt {i}"} for i in range(20)]
-        systems = {"base": answers(20, seed), "tuned": answers(20, seed + 10)}
-        manifest.write(items, systems, tmp_path / name / "human_eval.csv", seed=seed)
-        folders.append(tmp_path / name)
-    return folders
-
-
-def rate_all(folder, path, system="tuned", raters=("ann", "bob")):
-    """Write a file of ratings in which all raters prefer `system` wherever it is shown."""
-    rows = [
-        {"rater_id": rater, "item_id": item, "preferred": "/".join(slots) or "none"}
-        for rater in raters
-        for item, entry in manifest.read_key(folder / "human_eval.key.csv").items()
-        for slots in [[s for s, name in entry["systems"].items() if name == system and s != entry["trap"]]]
-    ]
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
-def take_marks_off(*paths):
-    """Turn files into what the version before marks wrote."""
-    for path in paths:
-        path.write_bytes(re.sub(rb"[0-9a-f]{6}-(item-[0-9]+)", rb"\1", path.read_bytes()))
 
 
 def results_of(folder, *files):
@@ -567,17 +296,6 @@ def test_files_without_marks_are_read_with_their_own_key_only(tmp_path, capsys):
     assert "marked.csv, line 2: item_id" in line and "that of this study is missing" in line
 
 
-def test_a_slip_in_an_item_id_is_not_called_another_study(tmp_path):
-    first, _ = two_studies(tmp_path)
-    key = manifest.read_key(first / "human_eval.key.csv")
-    mark = ratings.mark_of(next(iter(key)))
-    for wrong in (f"{mark}-item-99", f"{mark}-item-01 ", f"{mark.upper()}-item-99"):
-        with pytest.raises(ValueError, match="is no item of this evaluation"):
-            ratings.parse_rating({"rater_id": "ann", "item_id": wrong, "preferred": "A"}, key)
-    with pytest.raises(ratings.ForeignItem, match="of another study"):
-        ratings.parse_rating({"rater_id": "ann", "item_id": "item-01", "preferred": "A"}, key)
-
-
 def test_the_mark_is_a_function_of_all_that_the_study_is(tmp_path):
     items, systems = [{"prompt": f"p{i}"} for i in range(12)], {"x": answers(12, 0), "y": answers(12, 1)}
     given = {"items": items, "systems": systems, "num_samples": 10, "seed": 5}
@@ -609,29 +327,6 @@ def test_a_file_with_the_items_of_two_studies_is_refused(tmp_path):
         with pytest.raises(UserError, match=rf"{name}: .* are items of two studies") as caught:
             read(tmp_path / name)
         assert "\n" not in str(caught.value)
-
-
-def test_ratings_read_with_one_key_are_not_analysed_with_another(tmp_path):
-    first, second = two_studies(tmp_path)
-    keys = [manifest.read_key(folder / "human_eval.key.csv") for folder in (first, second)]
-    found = manifest.read_ratings(rate_all(first, tmp_path / "mine.csv"), keys[0])
-    assert manifest.analyse(keys[0], found, draws=10)["ratings"] == 40
-    with pytest.raises(UserError, match="is not in the key: analyse ratings with the key of their own study"):
-        manifest.analyse(keys[1], found, draws=10)
-
-
-def test_saved_ratings_of_another_study_are_refused_and_stay_as_they_are(tmp_path):
-    first, second = two_studies(tmp_path)
-    saved = rate_all(first, second / "human_eval.ratings.jsonl")
-    saved.write_text(saved.read_text() + '{"rater_id": "ann", "it')  # cut off by a crash
-    before = saved.read_bytes()
-    items = manifest.read_manifest(second / "human_eval.csv")
-    with pytest.raises(UserError, match=r"line 1: item_id .* another study .*: move this file away") as caught:
-        ratings.reopen(saved, items)
-    assert str(saved) in str(caught.value) and saved.read_bytes() == before
-    flags = ["--checkpoint", "tiny", "--port", NO_PORT, "--human_eval", second / "human_eval.csv"]
-    runs.refused(serve.main, tmp_path, flags, "human_eval.ratings.jsonl, line 1: item_id")
-    assert saved.read_bytes() == before
 
 
 def test_a_blind_file_beside_another_study_s_key_is_not_served(tmp_path):

@@ -30,9 +30,9 @@ def items(tiny):
 
 def test_items_are_drawn_by_the_seed_and_never_too_long(tiny):
     records = synthetic.records("safety", "test", 40)
-    drawn = [[item["record"]["id"] for item in measure.items(records, tiny[1], 60, 5, seed)[0]] for seed in (0, 0, 1)]
+    drawn = [[item.record["id"] for item in measure.items(records, tiny[1], 60, 5, seed)[0]] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 5
-    assert all(len(item["ids"]) <= 30 for item in measure.items(records, tiny[1], 30, None, 0)[0])
+    assert all(len(item.ids) <= 30 for item in measure.items(records, tiny[1], 30, None, 0)[0])
     with pytest.raises(measure.UserError, match="at most 5 tokens"):
         measure.items(records, tiny[1], 5, None, 0)
 
@@ -70,8 +70,8 @@ def test_loss_and_preferences_are_those_of_plain_transformers(tiny, items):
         for i, item in enumerate(items):
             sums = []
             for side in ("response", "rejected"):
-                turns, _ = chat.normalise([*item["record"]["prompt"],
-                                           {"role": "assistant", "content": item["record"][side]}])  # fmt: skip
+                turns, _ = chat.normalise([*item.record["prompt"],
+                                           {"role": "assistant", "content": item.record[side]}])  # fmt: skip
                 ids, mask = chat.encode(tokenizer, turns, last_turn_only=True)
                 logits = net(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
                 each = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] * torch.tensor(mask[1:])
@@ -80,7 +80,7 @@ def test_loss_and_preferences_are_those_of_plain_transformers(tiny, items):
             assert stats["preference"][i, 0] == (good > bad) and stats["preference_per_token"][i, 0] == (
                 good / n > bad / m
             )
-            text = item["record"]["response"].encode()
+            text = item.record["response"].encode()
             assert stats["loss_per_byte"][i] == pytest.approx([-good, len(text)], rel=1e-5)
 
 
@@ -94,10 +94,10 @@ def test_kl_is_zero_to_itself_and_the_whole_distributions_to_another(tiny, items
     assert stats["kl_base"][:, 1].tolist() == [len(ids) for ids in answers]
     assert (stats["kl_base_sequence"][:, 0] == stats["kl_base"][:, 0]).all()
     for item, ids, (kl, _) in zip(items, answers, stats["kl_base"]):
-        row, logits = torch.tensor([[*item["ids"], *ids]]), {}
+        row, logits = torch.tensor([[*item.ids, *ids]]), {}
         for name in ("policy", None):
             with lora.using(net, name), torch.no_grad():
-                logits[name] = net(row).logits[0, len(item["ids"]) - 1 : -1].double().log_softmax(-1)
+                logits[name] = net(row).logits[0, len(item.ids) - 1 : -1].double().log_softmax(-1)
         exact = (logits["policy"].exp() * (logits["policy"] - logits[None])).sum().item()
         assert exact > 0.01 and kl == pytest.approx(exact, rel=1e-3)
 

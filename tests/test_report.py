@@ -1,7 +1,6 @@
 """The report says every number that was found and no other, in words that follow from them, and is safe to open."""
 
 import copy
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -152,41 +151,6 @@ def test_the_summary_says_what_differs_and_what_cannot_be_told_apart(whole):
     assert f"Not significant: staged against sft: -0.12 [-0.44, +0.20], {unsure}" in summary
     assert summary.count("cannot tell them apart") == 4
     assert "one seed" in summary
-
-
-def test_hostile_text_breaks_neither_file(whole):
-    _, markdown, text = whole
-    page = Page(text)
-    assert not page.open
-    assert not {"script", "iframe", "link", "a", "object", "blockquote"} & set(page.tags)
-    assert page.tags.count("img") == 6
-    assert all(v.startswith("data:image/png;base64,") for k, v in page.attributes if k == "src")
-    assert not [(k, v) for k, v in page.attributes if k != "src" and ("//" in v or k.startswith("on") or k == "href")]
-    assert "url(" not in text and "@import" not in text
-    assert any("<script>alert(1)</script> | a `code`" in data for data in page.text)  # shown, not run
-    quoted = [line for line in markdown.split("\n") if "evil" in line]
-    assert len(quoted) == 10 and all(line.startswith("> ") for line in quoted)  # a prompt and 4 answers, twice
-    for line in quoted:
-        bare = re.sub(r"\\.", "", line)
-        assert "⏎" in line and "](" not in bare and "]:" not in bare and "http://" not in line and "www." not in line
-        assert not set("<`|$") & set(bare) and ">" not in bare[2:]
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u2028\u202e\ud800]", markdown + text)
-
-
-def test_names_are_data_too(tmp_path):
-    results, evil = found(), "<b>|`$x"
-    results = json.loads(json.dumps(results).replace('"staged"', json.dumps(evil)))
-    markdown, page = written(tmp_path, results, {evil: CURVES["sft"]})
-    assert evil not in markdown and evil not in page
-    assert "&lt;b&gt;|`$x" in table(markdown, "judge") and evil in Page(page).text
-
-
-def test_pictures_are_png_files_that_the_files_name(whole):
-    folder, markdown, page = whole
-    names = re.findall(r"^!\[.+\]\((\w+\.png)\)$", markdown, re.M)
-    assert sorted(names) == sorted(path.name for path in folder.glob("*.png")) and len(names) == 6
-    assert all((folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in names)
-    assert len([v for k, v in Page(page).attributes if k == "alt" and v]) == 6
 
 
 def test_missing_is_never_zero(whole):

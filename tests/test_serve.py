@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -21,164 +20,33 @@ import serve
 from common import chat, lora, model, rollouts
 from common.decoder import Decoder
 from common.human import manifest, ratings
-from common.serving import engine, httpd
+from common.serving import engine
 from tests import runs
+from tests.servers import (
+    PROMPT,
+    USER,
+    ask,
+    both,
+    drip,
+    endless,
+    framed,
+    generate,
+    number,
+    process,
+    raw,
+    read,
+    serving,
+    small_queue,
+    stopped,
+    wait_for,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WAIT = 60
-READ_SECONDS = 2  # of the servers under test, to be quick
-JSON = {"Content-Type": "application/json"}
-PROMPT = "How do I bake bread?"
 TOKEN = "a-token-for-the-tests"
 
 
-# ---------------------------------------------------------------- a server in a child, and its clients
-
-
-@contextlib.contextmanager
-def serving(folder, *flags, change=None, environment=(), ready=True):
-    """A server in a forked child, with what change() patches there; yields where it is, stops it with SIGTERM."""
-
-    def body(main, argv):
-        serve.READ_SECONDS = READ_SECONDS
-        if change:
-            change()
-        main([str(word) for word in argv])
-
-    argv = ["--port", 0, "--model.dtype", "float32", *flags]
-    pid = runs.start(serve.main, folder, argv, body, environment=environment)
-    one = SimpleNamespace(pid=pid, folder=folder, out=folder / f"out-{pid}", err=folder / f"err-{pid}", status=None)
-    try:
-        one.port = int(wait_for(lambda: re.search(r"listening on \S+:(\d+)", read(one.out)) or ended(one))[1])
-        if ready:
-            wait_for(lambda: ask(one, "GET", "/health").status == 200 or ended(one))
-        yield one
-    finally:
-        if one.status is None:
-            os.kill(pid, signal.SIGTERM)
-            one.status = stopped(one)
-    if "killed" not in vars(one):
-        assert one.status == 0, (one.status, read(one.err)[-2000:])
-
-
-def read(path):
-    return path.read_text() if path.exists() else ""
-
-
-def ended(one):
-    """False while the child runs; else an error with what it said."""
-    pid, status = os.waitpid(one.pid, os.WNOHANG)
-    if pid:
-        one.status = os.waitstatus_to_exitcode(status)
-        raise AssertionError((one.status, read(one.out), read(one.err)))
-    return False
-
-
-def stopped(one, seconds=WAIT):
-    """The exit status of the child, which must end by itself in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pid, status = os.waitpid(one.pid, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(one.pid, signal.SIGKILL)
-    os.waitpid(one.pid, 0)
-    raise AssertionError(f"still there after {seconds} s: {read(one.err)[-2000:]}")
-
-
-def wait_for(probe, seconds=WAIT):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(ConnectionError):
-            if found := probe():
-                return found
-        time.sleep(0.01)
-    raise AssertionError("waited in vain")
-
-
-def ask(one, method, path, body=None, headers=()):
-    """One request by the standard client -> status, headers, text, json (None if it is none), seconds."""
-    began = time.monotonic()
-    line = http.client.HTTPConnection("127.0.0.1", one.port, timeout=WAIT)
-    data = json.dumps(body).encode() if isinstance(body, dict | list) else body
-    line.request(method, path, data, {**(JSON if data is not None else {}), **dict(headers)})
-    reply = line.getresponse()
-    text = reply.read().decode()
-    line.close()
-    with contextlib.suppress(ValueError):
-        return SimpleNamespace(status=reply.status, headers=reply.headers, text=text, json=json.loads(text),
-                               seconds=time.monotonic() - began)  # fmt: skip
-    return SimpleNamespace(status=reply.status, headers=reply.headers, text=text, json=None,
-                           seconds=time.monotonic() - began)  # fmt: skip
-
-
-def raw(one, *pieces, wait=WAIT):
-    """All that the server says to these bytes, until it closes."""
-    with socket.create_connection(("127.0.0.1", one.port), timeout=wait) as line:
-        with contextlib.suppress(ConnectionError):
-            for piece in pieces:
-                line.sendall(piece)
-        said = b""
-        with contextlib.suppress(ConnectionResetError):
-            while part := line.recv(65536):
-                said += part
-    return said
-
-
-def generate(one, **more):
-    return ask(one, "POST", "/generate", {"prompt": PROMPT, **more})
-
-
-def number(one, name):
-    return float(re.search(rf"^gemma_{name} (\S+)$", ask(one, "GET", "/metrics").text, re.M)[1])
-
-
-START = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
-
-
-def framed(*lines, body=b"{}", start="POST /generate HTTP/1.1", host="Host: localhost"):
-    return "\r\n".join([start, host, "Content-Type: application/json", *lines, "", ""]).encode() + body
-
-
-def answers(said):
-    return re.findall(rb"HTTP/1\.1 (\d{3}) ", said)
-
-
-def process(pid):
-    """Resident bytes, threads and open files of a process."""
-    facts = Path(f"/proc/{pid}/status").read_text()
-    rss, threads = (int(re.search(rf"^{name}:\s+(\d+)", facts, re.M)[1]) for name in ("VmRSS", "Threads"))
-    return rss * 1024, threads, len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def endless(seconds=0.005, stop=False):
-    """A change after which every token takes some time and, unless `stop`, no answer ends by itself."""
-
-    def change():
-        real = engine._draw
-
-        def draw(logits, requests):
-            time.sleep(seconds)
-            tokens = real(logits, requests)
-            return tokens if stop else torch.where(tokens == chat.END_OF_TURN, 300, tokens).clamp_min(2)
-
-        engine._draw = draw
-        serve.CONTEXT = 12000
-
-    return change
-
-
-def both(*changes):
-    return lambda: [change() for change in changes]
-
-
-def small_queue(rows, waiting):
-    def change():
-        serve.ROWS, serve.QUEUE = rows, waiting
-
-    return change
+# ---------------------------------------------------------------- a server with two models
 
 
 @pytest.fixture(scope="module")
@@ -394,33 +262,6 @@ def test_H1_a_broken_model_is_one_line(tmp_path, source, words):
     assert "ready" not in out
 
 
-def drip(one, count, pause):
-    """Hold `count` connections that send a byte now and then, half of them in the head, half in the body, until the
-    server has closed all -> (seconds after which each was closed, the longest that a normal client waited)."""
-    lines = [socket.create_connection(("127.0.0.1", one.port)) for _ in range(count)]
-    began, closed, slowest = time.monotonic(), {}, 0
-    for i, line in enumerate(lines):
-        line.setblocking(False)
-        line.send(b"GET /hea" if i % 2 else framed("Content-Length: 900", body=b""))
-    while len(closed) < count and time.monotonic() - began < 40:
-        slowest = max(slowest, generate(one, max_tokens=4).seconds)
-        for i in set(range(count)) - set(closed):
-            try:
-                lines[i].send(b"x")
-                gone = bool(lines[i].recv(4096))
-            except BlockingIOError:
-                gone = False
-            except ConnectionError:
-                gone = True
-            if gone:
-                closed[i] = time.monotonic() - began
-        time.sleep(pause)
-    for line in lines:
-        line.close()
-    wait_for(lambda: number(one, "connections") == 1)
-    return list(closed.values()), slowest
-
-
 def test_H2_dripping_clients_are_cut_off(tmp_path):
     """100 of them and 2 s for a request."""
     with serving(tmp_path, "--checkpoint", "tiny") as one:
@@ -447,145 +288,6 @@ def test_H2_connections_beyond_the_limit_are_not_held(tmp_path):
         assert most < 40 + 120, most
         assert lines[-1].recv(100).startswith(b"HTTP/1.1 503")
         wait_for(lambda: ask(one, "GET", "/health").status == 200)
-
-
-@pytest.mark.parametrize(
-    "data, status",
-    [
-        (START + b"".join(b"X-%d: %s\r\n" % (i, b"a" * 60000) for i in range(98)), 431),
-        (START + b"X: y\r\n" * 5000, 431),
-        (b"GET /" + b"a" * 64000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
-        (framed("Content-Length: 1000000000000"), 413),
-        (framed(f"Content-Length: {httpd.BODY_BYTES + 1}", body=b" " * (httpd.BODY_BYTES + 1)), 413),
-    ],
-    ids=["large headers", "many headers", "long path", "endless body", "one byte too many"],
-)  # fmt: skip
-def test_H3_sizes_are_bounded_before_anything_is_read(server, data, status):
-    before = process(server.pid)[0]
-    said = raw(server, data)
-    assert said.startswith(b"HTTP/1.1 %d " % status) and b"Connection: close" in said and b'"error"' in said, said[:300]
-    assert process(server.pid)[0] - before < 5e6
-
-
-@pytest.mark.parametrize(
-    "data, allowed",
-    [
-        (framed(), {411}),
-        *((framed(f"Content-Length: {n}"), {400}) for n in ("-1", "+3", "1_0", "abc", "0x2", "2, 2", "", "٣")),
-        (framed("Content-Length: 2", "Content-Length: 3"), {400}),
-        (framed("Content-Length: 2", "content-length: 2"), {400}),
-        (framed("Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n"), {501}),
-        (framed("Transfer-Encoding: chunked", "Content-Length: 2"), {400}),
-        (framed("Content-Length : 2"), {400}),
-        (framed(" folded: 2"), {400}),
-        (framed("X: a\rb"), {400}),
-        (framed("X: a\x00b"), {400}),
-        (b"GET /health HTTP/1.1\nHost: localhost\n\n", {400}),
-        (b"GET /health HTTP/1.1\r\nHost: localhost\n\r\n", {400}),
-        (b"GET /health\r\n\r\n", {400}),
-        (b"GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
-        (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", {400}),
-        (b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}),
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
-        (framed("Host: localhost", "Content-Length: 2"), {400}),
-        (b"GET /health HTTP/1.1\r\n\r\n", {403}),
-        (START + b"Content-Length: abc\r\n\r\n", {400}),
-        (START + b"Content-Length: 2\r\n\r\n{}", {400}),
-        (START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", {400}),
-    ],
-)  # fmt: skip
-def test_H4_framing_is_strict(server, data, allowed):
-    """Each is one answer with a JSON body and a closed connection; what follows on it is never looked at."""
-    before = number(server, "engine_finished_total")
-    follow = json.dumps({"prompt": PROMPT, "max_tokens": 2}).encode()
-    second = framed(f"Content-Length: {len(follow)}", body=follow)
-    said = raw(server, data, second)
-    head, _, body = said.partition(b"\r\n\r\n")
-    assert int(head.split()[1]) in allowed and json.loads(body)["error"]["message"], said
-    assert len(answers(said)) == 1 and number(server, "engine_finished_total") == before
-
-
-def test_H4_a_pipelined_second_request_is_never_executed(server):
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 3, "temperature": 0}).encode()
-    one = framed(f"Content-Length: {len(body)}", body=body)
-    before = number(server, "engine_finished_total")
-    said = raw(server, one + one)
-    assert answers(said) == [b"200"]
-    assert number(server, "engine_finished_total") == before + 1
-
-
-WRONG = [
-    *((body, None) for body in (b"[]", b'""', b"null", b"{", b"\xff{}", b"", b'{"prompt": NaN}')),
-    (b'{"prompt": "a", "prompt": "b"}', None), (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", None),
-    (b'{"a": ' + b"[" * 200_000, None), ({}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": " \n"}, "prompt"),
-    ({"prompt": ["a"]}, "prompt"), ({"prompt": 3}, "prompt"), ({"prompt": None}, "prompt"),
-    (b'{"prompt": "\\ud800"}', "prompt"), ({"prompt": "a", "max_new_tokens": 3}, "max_new_tokens"),
-    *(({"prompt": "a", "temperature": t}, "temperature") for t in (-1, 1e9, "1", True, 1e-300, [1])),
-    (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
-    *(({"prompt": "a", "top_p": p}, "top_p") for p in (0, 2, -0.1, "0.9", False)),
-    *(({"prompt": "a", "max_tokens": n}, "max_tokens") for n in (0, -1, 10**9, True, 1.5, "9")),
-    *(({"prompt": "a", "seed": s}, "seed") for s in (1.5, 2**63, "1", True)),
-    *(({"prompt": "a", "model": m}, "model") for m in ("none", 3, ["base"], {})),
-]  # fmt: skip
-USER = [{"role": "user", "content": "a"}]
-WRONG_CHAT = [
-    ({}, "messages"), ({"messages": []}, "messages"), ({"messages": "a"}, "messages"),
-    *(({"messages": [m]}, "messages[0]") for m in (1, {"role": "robot", "content": "a"}, {"role": "user"})),
-    ({"messages": [*USER, {"role": "assistant", "content": "b"}]}, "messages"),
-    ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0]"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-    *(({"messages": USER, "stop": s}, "stop") for s in (["a"] * 1000, [""], [3], "", {"a": 1}, ["a" * 101])),
-    *(({"messages": USER, "stream": s}, "stream") for s in ("true", 1)),
-    *(({"messages": USER, name: value}, name) for name, value in (
-        ("n", 2), ("logprobs", True), ("tools", [{}]), ("stream_options", 3), ("presence_penalty", 1), ("best_of", 2))),
-    ({"messages": USER, "max_completion_tokens": 0}, "max_tokens"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("path, cases", [("/generate", WRONG), ("/v1/chat/completions", WRONG_CHAT)])
-def test_H5_every_wrong_field_is_named(server, path, cases):
-    for body, param in cases:
-        found = ask(server, "POST", path, body)
-        assert found.status in (400, 404) and found.json["error"]["param"] == param, (
-            body if len(str(body)) < 200 else "",
-            found,
-        )
-        assert (found.status == 404) == (param == "model") and found.json["error"]["message"]
-        assert found.json["error"]["type"] == "invalid_request_error"
-    assert statistics.median(ask(server, "POST", path, {}).seconds for _ in range(20)) < 0.1
-
-
-def test_H5_other_content_types_are_refused(server):
-    body = json.dumps({"prompt": "a"}).encode()
-    for kind in (
-        "text/plain",
-        "application/x-www-form-urlencoded",
-        "multipart/form-data; boundary=x",
-        "",
-        "application/jsonp",
-    ):
-        assert ask(server, "POST", "/generate", body, {"Content-Type": kind}).status == 415
-    assert ask(server, "POST", "/generate", body, {"Content-Type": "Application/JSON; charset=utf-8"}).status == 200
-
-
-def test_H5_the_server_survives_500_random_bodies(server):
-    rng, valid = random.Random(0), json.dumps({"prompt": "a", "max_tokens": 1, "temperature": 0.5, "seed": 3}).encode()
-    seen = set()
-    for _ in range(500):
-        data = bytearray(valid)
-        for _ in range(rng.randint(1, 6)):
-            at = rng.randrange(len(data))
-            data[at : at + rng.randint(0, 3)] = rng.choice(
-                [b"", b"\x00", b"\xff", b'"', b"{", b"[", b"9" * 30, b"null", b"-", b"\\u"]
-            )
-        seen.add(
-            ask(
-                server, "POST", rng.choice(["/generate", "/batch_generate", "/v1/chat/completions"]), bytes(data)
-            ).status
-        )
-    assert seen <= {200, 400, 404} and 400 in seen, seen
-    assert generate(server, max_tokens=2).status == 200
 
 
 def test_H6_what_does_not_fit_is_refused_with_both_numbers(server):

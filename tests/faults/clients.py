@@ -5,7 +5,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests import test_serve as web
+from tests import servers as web
 
 
 def rows(trials=50):

@@ -1,0 +1,155 @@
+"""What raters said, by hand, by simulated raters of known strengths, and where nothing can be said."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from common.human import analysis as human
+from common.human import manifest
+from common.log import UserError
+from tests.studies import NAMES, made_key, rate_all, rated, two_studies
+
+
+def test_wins_and_ties_by_hand():
+    key = made_key(3)
+    ratings = [rated(key, "i0", "sft"), rated(key, "i1", "sft", "rl"), rated(key, "i2")]  # the last: none preferred
+    found = human.analyse(key, ratings, draws=50)
+    assert found["systems"] == ["rl", "sft", "staged"]
+    # i0: sft beats both; i1: sft and rl tie, both beat staged; i2: all tie
+    assert found["wins"] == [[0, 1, 1.5], [2, 0, 2.5], [0.5, 0.5, 0]]
+    assert (found["items"], found["ratings"], found["replaced"], found["excluded"]) == (3, 3, 0, [])
+    assert found["agreement"]["alpha"] is None and "two raters" in found["agreement"]["reason"]
+    assert "needs two raters" in manifest.report(found)
+
+
+def test_equal_answers_are_preferred_together():
+    key = made_key(1)
+    key["i0"]["digests"] = {
+        slot: "same" if name != "staged" else "other" for slot, name in key["i0"]["systems"].items()
+    }
+    assert human.analyse(key, [rated(key, "i0", "rl")], draws=10)["wins"] == [[0, 0.5, 1], [0.5, 0, 1], [0, 0, 0]]
+
+
+def test_the_latest_rating_counts_and_duplicates_only_for_consistency():
+    key = made_key(4)
+    key["i2"] |= {"kind": "duplicate", "original": "i0"}
+    key["i3"] |= {"kind": "duplicate", "original": "i1"}
+    ratings = [rated(key, "i0", "rl"), rated(key, "i0", "sft"), rated(key, "i1", "sft")]
+    ratings += [
+        rated(key, "i2", "sft"),
+        rated(key, "i3", "rl"),
+    ]  # the first alike though in other slots, the second not
+    found = human.analyse(key, ratings, draws=10)
+    assert found["replaced"] == 1 and found["ratings"] == 2 and found["wins"][1][0] == 2
+    assert (found["self_consistency"]["share"], found["self_consistency"]["n"]) == (0.5, 2)
+
+
+def test_raters_who_fail_more_than_one_check_are_excluded_by_name():
+    key = made_key(5, checks=3)
+    ratings = [rated(key, f"i{i}", "sft", rater="good") for i in range(5)]
+    ratings += [rated(key, f"i{i}", "rl", rater="b|d") for i in range(5)]
+    wrong = [rated(key, f"i{i}", key[f"i{i}"]["systems"]["A"]) for i in (5, 6, 7)]
+    ratings += [{**wrong[0], "rater_id": "good"}, {**wrong[0], "rater_id": "b|d"}, {**wrong[1], "rater_id": "b|d"}]
+    found = human.analyse(key, ratings, draws=20)
+    assert found["excluded"] == ["b|d"] and found["ratings"] == 5 and found["wins"][0] == [0, 0, 0]
+    assert [(row["failed"], row["checks"]) for row in found["raters"]] == [(2, 2), (1, 1)]
+    assert r"b\|d (2 of 2 checks failed)" in manifest.report(found)
+    with pytest.raises(UserError, match="no rating is left"):
+        human.analyse(key, [rating for rating in ratings if rating["rater_id"] == "b|d"])
+    with pytest.raises(UserError, match="no rating is left"):
+        human.analyse(key, [])
+
+
+def test_a_system_that_never_wins_has_no_interval_and_all_ties_no_difference():
+    key = made_key(10)
+    found = human.analyse(key, [rated(key, f"i{i}", ("sft", "rl")[i % 2]) for i in range(10)], draws=50)
+    assert not found["strengths_finite"] and found["bradley_terry"]["staged"]["low"] is None
+    assert found["bradley_terry"]["staged"]["strength"] < found["bradley_terry"]["sft"]["strength"]
+    rate = next(row for row in found["win_rates"] if (row["first"], row["second"]) == ("sft", "staged"))
+    assert rate["rate"] == 1 and rate["low"] < 0.7 and rate["high"] == pytest.approx(1)  # Wilson of 5 of 5
+    assert "no bound" in manifest.report(found)
+    tied = human.analyse(key, [rated(key, f"i{i}", *NAMES, rater=r) for i in range(10) for r in "ab"], draws=50)
+    assert {row["strength"] for row in tied["bradley_terry"].values()} == {0.0} and tied["strengths_finite"]
+    assert tied["agreement"]["alpha"] is None and "all ratings are the same" in tied["agreement"]["reason"]
+    assert tied["position_bias"]["n"] == 0 and tied["length_bias"]["n"] == 0
+    for result in (found, tied):
+        assert "nan" not in json.dumps(result, allow_nan=False) + manifest.report(result)
+
+
+def test_agreement_of_raters_by_system_not_by_slot():
+    key = made_key(40)
+    alike = [rated(key, f"i{i}", NAMES[i % 3], rater=r) for i in range(40) for r in "abc"]
+    found = human.analyse(key, alike, draws=100)["agreement"]
+    assert found["alpha"] == found["kappa"] == found["raw"] == 1.0 and found["items"] == 40
+    rng = np.random.default_rng(0)
+    chance = [rated(key, f"i{i}", rng.choice(NAMES), rater=r) for i in range(40) for r in "abc"]
+    found = human.analyse(key, chance, draws=200)["agreement"]
+    assert found["low"] < found["alpha"] < found["high"] and abs(found["alpha"]) < 0.25
+
+
+def test_raters_who_share_no_item_have_no_agreement():
+    key = made_key(2)
+    found = human.analyse(key, [rated(key, "i0", "rl", rater="a"), rated(key, "i1", "rl", rater="b")], draws=10)
+    assert found["agreement"] == {**dict.fromkeys(("alpha", "low", "high", "kappa", "raw")), "items": 0,
+                                  "reason": "no item was rated by two raters"}  # fmt: skip
+    assert "Agreement: no item was rated by two raters.\n" in manifest.report(found)
+
+
+def test_position_bias_is_found_in_the_slots_as_shown():
+    key, rng = made_key(100), np.random.default_rng(0)
+    first = [{**rated(key, f"i{i}"), "preferred": ("A" if rng.random() < 0.6 else "C",)} for i in range(100)]
+    found = human.analyse(key, first, draws=20)["position_bias"]
+    assert found["p"] < 1e-3 and found["low"] > found["expected"] == pytest.approx(1 / 3)
+    fair = [{**rated(key, f"i{i}"), "preferred": ("ABC"[i % 3],)} for i in range(100)]
+    assert human.analyse(key, fair, draws=20)["position_bias"]["p"] > 0.5
+    shown = [{**row, "order": (row["preferred"][0], *(s for s in "ABC" if s != row["preferred"][0]))} for row in fair]
+    found = human.analyse(key, shown, draws=20)["position_bias"]  # this rater's page showed its choice first each time
+    assert found["share"] == 1.0 and found["p"] == pytest.approx(3.0**-100)
+
+
+def test_length_bias_is_found():
+    key = made_key(60)
+    for entry in key.values():
+        entry["characters"] = {slot: 10 * (i + 1) for i, slot in enumerate(entry["slots"])}  # C is the longest
+    longest = [{**rated(key, f"i{i}"), "preferred": ("C",)} for i in range(60)]
+    assert human.analyse(key, longest, draws=10)["length_bias"]["low"] > 0.9
+    middle = human.analyse(key, [{**row, "preferred": ("B",)} for row in longest], draws=10)["length_bias"]
+    assert middle["share"] == 0.5 and middle["n"] == 60
+    key["i0"]["characters"]["B"] = 30  # as long as C: only A tells, and C is longer than A
+    key["i1"]["characters"] = dict.fromkeys("ABC", 10)  # nothing to tell
+    assert human.analyse(key, longest[:2], draws=10)["length_bias"]["n"] == 1
+    assert human.analyse(key, longest[:2], draws=10)["length_bias"]["share"] == 1.0
+
+
+def test_scores_and_power_are_reported():
+    key = made_key(100)
+    found = human.analyse(key, [rated(key, f"i{i}", "rl", helpful_1_5=4 + i % 2) for i in range(100)], draws=10)
+    assert found["scores"] == {"rl": {"helpful_1_5": {"mean": 4.5, "n": 100}}}
+    assert found["half_width"] == pytest.approx(1.96 * math.sqrt(0.25 / (100 + 1.96**2)), abs=1e-4)
+    text = manifest.report(found)
+    assert "known to ±9.6 points" in text and "4.50 (n = 100)" in text
+
+
+def test_simulated_raters_are_recovered_with_honest_intervals():
+    truth, rng, runs = np.array([0.5, 0.0, -0.5]), np.random.default_rng(0), 200
+    systems, key = ("a", "b", "c"), made_key(60, ("a", "b", "c"))
+    covered, ordered = 0, 0
+    for _ in range(runs):
+        picks = rng.choice(3, (60, 3), p=np.exp(truth) / np.exp(truth).sum())
+        ratings = [rated(key, f"i{i}", systems[picks[i, r]], rater=str(r)) for i in range(60) for r in range(3)]
+        found = human.analyse(key, ratings, draws=300)["bradley_terry"]
+        ordered += found["a"]["strength"] > found["b"]["strength"] > found["c"]["strength"]
+        covered += sum(found[name]["low"] <= value <= found[name]["high"] for name, value in zip(systems, truth))
+    assert ordered >= 0.95 * runs
+    assert 0.90 <= covered / (3 * runs) <= 0.99
+
+
+def test_ratings_read_with_one_key_are_not_analysed_with_another(tmp_path):
+    first, second = two_studies(tmp_path)
+    keys = [manifest.read_key(folder / "human_eval.key.csv") for folder in (first, second)]
+    found = manifest.read_ratings(rate_all(first, tmp_path / "mine.csv"), keys[0])
+    assert manifest.analyse(keys[0], found, draws=10)["ratings"] == 40
+    with pytest.raises(UserError, match="is not in the key: analyse ratings with the key of their own study"):
+        manifest.analyse(keys[1], found, draws=10)

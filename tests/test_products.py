@@ -1,0 +1,38 @@
+"""Linears laid out for decoding: the same product whichever way round, and a row's bits are its own."""
+
+import pytest
+import torch
+
+from common import products
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("rows", [1, 9, 12, 16, 20, 32, 64, 70])
+def test_either_way_round_a_product_is_the_same(rows):
+    torch.manual_seed(rows)
+    x, weight, a = torch.randn(rows, 40), torch.randn(24, 40 + 3), torch.randn(3, 40)
+    small = [t.to(torch.bfloat16) for t in (x, weight, a)]
+    x, weight, a = (t.double() for t in small)
+    low = (x @ a.T).to(torch.bfloat16).double()
+    right = x @ weight[:, :40].T + low @ weight[:, 40:].T
+    found = products.product(small[0], tuple(small[1:]))
+    assert found.shape == right.shape and (found - right).abs().max() < 0.02 * right.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1536, 640), (640, 2048), (24, 640), (640, 8), (512, 6912)])
+def test_a_product_s_bits_do_not_depend_on_the_number_of_rows(shape, dtype):
+    """Of Gemma's shapes and those of adapters, packed and not, at the first, a middle and the last place."""
+    torch.manual_seed(0)
+    weight, row = (0.05 * torch.randn(shape)).to(dtype), torch.randn(shape[1]).to(dtype)
+    for laid in (products.pack(weight), weight):
+        right = None
+        for n in range(1, 21):
+            for place in {0, n // 2, n - 1}:
+                x = torch.randn(n, shape[1]).to(dtype)
+                x[place] = row
+                found = products.steady(x, (laid, None))[place]
+                right = found if right is None else right
+                assert torch.equal(found, right), (n, place)
+        assert (right.float() - weight.float() @ row.float()).abs().max() < 0.05 * right.float().abs().max()
