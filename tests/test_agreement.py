@@ -91,7 +91,7 @@ def test_bradley_terry_equals_evalica():
     assert agreement.bradley_terry(wins) == pytest.approx(expected - expected.mean(), abs=1e-4)
 
 
-def test_bradley_terry_of_two_systems_is_the_log_odds_and_batches():
+def test_bradley_terry_of_two_is_the_log_odds_and_batches():
     assert agreement.bradley_terry([[0, 30], [10, 0]]) == pytest.approx([math.log(3) / 2, -math.log(3) / 2])
     assert agreement.bradley_terry([[0, 30], [0, 0]], prior=0.5) == pytest.approx([math.log(61) / 2, -math.log(61) / 2])
     many = np.stack([random_wins(np.random.default_rng(seed)) for seed in range(5)])

@@ -32,7 +32,7 @@ def test_equal_answers_are_preferred_together():
     assert human.analyse(key, [rated(key, "i0", "rl")], draws=10)["wins"] == [[0, 0.5, 1], [0.5, 0, 1], [0, 0, 0]]
 
 
-def test_the_latest_rating_counts_and_duplicates_only_for_consistency():
+def test_the_latest_rating_counts_and_duplicates_do_not():
     key = made_key(4)
     key["i2"] |= {"kind": "duplicate", "original": "i0"}
     key["i3"] |= {"kind": "duplicate", "original": "i1"}
@@ -46,7 +46,7 @@ def test_the_latest_rating_counts_and_duplicates_only_for_consistency():
     assert (found["self_consistency"]["share"], found["self_consistency"]["n"]) == (0.5, 2)
 
 
-def test_raters_who_fail_more_than_one_check_are_excluded_by_name():
+def test_raters_who_fail_two_checks_are_excluded_by_name():
     key = made_key(5, checks=3)
     ratings = [rated(key, f"i{i}", "sft", rater="good") for i in range(5)]
     ratings += [rated(key, f"i{i}", "rl", rater="b|d") for i in range(5)]
@@ -62,7 +62,7 @@ def test_raters_who_fail_more_than_one_check_are_excluded_by_name():
         human.analyse(key, [])
 
 
-def test_a_system_that_never_wins_has_no_interval_and_all_ties_no_difference():
+def test_no_win_has_no_interval_and_all_ties_no_difference():
     key = made_key(10)
     found = human.analyse(key, [rated(key, f"i{i}", ("sft", "rl")[i % 2]) for i in range(10)], draws=50)
     assert not found["strengths_finite"] and found["bradley_terry"]["staged"]["low"] is None

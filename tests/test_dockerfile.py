@@ -58,11 +58,23 @@ def test_its_python_is_one_that_every_pinned_package_takes(steps):
 
 
 def test_the_image_holds_the_project_and_nothing_of_this_machine():
-    tracked = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", "*.txt", "*.md", "common/*.py", "configs/*",
-               "tests/*.py", "docs/*", "data/*.py", "data/*.md") for path in ROOT.glob(pattern)]  # fmt: skip
-    assert "train_staged.py" in tracked and not any(map(ignored, [*tracked, ".git", ".gitignore", "data"]))
+    patterns = ("*.py", "*.txt", "*.md", "common/**/*.py", "configs/*", "tests/**/*.py", "docs/**/*.md", "data/*.py")
+    found = {pattern: [path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)] for pattern in patterns}
+    tracked = [name for names in found.values() for name in names] + ["data/README.md"]
+    assert all(found.values()) and {"train_staged.py", "common/runtime/base.py", "docs/algorithms.md"} <= set(tracked)
+    assert not any(map(ignored, [*tracked, "common", "common/human", "web/chat.html", ".git", ".gitignore", "data"]))
     assert not any(map(ignored, ("data/safety/train.jsonl", "data/clinical/report.json", "data/conala")))
-    mine = ("outputs", ".venv", "venv", "data/raw", "data/hh2000", "common/__pycache__", "train_sft.pyc", ".coverage")
+    mine = (
+        "outputs",
+        ".venv",
+        "venv",
+        "data/raw",
+        "data/hh2000",
+        "common/__pycache__",
+        "common/human/__pycache__",
+        "train_sft.pyc",
+        ".coverage",
+    )
     assert all(map(ignored, mine))
 
 
@@ -70,4 +82,4 @@ def test_its_cache_is_where_the_code_looks(steps):
     found = dict(word.split("=") for word in next(words for name, words in steps if name == "ENV").split())
     assert dict(steps)["VOLUME"] == "/cache" == found["HOME"]
     assert all(Path("/cache") in Path(found[name]).parents for name in ("GEMMA_ALIGNMENT_CACHE", "HF_HOME"))
-    assert 'os.environ.get("GEMMA_ALIGNMENT_CACHE"' in (ROOT / "common" / "base.py").read_text()
+    assert 'os.environ.get("GEMMA_ALIGNMENT_CACHE"' in (ROOT / "common" / "runtime" / "cache.py").read_text()

@@ -57,7 +57,7 @@ def test_a_split_does_not_depend_on_which_others_are_asked_for(go, server, tmp_p
         assert set(report["safety"]["splits"]) == {"train", "val", "test"}  # what it said of the others stays
 
 
-def test_test_split_needs_only_its_own_file_and_val_the_train_file(go, server):
+def test_test_needs_only_its_own_file_and_val_that_of_train(go, server):
     go("safety", "test")
     assert [path for path, _ in server.asked] == [HH_TEST]
     del server.files[HH_TRAIN]

@@ -305,7 +305,7 @@ def test_what_cannot_be_exported(tmp_path, flags, adapter, tiny_folder):
 # ------------------------------------------------------------------------------------------------------------ QLoRA
 
 
-def test_a_qlora_adapter_is_merged_into_the_base_it_was_trained_on(tmp_path, flags, few, tiny_folder):
+def test_a_qlora_adapter_is_merged_into_its_own_base(tmp_path, flags, few, tiny_folder):
     functional = pytest.importorskip("bitsandbytes.functional")
     settings = runs.settings(tiny_folder, few, rate=1e-2)
     runs.train(train_sft.main, tmp_path, settings(tmp_path, "--training.max_steps", 6, peft="qlora"))

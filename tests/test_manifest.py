@@ -270,7 +270,7 @@ def test_ratings_of_another_study_are_refused_by_the_command(tmp_path, capsys, k
     assert not (second / "human_results.json").exists()
 
 
-def test_one_foreign_file_or_line_among_good_ones_is_refused_by_name(tmp_path, capsys):
+def test_one_foreign_file_or_line_among_good_ones_is_named(tmp_path, capsys):
     first, second = two_studies(tmp_path)
     mine, theirs = rate_all(first, tmp_path / "mine.csv"), rate_all(second, tmp_path / "theirs.jsonl")
     assert "theirs.jsonl, line 1: item_id" in refusal(capsys, first, mine, theirs)

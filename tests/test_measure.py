@@ -84,7 +84,7 @@ def test_loss_and_preferences_are_those_of_plain_transformers(tiny, items):
             assert stats["loss_per_byte"][i] == pytest.approx([-good, len(text)], rel=1e-5)
 
 
-def test_kl_is_zero_to_itself_and_the_whole_distributions_to_another(tiny, items):
+def test_kl_is_zero_to_itself_and_exact_to_another(tiny, items):
     net, tokenizer = tiny
     with lora.using(net, "policy"):
         answers = [group[0] for group in measure.generate(net, items, SAMPLING)[0]]

@@ -120,7 +120,7 @@ def test_rouge_by_hand():
     assert found == pytest.approx({"rouge1": 5 / 6 / 2, "rouge2": 3 / 5 / 2, "rougeL": 5 / 6 / 2})
 
 
-def test_rouge_equals_rouge_score_and_its_definition_item_by_item(clinical):
+def test_rouge_equals_rouge_score_and_its_definition(clinical):
     from rouge_score import rouge_scorer
 
     names, texts = ("rouge1", "rouge2", "rougeL"), metrics.floors("clinical", clinical)["first 40 words"][:60]

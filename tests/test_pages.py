@@ -161,7 +161,7 @@ def test_an_answer_arrives_in_pieces_and_is_that_of_the_server(browser, site):
         assert json.load(answer)["choices"][0]["message"]["content"] == text
 
 
-def test_two_models_answer_side_by_side_each_with_its_own_history(browser, site):
+def test_two_models_answer_side_by_side_with_own_histories(browser, site):
     open_chat(browser, site, second="twin", temperature=1)
     say(browser, "How do I rest well?")
     first = browser.run(TEXTS)
@@ -207,7 +207,7 @@ def test_stop_ends_the_generation_and_keeps_the_text(browser, site):
     assert sent(browser, "/v1/chat/completions")[1]["messages"][1] == {"role": "assistant", "content": text}
 
 
-def test_refusals_stand_in_words_where_the_answer_would_and_the_prompt_comes_back(browser, site):
+def test_refusals_stand_in_the_answer_and_give_the_prompt_back(browser, site):
     browser.expected = (400, 429)
     open_chat(browser, site)
     say(browser, "word " * 3000)
@@ -231,7 +231,7 @@ def test_refusals_stand_in_words_where_the_answer_would_and_the_prompt_comes_bac
     ('data: {"error": {"message": "the worker has stopped"}}\n\n', "the worker has stopped"),
     ("", "The connection broke before the answer was complete."),
 ])  # fmt: skip
-def test_what_fails_in_the_middle_keeps_its_text_but_is_no_history(browser, site, tail, words):
+def test_what_fails_midway_keeps_its_text_but_is_no_history(browser, site, tail, words):
     open_chat(browser, site, second="twin", temperature=0)
     chunk = json.dumps({"choices": [{"delta": {"content": EVIL}, "finish_reason": None}]})
     fulfil(browser, "/v1/chat/completions", 200, f"data: {chunk}\n\n{tail}")
@@ -261,7 +261,7 @@ def test_a_server_that_is_loading_or_away_is_waited_for_in_words(browser, site):
     browser.seen[:] = [event for event in browser.seen if "ERR_INTERNET_DISCONNECTED" not in json.dumps(event)]
 
 
-def test_the_token_comes_from_the_address_or_a_form_and_no_file_to_rate_is_said(browser, tmp_path):
+def test_the_token_comes_by_address_or_form_and_no_file_is_said(browser, tmp_path):
     browser.expected = (401,)
     site = start(tmp_path, GEMMA_ALIGNMENT_TOKEN=TOKEN)
     try:
@@ -322,7 +322,7 @@ def kept(site, rater):
     return [row for row in rows if row["rater_id"] == rater], slots
 
 
-def test_items_are_rated_by_keyboard_and_every_rating_is_in_the_file(browser, site):
+def test_items_are_rated_by_keyboard_and_all_are_in_the_file(browser, site):
     open_rate(browser, site, "ann")
     seen, places = [], []
     time.sleep(0.3)
@@ -398,7 +398,7 @@ def test_scores_and_a_comment_and_no_shortcut_while_typing(browser, site):
     assert kinds == ["beforeunload"] and "error" not in browser.answers[left]
 
 
-def test_a_failed_save_says_so_keeps_the_choice_and_can_be_tried_again(browser, site):
+def test_a_failed_save_keeps_the_choice_and_can_be_retried(browser, site):
     browser.expected = (507,)
     open_rate(browser, site, "cat")
     browser.key("Enter")
@@ -436,7 +436,7 @@ def test_a_page_of_another_study_is_told_to_reload(browser, site):
     assert not path.exists() or "kim" not in path.read_text()
 
 
-def test_every_rater_has_an_order_of_the_same_answers_and_nothing_tells_the_systems(browser, site):
+def test_each_rater_has_an_order_and_nothing_tells_the_systems(browser, site):
     orders = set()
     for rater in ("dan", "eve", "flo", "gus"):
         open_rate(browser, site, rater)

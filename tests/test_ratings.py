@@ -78,7 +78,7 @@ def test_a_slip_in_an_item_id_is_not_called_another_study(tmp_path):
         ratings.parse_rating({"rater_id": "ann", "item_id": "item-01", "preferred": "A"}, key)
 
 
-def test_saved_ratings_of_another_study_are_refused_and_stay_as_they_are(tmp_path):
+def test_saved_ratings_of_another_study_are_refused_and_kept(tmp_path):
     first, second = two_studies(tmp_path)
     saved = rate_all(first, second / "human_eval.ratings.jsonl")
     saved.write_text(saved.read_text() + '{"rater_id": "ann", "it')  # cut off by a crash

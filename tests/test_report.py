@@ -119,7 +119,7 @@ def test_the_table_holds_every_value_with_its_interval(whole):
             assert value in seen
 
 
-def test_bold_is_what_beats_the_base_significantly_and_nothing_else(whole):
+def test_bold_is_only_what_beats_the_base_significantly(whole):
     rows = table(whole[1], "judge")
     bold = {(name, column) for name, row in rows.items() for column, cell in row.items() if "**" in cell}
     assert bold == {("sft", "judge ↑"), ("staged", "judge ↑")}
@@ -140,7 +140,7 @@ def test_bold_knows_which_way_is_better(tmp_path, monkeypatch, better, differenc
     assert [name for name, cell in cells.items() if "**" in cell] == (["sft"] if beats else [])
 
 
-def test_the_summary_says_what_differs_and_what_cannot_be_told_apart(whole):
+def test_the_summary_says_what_differs_and_what_may_not(whole):
     summary = whole[1].split("\n\n")[1]
     assert "sft and staged beat base significantly" in summary
     assert "staged is better than base: +0.50 [+0.30, +0.70], p <0.001." in summary.replace("&lt;", "<")  # turned

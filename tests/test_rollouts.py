@@ -97,7 +97,7 @@ def test_pads_and_stops_inside_a_prompt_mean_nothing(tiny_model):
     assert again["completions"] == [[first]] and again["stopped"].all() and again["mask"].sum() == 1
 
 
-def test_a_rows_text_depends_on_nothing_but_its_prompt_and_numbers(tiny_model):
+def test_a_rows_text_depends_on_its_prompt_and_numbers_alone(tiny_model):
     """Alone, in a batch that loses rows, in another order, and in line behind others: the same tokens."""
     net, tokenizer = tiny_model
     prompts = [*encode(tokenizer), *encode(tokenizer, [f"What about {i}?" for i in range(20)])]

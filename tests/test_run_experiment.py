@@ -83,7 +83,7 @@ def test_it_makes_an_environment_once_and_passes_every_word_on(checkout):
     assert [call[1:4] for call in calls] == [["-m", "pip", "install"], train(checkout)[1:4]]
 
 
-def test_an_interrupted_installation_is_not_taken_for_a_finished_one(checkout):
+def test_an_interrupted_installation_is_not_a_finished_one(checkout):
     (checkout / "no-network").touch()
     status, calls, _ = start(checkout, "configs/a run.yml")
     assert status == 1 and calls[-1][1:4] == ["-m", "pip", "install"]

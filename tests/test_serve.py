@@ -622,7 +622,7 @@ def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind):
     assert (tmp_path / "human_eval.ratings.jsonl").read_bytes() == b""
 
 
-def test_a_rating_of_another_study_is_refused_and_the_next_one_is_kept(tmp_path, blind):
+def test_a_rating_of_another_study_is_refused_the_next_kept(tmp_path, blind):
     """As a page sends it that was open before the server was started again with another blind file."""
     own = next(iter(manifest.read_manifest(blind)))
     with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
@@ -672,7 +672,7 @@ class Panic(BaseException):
 @pytest.mark.parametrize("error, status, words", [
     (OSError(28, "No space left on device", "a.bin"), 2, "error: No space left on device: a.bin\n"),
     (Panic("while reading"), 70, "Panic: while reading\n")])  # fmt: skip
-def test_what_fails_while_loading_is_not_the_port_s_fault_nor_waited_for(tmp_path, error, status, words):
+def test_what_fails_while_loading_is_said_and_not_waited_for(tmp_path, error, status, words):
     def body(main, argv):
         def load(*args):
             raise error

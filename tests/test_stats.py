@@ -71,7 +71,7 @@ def test_paired_bootstrap_equals_scipys_percentile_interval():
     assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
-def test_paired_bootstrap_covers_and_its_p_is_flat_under_the_null():
+def test_paired_bootstrap_covers_and_p_is_flat_under_the_null():
     rng = np.random.default_rng(0)
     shift, inside, small = rng.normal(0, 1, 100), [], []
     for _ in range(400):
@@ -176,7 +176,7 @@ def test_compare_equals_all_swaps_enumerated():
             assert p >= exact - room and (p < 0.05 or low <= 0 <= high)
 
 
-def test_compare_on_means_agrees_with_paired_bootstrap_and_is_antisymmetric():
+def test_compare_agrees_with_the_bootstrap_and_is_antisymmetric():
     rng = np.random.default_rng(1)
     a = rng.normal(0.3, 1, 80)
     b = a - rng.normal(0.25, 1, 80)
@@ -189,7 +189,7 @@ def test_compare_on_means_agrees_with_paired_bootstrap_and_is_antisymmetric():
     assert stats.compare(means(np.ones(40)), means(np.zeros(40)), ratio, 500) == (1.0, 1.0, 1.0, 1 / 501)
 
 
-def test_compare_p_is_flat_under_the_null_and_the_interval_covers():
+def test_compare_p_is_flat_under_the_null_and_covers():
     rng, small, inside = np.random.default_rng(0), [], []
     for i in range(300):
         hard = rng.uniform(size=60)

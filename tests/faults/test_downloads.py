@@ -49,7 +49,7 @@ def link(name):
     return info
 
 
-def test_S3_members_are_taken_by_exact_name_and_nothing_is_extracted(archive, go, server, tmp_path):
+def test_S3_members_go_by_exact_name_and_nothing_is_extracted(archive, go, server, tmp_path):
     outside = sorted(path for path in tmp_path.parent.iterdir())
     extra = [
         ("../x", b"x"),
@@ -303,7 +303,7 @@ def test_S4_a_drip_ends_at_the_deadline(go, server, tmp_path, script, monkeypatc
 
 
 @pytest.mark.parametrize(("status", "requests"), [(404, 1), (403, 1), (503, 4), (429, 4)])
-def test_S4_http_errors_are_one_line_and_only_passing_ones_are_retried(go, server, tmp_path, status, requests):
+def test_S4_http_errors_are_one_line_and_few_are_retried(go, server, tmp_path, status, requests):
     server.tricks[HH_TEST] = lambda handler: handler.send_error(status)
     assert str(status) in go.refused("safety", "test")
     assert len(server.asked) == requests

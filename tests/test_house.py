@@ -1,0 +1,122 @@
+"""The house in docs and code: which folder may import which, no circles, a test file for every module, short names."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"evaluation", "human", "runtime", "serving", "tasks"}
+OF_SCRIPTS = {"evaluation", "human", "serving"}  # imported by scripts and by themselves, not by the core
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+TESTS = sorted(ROOT.glob("tests/**/*.py"))
+
+
+def modules():
+    """{dotted name: file} of common/ and its folders, packages without their .py left out."""
+    files = [path for path in ROOT.glob("common/**/*.py") if path.name != "__init__.py"]
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(files)}
+    assert {"common.losses", "common.run", "common.human.sheets", "common.runtime.cache"} <= set(found)
+    return found
+
+
+def imported(path, top_only=False):
+    """Dotted names that a file imports, `from x import y` as x and as x.y; top_only: when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def folder_of(name):
+    """ "human" of common.human.sheets, "" of what lies flat."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 2 and parts[1] in FOLDERS else ""
+
+
+def test_common_is_a_flat_core_and_five_folders():
+    flat = [path for path in ROOT.glob("common/*.py") if path.name != "__init__.py"]
+    assert 0 < len(flat) <= 26, sorted(path.name for path in flat)
+    folders = {path.name for path in (ROOT / "common").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == FOLDERS and all((ROOT / "common" / name / "__init__.py").is_file() for name in FOLDERS)
+
+
+def test_nothing_in_common_imports_a_script():
+    assert {"train_sft", "train_rl", "evaluate", "serve"} <= SCRIPTS
+    for name, path in modules().items():
+        assert not {found.split(".")[0] for found in imported(path)} & SCRIPTS, name
+
+
+def test_the_core_imports_no_folder_of_the_scripts():
+    seen = set()
+    for name, path in modules().items():
+        if name == "common.manifest":  # the name that users import
+            continue
+        theirs = {folder_of(found) for found in imported(path)} & OF_SCRIPTS
+        assert theirs <= {folder_of(name)}, f"{name} imports {sorted(theirs)}"
+        seen |= theirs
+    assert seen == OF_SCRIPTS
+
+
+def test_no_circle_of_imports():
+    known = modules()
+    needs = {name: imported(path, top_only=True) & set(known) - {name} for name, path in known.items()}
+    assert needs["common.prompts"] >= {"common.experience", "common.runtime.resume"}
+    while free := {name for name, wanted in needs.items() if not wanted}:
+        needs = {name: wanted - free for name, wanted in needs.items() if name not in free}
+    assert not needs, f"in a circle, or above one: {needs}"
+
+
+def test_every_module_has_a_test_file_of_its_name():
+    tests = {path.name for path in TESTS}
+    assert {"test_losses.py", "test_hostile.py"} <= tests
+    names = [name for name in modules() if name != "common.manifest"]
+    missing = [name for name in names if f"test_{name.split('.')[-1]}.py" not in tests]
+    assert not missing
+
+
+def test_names_of_tests_are_short():
+    named = []
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                named.append((node.name, path.relative_to(ROOT).as_posix()))
+    assert ("test_names_of_tests_are_short", "tests/test_house.py") in named
+    assert [(name, file) for name, file in named if len(name) > 60] == []
+
+
+def ids(text):
+    """Ids of the fault tables: R01 and R1 as R1, B-19 as B-19."""
+    found = re.findall(r"(?<![A-Za-z0-9])(?:([RSH])0?|(B-))([1-9][0-9]?)(?![0-9A-Za-z])", text.replace("_", " "))
+    return {"".join(parts) for parts in found}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("test_R01_R13_x", {"R1", "R13"}),
+        ("(H1-H12)", {"H1", "H12"}),
+        ("B-19, S5:", {"B-19", "S5"}),
+        ("SHA256 r1 R100 sha-R1x", set()),
+    ],
+)
+def test_ids_are_found_in_names_and_comments(text, right):
+    assert ids(text) == right
+
+
+def test_the_page_of_faults_has_every_id_of_the_tests():
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"[RSH][0-9]+|B-[0-9]+", line.split("|")[1]) for line in page.splitlines() if line[:2] == "| "]
+    listed = [row[0] for row in rows if row]
+    used = set()
+    for path in TESTS:
+        if path != Path(__file__).resolve():
+            used |= ids(path.read_text(encoding="utf-8"))
+    assert {"R7", "H12", "S3"} <= used and len(listed) == len(set(listed))
+    assert used - set(listed) == set() and set(listed) - used == set()
