@@ -19,12 +19,3 @@ def test_without_data_there_is_no_picture(tmp_path):
     assert pictures.save(tmp_path, bare, {}) == [] and not list(tmp_path.iterdir())
     styles = {"sft": pictures.KNOWN["sft"]}
     assert {draw(bare, {}, styles) for draw in pictures.DRAWERS.values()} == {None}
-
-
-def test_what_is_saved_is_named(tmp_path):
-    results = found()
-    for rows in results["pairs"].values():
-        for row in rows:
-            row["verdict"] = None
-    names = pictures.save(tmp_path, results, CURVES)
-    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir()) and set(names) <= set(pictures.DRAWERS)
