@@ -29,8 +29,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from common import log, lora  # noqa: E402
-from common.runtime import base as bases_of  # noqa: E402
-from common.runtime import explain, resume  # noqa: E402
+from common.runtime import cache, explain, resume  # noqa: E402
 
 REPORT = Path(__file__).with_suffix(".md")
 STEPS, BOUND, SPARE = 2, 0.15, 1.0
@@ -122,8 +121,8 @@ def write_bases(tokenizer):
     found = {}
     for size, shape in shapes().items():
         step_1b.SHAPE.update(shape)
-        target = bases_of.cache_dir() / f"random-{size}"
-        found[size] = str(bases_of.build_once(target, lambda folder: step_1b.write_random(folder, tokenizer)))
+        target = cache.root() / f"random-{size}"
+        found[size] = str(cache.build_once(target, lambda folder: step_1b.write_random(folder, tokenizer)))
     return found
 
 

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
 import train_sft  # noqa: E402
-from common.runtime import base  # noqa: E402
+from common.runtime import cache  # noqa: E402
 from common.tasks import synthetic  # noqa: E402
 
 SHAPE = {"vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--peft_type", default="lora", choices=("lora", "qlora"))
     parser.add_argument("--steps", default=1, type=int)
     args = parser.parse_args()
-    folder = base.build_once(base.cache_dir() / "random-1b", lambda target: write_random(target, args.tokenizer))
+    folder = cache.build_once(cache.root() / "random-1b", lambda target: write_random(target, args.tokenizer))
     with tempfile.TemporaryDirectory() as work:
         for split, count in (("train", 4 * args.steps), ("val", 2)):
             rows = synthetic.records("safety", split, 40 * count)

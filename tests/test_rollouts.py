@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import chat, lora, model, rollouts
-from common.runtime import base
+from common.runtime import cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -312,7 +312,7 @@ def test_nonsense_is_refused(changes, tiny_model):
 
 
 def test_the_real_270m():
-    folders = [p for p in base.cache_dir().glob("gemma-3-270m*") if (p / "model.safetensors").is_file()]
+    folders = [p for p in cache.root().glob("gemma-3-270m*") if (p / "model.safetensors").is_file()]
     if not folders:
         pytest.skip("no converted Gemma 3 270M in the cache")
     net, tokenizer = model.load(str(folders[0]), torch.device("cpu"), torch.float32)

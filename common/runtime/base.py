@@ -154,7 +154,7 @@ def public_name(checkpoint, folder):
 
 def fingerprint(folder):
     """SHA-256 over config.json and every weight: another model or another fine-tune of it, another string."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    files = [_config_path(folder), *sorted(folder.glob("*.safetensors"))]
     sizes = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return _fingerprint(tuple(files), sizes)
 
@@ -215,12 +215,17 @@ def check_record(folder, key, here, fingerprint, quantised):
         )
 
 
-def read_config(folder):
-    """A Gemma3TextConfig from folder/config.json in which nothing but numbers was taken from the file."""
+def _config_path(folder):
     path = folder / "config.json"
     if not path.is_file():
         hint = "; it holds an adapter: give it as --model.adapter" if (folder / "adapter_config.json").is_file() else ""
         raise UserError(f"{folder}: no config.json{hint}")
+    return path
+
+
+def read_config(folder):
+    """A Gemma3TextConfig from folder/config.json in which nothing but numbers was taken from the file."""
+    path = _config_path(folder)
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path}: {path.stat().st_size} bytes, a config has at most {LARGEST}")
     try:
