@@ -1,12 +1,13 @@
 """From rewards to advantages. No gradient passes, no input is written; every rank calls what is global over ranks."""
 
 import torch
+from torch import Tensor
 
 from common import dist
 
 
 @torch.no_grad()
-def token_rewards(rewards, kl, mask, kl_coef):
+def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """-kl_coef * kl on every token, plus the score (B,) on the last one -> (B, T-1). Ouyang et al. 2022, eq. 2.
 
     kl (B, T-1) is k1 between the rollout's policy and the reference; a row without a token stays zero.
@@ -19,7 +20,9 @@ def token_rewards(rewards, kl, mask, kl_coef):
 
 
 @torch.no_grad()
-def gae(token_rewards, values, mask, gamma=1.0, lam=0.95):
+def gae(
+    token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """A_t = delta_t + gamma lam A_t+1 with delta_t = r_t + gamma V_t+1 - V_t -> (advantages, returns), (B, T-1) each.
 
     returns = A + V before any whitening; V is 0 after the last token. Schulman et al. 2016, eq. 16.
@@ -38,7 +41,7 @@ def gae(token_rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 @torch.no_grad()
-def group_advantages(rewards, group_size, scale="group"):
+def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
     """(r - mean of its group) / (std + 1e-4) -> (B,), unbiased std, a group's rows adjacent. Shao et al. 2024, 4.1.2.
 
     scale  group  std of the group: GRPO
@@ -56,7 +59,7 @@ def group_advantages(rewards, group_size, scale="group"):
 
 
 @torch.no_grad()
-def leave_one_out(rewards, group_size):
+def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     """r - mean of the others in its group -> (B,); NaN as above. Kool et al. 2019; RLOO, Ahmadian et al. 2024."""
     centred, n = _centred(rewards, group_size)
     return (centred * n / (n - 1).clamp(min=1)).flatten().to(rewards)
@@ -76,14 +79,14 @@ def _centred(rewards, group_size):
 
 
 @torch.no_grad()
-def whiten(x, mask):
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x - mean) / sqrt(unbiased variance + 1e-8) over the tokens of all ranks -> (B, T-1), 0 where mask is 0."""
     mean, variance = _moments(x, mask)
     return torch.where(mask.bool(), ((x.cpu().double() - mean) / (variance + 1e-8) ** 0.5).to(x), 0)
 
 
 @torch.no_grad()
-def explained_variance(values, returns, mask):
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(R - V) / Var(R) over the tokens of all ranks -> float; 0 for a constant critic or constant R."""
     assert values.shape == returns.shape, (values.shape, returns.shape)
     variance = _moments(returns, mask)[1]
@@ -100,19 +103,19 @@ def _moments(x, mask):
     return mean, squares / max(n - 1, 1)
 
 
-def adaptive_kl(coef, kl, target, horizon, n):
+def adaptive_kl(coef: float, kl: float, target: float, horizon: float, n: float) -> float:
     """coef * (1 + clip(kl / target - 1, +-0.2) n / horizon) -> float, after n samples. Ziegler et al. 2019, 2.2."""
     return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
 
 
-def soft_overlong(lengths, max_length, cache):
+def soft_overlong(lengths: Tensor, max_length: int, cache: int) -> Tensor:
     """0 up to max_length - cache, then 1 / cache less per token, to -1 -> (B,), added to rewards. DAPO 2025, eq. 13."""
     assert 0 < cache <= max_length, (cache, max_length)
     return ((max_length - cache - lengths) / cache).clamp(-1, 0)
 
 
 @torch.no_grad()
-def missing_stop(rewards, stopped, penalty):
+def missing_stop(rewards: Tensor, stopped: Tensor, penalty: float) -> Tensor:
     """rewards minus the penalty, once, for each completion that did not end with a stop token -> (B,)."""
     assert rewards.shape == stopped.shape, (rewards.shape, stopped.shape)
     return torch.where(stopped.bool(), rewards, rewards - penalty)

@@ -10,6 +10,9 @@ user, a data set or a model wrote can turn into a control token. On clean dialog
 """
 
 import re
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 START_OF_TURN, END_OF_TURN = 105, 106
@@ -36,7 +39,7 @@ TEMPLATE = (
 )
 
 
-def encode_text(tokenizer, text):
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text, with no specials added; `<end_of_turn>` and the like inside it stay plain characters.
 
     Raises ValueError if even so the tokenizer yields a control token or an id beyond its vocabulary, and for half of a
@@ -60,7 +63,7 @@ def _plain_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def normalise(turns):
+def normalise(turns: list[dict]) -> tuple[list[dict], dict[str, int]]:
     """Make any list of turns fit Gemma's format; returns (turns, counts of what had to be done).
 
     Empty turns are dropped, a system turn is put in front of the user turn that follows it, neighbours of one role
@@ -97,7 +100,9 @@ def _checked(turn):
     return turn["role"], turn["content"]
 
 
-def encode(tokenizer, turns, add_generation_prompt=False, last_turn_only=False):
+def encode(
+    tokenizer: Tokenizer, turns: list[dict], add_generation_prompt: bool = False, last_turn_only: bool = False
+) -> tuple[list[int], list[int]]:
     """Turns -> (ids, mask), two lists of T: mask is 1 on the assistant's tokens and on the stop token after them.
 
     With `last_turn_only` just the last assistant turn is marked; with `add_generation_prompt` the ids end where the
@@ -122,18 +127,18 @@ def encode(tokenizer, turns, add_generation_prompt=False, last_turn_only=False):
     return ids, mask
 
 
-def encode_prompt(tokenizer, turns):
+def encode_prompt(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
     """Ids of any list of turns (normalised here) up to where the model's answer begins."""
     return encode(tokenizer, normalise(turns)[0], add_generation_prompt=True)[0]
 
 
-def decode(tokenizer, ids):
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of a completion: cut at the first stop token, so no control token and no later turn is shown."""
     end = next((i for i, token in enumerate(ids) if token in STOP_TOKENS), len(ids))
     return tokenizer.decode(ids[:end], skip_special_tokens=True)
 
 
-def streamer(tokenizer, stops=()):
+def streamer(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable:
     """A function push(token, last=False) -> (text that is certain by now, has one of the texts `stops` come?).
 
     All it returned, joined, is `decode` of all tokens, cut before the first of `stops`: half a character and what may

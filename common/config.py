@@ -11,8 +11,10 @@ import json
 import math
 import operator
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import yaml
 
@@ -26,7 +28,7 @@ WORDS = {"null": None, "~": None, "true": True, "false": False}
 BOUNDS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
-def load_config(path=None, overrides=None):
+def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None = None) -> SimpleNamespace:
     """Return defaults < YAML file at `path` < `overrides` ({dotted key: value}) as nested namespaces.
 
     Raises UserError on an unreadable or hostile file, an unknown or repeated key, a wrong type or a value out of range.
@@ -34,7 +36,14 @@ def load_config(path=None, overrides=None):
     return _resolve(*_schema(), [] if path is None else [path], overrides or {}, "override ")
 
 
-def parse_args(script, description, sections, modes, argv=None, jobs=()):
+def parse_args(
+    script: str,
+    description: str,
+    sections: Sequence[str],
+    modes: Sequence[str],
+    argv: list[str] | None = None,
+    jobs: Sequence[tuple[str, dict]] = (),
+) -> tuple[SimpleNamespace, SimpleNamespace]:
     """Read a script's command line; returns (cfg, job).
 
     Top-level keys and those of `sections` are flags of the same dotted spelling; `jobs`, (flag, kwargs) of argparse,
@@ -70,17 +79,17 @@ def parse_args(script, description, sections, modes, argv=None, jobs=()):
     return cfg, SimpleNamespace(**{name: value for name, value in args.items() if name not in leaves})
 
 
-def plain(cfg):
+def plain(cfg: SimpleNamespace) -> Any:
     """Return a config, or a section of one, as nested dicts."""
     return json.loads(json.dumps(cfg, default=vars))
 
 
-def dump(cfg):
+def dump(cfg: SimpleNamespace) -> str:
     """Return the config as YAML text that load_config reads back to the same values, in the order of defaults.yml."""
     return yaml.safe_dump(plain(cfg), sort_keys=False, width=110)
 
 
-def flatten(cfg, above=""):
+def flatten(cfg: SimpleNamespace, above: str = "") -> dict[str, Any]:
     """Return {dotted key: value} of a config, in the order of defaults.yml."""
     flat = {}
     for name, value in vars(cfg).items():
@@ -88,13 +97,13 @@ def flatten(cfg, above=""):
     return flat
 
 
-def differences(a, b):
+def differences(a: SimpleNamespace, b: SimpleNamespace) -> list[tuple[str, Any, Any]]:
     """Return [(dotted key, value in a, value in b)] where two configs differ; a key that one lacks counts as None."""
     a, b = flatten(a), flatten(b)
     return [(key, a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)]
 
 
-def run_name(cfg, path, fallback):
+def run_name(cfg: SimpleNamespace, path: Path | str | None, fallback: str) -> str:
     """Return the name of the run's folder: the one asked for, else that of the config file at `path`, else `fallback`.
 
     A debug run without a name of its own is set apart, so that it never resumes, or blocks, the run of the same file.

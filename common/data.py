@@ -11,9 +11,12 @@ until `collate`.
 import json
 import math
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, dist
 from common.log import UserError
@@ -24,14 +27,14 @@ MAX_LINE = 4 * 2**20  # bytes
 PAIR_SKIPS = ("no_rejected", "empty_answer", "equal_answers", "no_user_turn", "prompt_too_long")
 
 
-def load(task, folder, split, debug, seed):
+def load(task: str, folder: Path | str | None, split: str, debug: bool, seed: int) -> list[dict]:
     """The records of a split: of `folder`, or, in a debug run without one, synthetic ones of the task."""
     if debug and folder is None:
         return synthetic.records(task, split, DEBUG_SIZE[split], seed)
     return load_split(folder or Path(__file__).parents[1] / "data" / task, split)
 
 
-def load_split(folder, split):
+def load_split(folder: Path | str, split: str) -> list[dict]:
     """The records of folder/<split>.jsonl; every fault is a UserError naming file, line and key."""
     path = Path(folder) / f"{split}.jsonl"
     if not path.is_file():
@@ -86,7 +89,9 @@ def _record(line, where):
     return record
 
 
-def encode_records(records, tokenizer, max_length, last_turn_only=False):
+def encode_records(
+    records: list[dict], tokenizer: Tokenizer, max_length: int, last_turn_only: bool = False
+) -> tuple[list[dict], dict[str, int]]:
     """Supervised examples of at most `max_length` tokens -> (examples, report).
 
     A longer dialogue keeps its start and is counted as `truncated`; one that has no supervised token left, no user
@@ -116,7 +121,7 @@ def encode_records(records, tokenizer, max_length, last_turn_only=False):
     return examples, report
 
 
-def encode_pairs(records, tokenizer, max_length):
+def encode_pairs(records: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list[dict], dict[str, int]]:
     """Preference pairs of at most `max_length` tokens a side -> (pairs, report).
 
     A pair is {"id", "margin", "texts": (chosen, rejected), "chosen": example, "rejected": example}: both begin with the
@@ -177,17 +182,17 @@ def _sampled_answer(record, sampled, text, tokenizer):
     return [*prompt, *sampled], [0] * len(prompt) + [1] * len(sampled)
 
 
-def pair_tokens(pair):
+def pair_tokens(pair: dict) -> int:
     """Tokens that a forward pass of the pair computes: the common prompt once."""
     return len(pair["chosen"]["ids"]) + len(pair["rejected"]["ids"]) - pair["prompt_tokens"]
 
 
-def collate_pairs(pairs, device="cpu"):
+def collate_pairs(pairs: list[dict], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """As collate, rows chosen, rejected, chosen, ...: neighbours, so that the prompt is computed once."""
     return collate([pair[side] for pair in pairs for side in ("chosen", "rejected")], device)
 
 
-def pack(lengths, capacity):
+def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: lists of indices whose lengths sum to at most `capacity` (a longer one stands alone)."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     packs, room = [], []
@@ -203,7 +208,7 @@ def pack(lengths, capacity):
     return packs
 
 
-def epoch_batches(lengths, batch_size, seed, epoch):
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """All indices once, in batches of rows of similar length: a pure function of (seed, epoch), so resume is exact.
 
     Shuffle, sort by length inside windows of 50 batches, cut, shuffle the batches. The first epoch begins with its
@@ -223,7 +228,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return batches
 
 
-def shuffled(count, key):
+def shuffled(count: int, key: str) -> list[int]:
     """0 .. count - 1 in an order that is a function of `key`, a text."""
     order = list(range(count))
     random.Random(key).shuffle(order)
@@ -236,7 +241,7 @@ class EpochBatches:
     lengths: tokens of each row. A pure function of (seed, step), so resume is exact; the latest epoch is kept.
     """
 
-    def __init__(self, lengths, batch_size, seed):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.per_epoch = math.ceil(len(lengths) / batch_size)
         self.tokens_per_step = sum(lengths) / self.per_epoch
@@ -249,12 +254,14 @@ class EpochBatches:
         return self.batches[number]
 
 
-def shard(rows, lengths):
+def shard(rows: list[int], lengths: list[int]) -> list[int]:
     """This rank's share of the rows of a step: every world-size-th by length, so that ranks work equally long."""
     return sorted(rows, key=lambda i: (-lengths[i], i))[dist.rank() :: dist.world_size()]
 
 
-def micro_batches(rows, lengths, budget, sort=True, shared=None):
+def micro_batches(
+    rows: Iterable[int], lengths: list[int], budget: int, sort: bool = True, shared: Sequence[tuple] | None = None
+) -> list[list[int]]:
     """Cut rows into lists whose lengths sum to at most `budget` tokens (one longer row stands alone), longest first.
 
     Without `sort` they stay in order, so that rows of one prompt stay neighbours; shared[row], (which prompt, its
@@ -271,7 +278,7 @@ def micro_batches(rows, lengths, budget, sort=True, shared=None):
     return cuts
 
 
-def collate(examples, device="cpu"):
+def collate(examples: list[dict], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """-> tokens (B, T) int64 right-padded, mask (B, T-1) float: 1 where tokens[:, 1:] is supervised."""
     width = max(len(example["ids"]) for example in examples)
     tokens = torch.full((len(examples), width), chat.PAD)

@@ -7,10 +7,13 @@ side, come (`admit`) and go (`select`) between two tokens. Linears that read the
 have an adapter each over one base, as in serving: they share the base's products.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers import Gemma3ForCausalLM as Gemma
 
 from common import products
 
@@ -18,7 +21,15 @@ from common import products
 class Decoder:
     """Reads a model's weights once, with its active adapter, and holds the cache; the model stays as it is."""
 
-    def __init__(self, model, rows, slots, merge=True, adapters=(), steady=False):
+    def __init__(
+        self,
+        model: Gemma,
+        rows: int,
+        slots: int,
+        merge: bool = True,
+        adapters: Sequence[str] = (),
+        steady: bool = False,
+    ):
         """Room for `rows` rows of `slots` tokens each.
 
         merge: the adapter is added to the weights in fp32 and the sum rounded to their dtype; otherwise it stays beside
@@ -46,7 +57,9 @@ class Decoder:
         self.parts = {}  # {adapter: places of its tokens} in the product at hand
 
     @torch.no_grad()
-    def admit(self, prompts, copies, adapters=None):
+    def admit(
+        self, prompts: Sequence[list[int]], copies: Sequence[int], adapters: Sequence[str | None] | None = None
+    ) -> Tensor:
         """Add copies[i] rows that begin with prompts[i] (ids), computed once -> hidden (rows, d) at their ends."""
         adapters = adapters or [None] * len(prompts)
         lengths, device = [len(prompt) for prompt in prompts], self.head.device
@@ -69,7 +82,7 @@ class Decoder:
         return hidden.repeat_interleave(torch.tensor(copies, device=device), 0)
 
     @torch.no_grad()
-    def step(self, tokens):
+    def step(self, tokens: Tensor) -> Tensor:
         """Append tokens (rows,) to the rows in flight -> hidden (rows, d) that predict their successors."""
         assert len(tokens) == len(self.lengths) and max(self.lengths) < self.keys.shape[3], (tokens, self.lengths)
         at, rows = torch.tensor(self.lengths, device=tokens.device), torch.arange(len(tokens), device=tokens.device)
@@ -94,11 +107,11 @@ class Decoder:
         self.lengths = [length + 1 for length in self.lengths]
         return hidden
 
-    def scores(self, hidden):
+    def scores(self, hidden: Tensor) -> Tensor:
         """Logits (rows, V) of hidden states (rows, d), in the model's dtype."""
         return self.product(hidden, (self.scorer, None))
 
-    def select(self, rows):
+    def select(self, rows: list[int]) -> list[int]:
         """Keep only these of the rows in flight; returns which of them stands where now.
 
         Holes are filled from the end, so no more rows are copied than have left.

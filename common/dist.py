@@ -11,11 +11,13 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn import Parameter
 
 POLL = 0.5  # seconds between two looks at what the other ranks say
 GRACE = 2.0  # seconds for a rank to end by itself, with words of its own, after another has failed
@@ -26,25 +28,25 @@ _group = SimpleNamespace(store=None, timeout=0, since=None, ended=None, listener
 class RankError(Exception):
     """The group is broken: another rank hangs, has ended or has failed. One line says which and why."""
 
-    def __init__(self, words, status=1):
+    def __init__(self, words: str, status: int | str = 1):
         super().__init__(words)
         self.status = int(status)
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
+def is_main() -> bool:
     """True on the one process that prints and writes; before `init`, by torchrun's RANK."""
     return rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
-def init(device, timeout):
+def init(device: torch.device, timeout: float) -> None:
     """Join torchrun's process group (gloo on CPU, NCCL on CUDA); a hung rank ends the run after `timeout` seconds.
 
     Does nothing without torchrun, or when the group exists.
@@ -93,7 +95,7 @@ def _agree(store, number, size, timeout):
     raise RuntimeError("a rank is missing")
 
 
-def end():
+def end() -> None:
     if _group.store is not None:
         _group.ended.set()
         _group.listener.join()  # in a call of the store it must not meet the end of the interpreter
@@ -102,7 +104,7 @@ def end():
         dist.destroy_process_group()
 
 
-def fail(words, status):
+def fail(words: str, status: int) -> None:
     """Tell the other ranks why this one is about to end with `status`; they end too. The first word counts."""
     if _group.store is not None:
         with contextlib.suppress(RuntimeError):  # the store may be gone
@@ -165,13 +167,13 @@ def _together():
         _group.since = None
 
 
-def barrier():
+def barrier() -> None:
     if dist.is_initialized():
         with _together():
             dist.barrier()
 
 
-def sum_all(*values):
+def sum_all(*values: float | torch.Tensor) -> list[float]:
     """Floats (or one-element tensors) summed over ranks -> list of floats; exact in fp64 for counts below 2^53."""
     if world_size() == 1:
         return [float(v) for v in values]
@@ -182,7 +184,7 @@ def sum_all(*values):
         return total.tolist()  # where NCCL waits
 
 
-def sum_tensor(values):
+def sum_tensor(values: torch.Tensor) -> torch.Tensor:
     """A fp64 tensor on the CPU, summed over ranks: each rank fills in its own rows and leaves zeros elsewhere."""
     if world_size() == 1:
         return values
@@ -192,7 +194,7 @@ def sum_tensor(values):
         return total.cpu()
 
 
-def gather_rows(rows):
+def gather_rows(rows: list) -> list:
     """Lists of what JSON can hold, one of each rank -> all of them on every rank, in the order of ranks."""
     if world_size() == 1:
         return rows
@@ -205,7 +207,7 @@ def gather_rows(rows):
     return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].cpu().numpy()))]
 
 
-def sum_named(sums):
+def sum_named(sums: Mapping[str, float]) -> dict[str, float]:
     """{name: float} summed over ranks, whose names may differ."""
     total = {}
     for row in gather_rows([dict(sums)]):
@@ -213,12 +215,12 @@ def sum_named(sums):
     return total
 
 
-def any_rank(flag):
+def any_rank(flag: bool | torch.Tensor) -> bool:
     """True everywhere as soon as it is true on one rank: stop decisions and failed checks are taken together."""
     return sum_all(float(bool(flag)))[0] > 0
 
 
-def sum_gradients(parameters):
+def sum_gradients(parameters: list[Parameter]) -> None:
     """Add up .grad over ranks in one all-reduce of a fixed list: an absent gradient counts as zeros, so a rank
     without rows neither hangs the others nor changes the sum."""
     for parameter in parameters:

@@ -5,9 +5,15 @@ resume changes what is sampled or which rows are updated together.
 """
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import Gemma3ForCausalLM as Gemma
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import advantages, chat, data, dist, log, lora, losses, model, reward_model, rollouts
 from common.log import UserError, listed
@@ -22,38 +28,38 @@ class Rollout:
     """
 
     # sampled and scored: collect
-    tokens: torch.Tensor  # (B, T), prompt and completion
-    mask: torch.Tensor  # (B, T-1), 1 on the tokens of the completion, its stop token included; see `exclude`
+    tokens: Tensor  # (B, T), prompt and completion
+    mask: Tensor  # (B, T-1), 1 on the tokens of the completion, its stop token included; see `exclude`
     completions: list  # B lists of ids
-    stopped: torch.Tensor  # (B,) bool: did the completion end with a stop token
-    sampled_logprobs: torch.Tensor  # (B, T-1), the sampler's own: a health check in the log, in no ratio
-    rewards: torch.Tensor  # (B,)
+    stopped: Tensor  # (B,) bool: did the completion end with a stop token
+    sampled_logprobs: Tensor  # (B, T-1), the sampler's own: a health check in the log, in no ratio
+    rewards: Tensor  # (B,)
     reward_parts: list  # B dicts, the components of each reward
     records: list  # B, of the data
     row_numbers: list  # B, among all ranks' rows of this step
     prompt_numbers: list  # B, among all ranks' prompts of this step
-    row_tokens: torch.Tensor  # (B,), tokens of prompt and completion
-    completion_tokens: torch.Tensor  # (B,), tokens of the completion
+    row_tokens: Tensor  # (B,), tokens of prompt and completion
+    completion_tokens: Tensor  # (B,), tokens of the completion
     sampled_tokens: float  # tokens of all ranks' completions
     seconds: dict
     # made by the algorithm, (B, T-1) each
-    weight: torch.Tensor | None = None  # of each token's loss
-    old_logprobs: torch.Tensor | None = None  # None: there is one update, and its own log-probs are the old ones
-    ref_logprobs: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
-    zero_advantage: torch.Tensor | None = None  # (B,) bool: of zero_advantage_groups; None where rows have no groups
+    weight: Tensor | None = None  # of each token's loss
+    old_logprobs: Tensor | None = None  # None: there is one update, and its own log-probs are the old ones
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    zero_advantage: Tensor | None = None  # (B,) bool: of zero_advantage_groups; None where rows have no groups
 
     @property
-    def ids(self):
+    def ids(self) -> list[str]:
         return [f"{record['id']}/{row}" for record, row in zip(self.records, self.row_numbers, strict=True)]
 
-    def exclude(self, rows):
+    def exclude(self, rows: Tensor) -> None:
         """Leave rows (B,) bool out of the loss and of its divisor: their mask becomes 0."""
         self.mask = self.mask * ~rows[:, None]
 
-    def micro_batch(self, rows):
+    def micro_batch(self, rows: list[int]) -> "MicroBatch":
         """These rows as a MicroBatch, cut after their last masked token: as if collated alone."""
         width = 1 + int(self.mask[rows].any(0).nonzero().max())
         ids = self.ids
@@ -67,15 +73,15 @@ class MicroBatch:
     """Rows of a rollout that go through the model together; the fields are those of Rollout."""
 
     ids: list  # names of the rows, for error messages
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    weight: torch.Tensor
-    advantages: torch.Tensor
-    sampled_logprobs: torch.Tensor
-    old_logprobs: torch.Tensor | None = None
-    ref_logprobs: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
+    tokens: Tensor
+    mask: Tensor
+    weight: Tensor
+    advantages: Tensor
+    sampled_logprobs: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 PER_TOKEN = ("mask", "weight", "advantages", "sampled_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
@@ -92,12 +98,23 @@ class Minibatch:
     micro_batches: list = field(default_factory=list)  # MicroBatch for each of micro_batch_rows: fill
 
 
-def share(numbered):
+def share(numbered: Iterable) -> dict[int, Any]:
     """This rank's part of a step's prompts, or of the held-out ones: {number among all ranks: prompt}."""
     return dict(list(enumerate(numbered))[dist.rank() :: dist.world_size()])
 
 
-def collect(net, prompts, score, seed, step, *, group_size, max_new_tokens, temperature, **decoding):
+def collect(
+    net: Gemma,
+    prompts: dict[int, Any],
+    score: Callable,
+    seed: int,
+    step: int | str,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    **decoding: Any,
+) -> Rollout:
     """`group_size` completions of each prompt by the active adapter, with their rewards -> Rollout.
 
     prompts: {number in the step, over all ranks: Prompt}. score(records, completions) -> (rewards,
@@ -140,12 +157,12 @@ def collect(net, prompts, score, seed, step, *, group_size, max_new_tokens, temp
     )
 
 
-def zero_advantage_groups(advantages, group_size):
+def zero_advantage_groups(advantages: Tensor, group_size: int) -> Tensor:
     """(B,) bool: rows of groups of which no token has an advantage (B, T-1); to GRPO, those of equal rewards."""
     return (advantages == 0).all(1).view(-1, group_size).all(1).repeat_interleave(group_size)
 
 
-def truncated(rollout, step):
+def truncated(rollout: Rollout, step: int) -> Tensor:
     """(B,) bool: completions that did not stop by themselves. UserError where none of any rank did."""
     if not dist.any_rank(rollout.stopped.any()):
         raise UserError(
@@ -155,7 +172,7 @@ def truncated(rollout, step):
     return ~rollout.stopped
 
 
-def loss_weights(mask, kind, max_new_tokens):
+def loss_weights(mask: Tensor, kind: str, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """(weight of each token's loss (B, T-1), what each row adds to the divisor (B,)) of a loss summed over rows.
 
     token     mean over all tokens of the minibatch: DAPO, Yu et al. 2025, eq. 8
@@ -171,7 +188,16 @@ def loss_weights(mask, kind, max_new_tokens):
     return mask / per_row, (tokens > 0).float()
 
 
-def minibatches(rollout, has_gradient, row_divisor, num_prompts, passes, count, budget, key):
+def minibatches(
+    rollout: Rollout,
+    has_gradient: Tensor,
+    row_divisor: Tensor,
+    num_prompts: int,
+    passes: int,
+    count: int,
+    budget: int,
+    key: object,
+) -> list[Minibatch]:
     """The minibatches of a rollout in their order, `count` in each of `passes` -> [Minibatch], for `fill`.
 
     Whole groups are dealt out anew in every pass, by a permutation of all prompts of the step: any number of ranks
@@ -195,19 +221,21 @@ def minibatches(rollout, has_gradient, row_divisor, num_prompts, passes, count, 
     return dealt
 
 
-def first_pass(dealt):
+def first_pass(dealt: list[Minibatch]) -> list[list[int]]:
     """Rows of the micro-batches of the first pass over a rollout."""
     return [rows for minibatch in dealt if minibatch.number_of_pass == 0 for rows in minibatch.micro_batch_rows]
 
 
-def fill(dealt, rollout):
+def fill(dealt: list[Minibatch], rollout: Rollout) -> None:
     """Cut the micro-batches of all minibatches out of the rollout, once all its tensors are made."""
     for minibatch in dealt:
         minibatch.micro_batches = [rollout.micro_batch(rows) for rows in minibatch.micro_batch_rows]
 
 
 @torch.no_grad()
-def logprobs(net, adapter, rollout, micro_batch_rows, temperature):
+def logprobs(
+    net: Gemma, adapter: str | None, rollout: Rollout, micro_batch_rows: list[list[int]], temperature: float
+) -> Tensor:
     """(B, T-1) log-probs of the rollout's tokens by one adapter, 0 in rows outside of micro_batch_rows.
 
     Made in the very micro-batches of the first pass of updates, so that the first ratio is 1 and the KL of a policy to
@@ -221,7 +249,7 @@ def logprobs(net, adapter, rollout, micro_batch_rows, temperature):
 
 
 @torch.no_grad()
-def values(net, head, rollout, micro_batch_rows):
+def values(net: Gemma, head: Parameter, rollout: Rollout, micro_batch_rows: list[list[int]]) -> Tensor:
     """(B, T-1) values of the critic before each token, likewise."""
     out = torch.zeros_like(rollout.mask)
     with lora.using(net, "critic"):
@@ -230,7 +258,7 @@ def values(net, head, rollout, micro_batch_rows):
     return out
 
 
-def check_finite(rollout, step):
+def check_finite(rollout: Rollout, step: int) -> None:
     """UserError on all ranks where log-probs or values of a row are not finite, before they reach other rows."""
     made = [t for t in (rollout.old_logprobs, rollout.ref_logprobs, rollout.values) if t is not None]
     ids = [name for row, name in enumerate(rollout.ids) if not all(t[row].isfinite().all() for t in made)]
@@ -239,7 +267,7 @@ def check_finite(rollout, step):
         raise UserError(f"step {step}: log-probs or values are not finite; not updated; of {listed(ids)}")
 
 
-def summary(rollout, front=""):
+def summary(rollout: Rollout, front: str = "") -> dict[str, float]:
     """{name: mean over all ranks' completions} of rewards, their components and spread, lengths, stops, variety."""
     names = sorted({name for part in rollout.reward_parts for name in part})
     rewards = rollout.rewards.double()
@@ -259,7 +287,7 @@ def summary(rollout, front=""):
     return {front + name: value for name, value in means.items()}
 
 
-def rollout_metrics(rollout, dealt):
+def rollout_metrics(rollout: Rollout, dealt: list[Minibatch]) -> dict[str, float]:
     """What a step of online RL logs over all ranks, beside its updates. dealt: the minibatches after the updates.
 
     entropy: mean of -log pi of the sampled tokens, its unbiased estimate, in nats. kl: k3 to the reference (Schulman
@@ -292,7 +320,7 @@ def rollout_metrics(rollout, dealt):
     return summary(rollout) | metrics | rollout.seconds
 
 
-def lines(rollout, tokenizer, step):
+def lines(rollout: Rollout, tokenizer: Tokenizer, step: int) -> list[dict]:
     """What samples.jsonl and held_out.jsonl keep of all ranks' rows, in their order; nothing is cut."""
     texts = [chat.decode(tokenizer, ids) for ids in rollout.completions]
     rewards, stopped = rollout.rewards.tolist(), rollout.stopped.tolist()

@@ -12,12 +12,14 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers import Gemma3ForCausalLM as Gemma
 
 
-def hidden_states(model, tokens, lengths, parents=None):
+def hidden_states(model: Gemma, tokens: Tensor, lengths: list[int], parents: list[int | None] | None = None) -> Tensor:
     """Final hidden states (N, d) of sequences laid end to end.
 
-    model: Gemma3ForCausalLM, with or without our adapters; tokens (N,) int64; lengths: list of ints, sum N.
+    model: Gemma, with or without our adapters; tokens (N,) int64; lengths: list of ints, sum N.
     parents: for each sequence the number of the earlier one that it continues, or None, where positions start at 0: a
     prompt is computed once, and each of its answers sees it and itself. Gradients reach what requires them.
     """
@@ -41,7 +43,9 @@ def hidden_states(model, tokens, lengths, parents=None):
     return norm(x, body.norm)
 
 
-def attention(h, module, rotation, layout, window):
+def attention(
+    h: Tensor, module: torch.nn.Module, rotation: tuple[Tensor, Tensor], layout: tuple[list, list], window: int | None
+) -> Tensor:
     """Grouped-query causal attention inside each sequence of (N, d) -> (N, d); `window` tokens back, or all if None."""
     heads, groups, dim = module.config.num_attention_heads, module.config.num_key_value_heads, module.head_dim
     q = _NormRotate.apply(module.q_proj(h).view(-1, heads, dim), module.q_norm.weight, *rotation, module.q_norm.eps)
@@ -145,7 +149,9 @@ def _blocks(queries, length, window, device):
         yield slice(start - before, end - before), slice(first, end), hidden
 
 
-def share_prompts(tokens, starts, lengths):
+def share_prompts(
+    tokens: Tensor, starts: list[int], lengths: list[int]
+) -> tuple[Tensor, list[int], list[int | None], Tensor]:
     """Lay rows end to end with the prompt of neighbours that share it stored once, for hidden_states.
 
     tokens (B, T); of row b the first lengths[b] count, of them the first starts[b] are its prompt (both lists of ints).
@@ -180,7 +186,7 @@ def _rotation(rotary, positions, kind):
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
-def norm(x, module):
+def norm(x: Tensor, module: torch.nn.Module) -> Tensor:
     """RMSNorm over the last dimension with Gemma's (1 + w), in fp32."""
     if module.weight.requires_grad:
         return module(x)

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,12 +28,12 @@ class UserError(Exception):
 _closing = []  # what the running commands have to undo, the latest last
 
 
-def on_exit(function):
+def on_exit(function: Callable[[], object]) -> None:
     """Call `function` when the running command ends, however it ends: its lock, its signal handlers."""
     _closing.append(function)
 
 
-def command(main):
+def command(main: Callable) -> Callable:
     """Decorate a script's `main`: bad input becomes one line on stderr and exit status 2, never a traceback."""
 
     @functools.wraps(main)
@@ -67,37 +68,37 @@ def _refuse(message, error, status=2):
     raise SystemExit(status) from error
 
 
-def refuse_together(error, words):
+def refuse_together(error: UserError | None, words: str) -> None:
     """Raise on all ranks where one of them has an `error`, a UserError: a rank without raises `words` and the first."""
     errors = dist.gather_rows([] if error is None else [str(error)])
     if errors:
         raise error or UserError(f"{words}: {errors[0]}")
 
 
-def say(message):
+def say(message: str) -> None:
     """One line on the main rank's console, above the progress bar."""
     if dist.is_main():
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
 
 
-def say_counts(split, counts):
+def say_counts(split: str, counts: dict[str, int]) -> None:
     """What became of a split's records, {reason: count}: those that occurred, and always how many were kept."""
     say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
 
 
-def listed(names, most=8):
+def listed(names: list[str], most: int = 8) -> str:
     """Names for a message, not too many of them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def progress(total, done):
+def progress(total: int, done: int) -> tqdm:
     """A bar over optimizer steps with time left; silent where stderr is no terminal and on other ranks."""
     hidden = not dist.is_main() or not sys.stderr.isatty()
     return tqdm(total=total, initial=done, unit="step", disable=hidden, dynamic_ncols=True, smoothing=0.1)
 
 
-def write(path, text, mode="w"):
+def write(path: Path | str, text: str, mode: str = "w") -> None:
     """Write a text file; UserError names it and the room on its disk, which an error of the system alone does not."""
     try:
         with open(path, mode, encoding="utf-8") as file:
@@ -106,7 +107,7 @@ def write(path, text, mode="w"):
         raise _unwritable(path, text, error) from error
 
 
-def replace(path, text):
+def replace(path: Path | str, text: str) -> None:
     """As write, but whole or not at all: a kill at any moment leaves the old file or the new one."""
     path = Path(path)
     draft = path.with_name(f".tmp-{path.name}-{os.getpid()}")  # of a killed run, checkpoint.lock_run removes it
@@ -126,28 +127,28 @@ def _unwritable(path, text, error):
     return UserError(f"cannot write {path}: {error.strerror} ({needed} bytes needed, {free} free)")
 
 
-def write_record(path, record):
+def write_record(path: Path | str, record: dict) -> None:
     """Append one JSON line; floats keep every bit. A value that is not finite becomes null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     write(path, json.dumps(clean) + "\n", "a")
 
 
-def write_json(path, value):
+def write_json(path: Path | str, value: object) -> None:
     """Write a JSON file, whole or not at all."""
     replace(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_records(path, records):
+def write_records(path: Path | str, records: list[dict]) -> None:
     """Append JSON lines, on the main rank; none leave no file."""
     if dist.is_main() and records:
         write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "a")
 
 
-def read_records(path):
+def read_records(path: Path | str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]  # as text, U+2028 would end a line too
 
 
-def line(record):
+def line(record: dict) -> str:
     """A record as one readable console line: `step 20  loss 1.234  ...`."""
     shown = (
         *("step", "reward", "kl", "length", "eval/reward", "loss", "accuracy", "margin"),
@@ -157,7 +158,7 @@ def line(record):
     return "  ".join(f"{key} {record[key]:.4g}" for key in shown if record.get(key) is not None)
 
 
-def peak_memory_gb(device):
+def peak_memory_gb(device: torch.device) -> float:
     """Highest memory so far: of the GPU's allocator on CUDA, else of this process, as the system counts it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -165,7 +166,7 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def reset_peak_memory():
+def reset_peak_memory() -> None:
     """Forget the peak so far, so that the next stage of a process shows its own; only Linux can on CPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -173,7 +174,7 @@ def reset_peak_memory():
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def provenance(**facts):
+def provenance(**facts: object) -> dict[str, object]:
     """What run.json holds: command, git commit, versions, machine, and what the script adds (hashes, counts)."""
     root = Path(__file__).resolve().parents[1]
     git = shutil.which("git")  # a container may have none
@@ -191,7 +192,7 @@ def provenance(**facts):
     }
 
 
-def open_wandb(enabled, name, config):
+def open_wandb(enabled: bool, name: str, config: dict) -> Callable[[dict], None]:
     """A function that sends a record to Weights & Biases, or one that does nothing; the package is optional."""
     if not enabled or not dist.is_main():
         return lambda record: None
@@ -203,7 +204,7 @@ def open_wandb(enabled, name, config):
     return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
 
-def plot_curves(records, panels, path):
+def plot_curves(records: list[dict], panels: Sequence, path: Path | str) -> None:
     """Draw a PNG: one panel for each (title, keys), each key over steps where it was recorded."""
     import matplotlib
 
@@ -226,7 +227,7 @@ def plot_curves(records, panels, path):
     plt.close(figure)
 
 
-def plot_reliability(rows, path):
+def plot_reliability(rows: list[dict], path: Path | str) -> None:
     """Draw a PNG of a preference model's calibration, rows of {"predicted", "observed", "count"}."""
     import matplotlib
 

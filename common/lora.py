@@ -9,10 +9,11 @@ run in the base's dtype, and the backward keeps only x. On disk an adapter is wh
 import contextlib
 import json
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -20,12 +21,12 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LoraLinear(nn.Module):
     """A frozen linear and its named adapters; `active` is the one in use, None for the bare base."""
 
-    def __init__(self, base):
+    def __init__(self, base: nn.Linear):
         super().__init__()
         self.base, self.active = base, None
         self.lora_A, self.lora_B, self.scale, self.dropout = nn.ParameterDict(), nn.ParameterDict(), {}, {}
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
         if self.active not in self.lora_A:
             return _FrozenLinear.apply(x, self.base)
@@ -37,7 +38,7 @@ class LoraLinear(nn.Module):
         return _LoraProduct.apply(x, a, b, self.base, scale)
 
 
-def frozen_weight(base):
+def frozen_weight(base: nn.Linear) -> Tensor:
     """The weight (out, in) of a base linear in its compute dtype; a 4-bit one is dequantised on the way."""
     if hasattr(base.weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
@@ -85,12 +86,14 @@ class _LoraProduct(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None
 
 
-def lora_modules(model):
+def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
     """{name in the plain model: LoraLinear}, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def inject(model, name, rank, alpha, targets=TARGETS, dropout=0.0):
+def inject(
+    model: nn.Module, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, dropout: float = 0.0
+) -> None:
     """Add the adapter `name` to every target linear, freeze everything else the first time, and make it active.
 
     B is zero, so the model's output does not change. A comes from torch's global generator. Raises ValueError for a
@@ -114,7 +117,7 @@ def inject(model, name, rank, alpha, targets=TARGETS, dropout=0.0):
     use(model, name)
 
 
-def wrap(model):
+def wrap(model: nn.Module) -> None:
     """Put a LoraLinear around each of the seven linears of each layer (a 4-bit base needs its backward even bare)."""
     for name, module in list(model.named_modules()):
         child_name = name.rsplit(".", 1)[-1]
@@ -122,14 +125,14 @@ def wrap(model):
             setattr(model.get_submodule(name.rsplit(".", 1)[0]), child_name, LoraLinear(module).train(model.training))
 
 
-def use(model, name):
+def use(model: nn.Module, name: str | None) -> None:
     """Make adapter `name` the active one everywhere; None switches all adapters off."""
     for module in lora_modules(model).values():
         module.active = name
 
 
 @contextlib.contextmanager
-def using(model, name):
+def using(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
     """`with using(model, "reference"):` switches for one block; run forward and backward of an adapter inside one."""
     before = {module: module.active for module in lora_modules(model).values()}
     use(model, name)
@@ -140,7 +143,7 @@ def using(model, name):
             module.active = active
 
 
-def adapter_parameters(model, name):
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """{PEFT's name on disk: parameter} of one adapter, in a fixed order (optimizers and all-reduce rely on it)."""
     parameters = {}
     for module_name, module in lora_modules(model).items():
@@ -150,7 +153,7 @@ def adapter_parameters(model, name):
     return parameters
 
 
-def copy_adapter(model, source, target):
+def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     """A frozen copy of adapter `source` under the name `target`: the reference of a stage."""
     for module in lora_modules(model).values():
         if source in module.lora_A:
@@ -160,7 +163,7 @@ def copy_adapter(model, source, target):
 
 
 @torch.no_grad()
-def merged_weight(module, name):
+def merged_weight(module: LoraLinear, name: str | None) -> Tensor:
     """W + (alpha / r) B A of one LoraLinear in fp32; the base stays as it is (W alone if it has no such adapter)."""
     weight = frozen_weight(module.base).float()
     if name not in module.lora_A:
@@ -168,7 +171,7 @@ def merged_weight(module, name):
     return torch.addmm(weight, module.lora_B[name].float(), module.lora_A[name].float(), alpha=module.scale[name])
 
 
-def adapter_config(model, name, base_checkpoint):
+def adapter_config(model: nn.Module, name: str, base_checkpoint: str) -> dict:
     """What goes into adapter_config.json, in PEFT's words."""
     modules = {k: m for k, m in lora_modules(model).items() if name in m.lora_A}
     first = next(iter(modules.values()))
@@ -186,7 +189,7 @@ def adapter_config(model, name, base_checkpoint):
     }
 
 
-def read_config(text):
+def read_config(text: str) -> tuple[int, float, list[str], float]:
     """adapter_config.json -> (rank, alpha, targets, dropout); ValueError for what this LoRA does not do."""
     config = json.loads(text)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -211,7 +214,7 @@ def read_config(text):
 
 
 @torch.no_grad()
-def load_adapter_state(model, name, tensors):
+def load_adapter_state(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
     """Fill adapter `name` from PEFT-named tensors; ValueError names what is missing, unknown or of another shape."""
     parameters = adapter_parameters(model, name)
     if tensors.keys() != parameters.keys():

@@ -2,10 +2,13 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None):
+def token_logprobs(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None
+) -> Tensor:
     """log softmax(hidden @ head_weight.T / temperature)[target] for each row -> (N,) fp32.
 
     hidden (N, d), head_weight (V, d) frozen or trainable, targets (N,) int64. No tensor of (N, V) is ever made: only
@@ -15,7 +18,9 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None):
     return token_logprobs_and_hits(hidden, head_weight, targets, temperature, chunk)[0]
 
 
-def token_logprobs_and_hits(hidden, head_weight, targets, temperature=1.0, chunk=None):
+def token_logprobs_and_hits(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
     """As token_logprobs, and beside it (N,) bool: is the target the most likely token (ties count as hits)."""
     assert hidden.ndim == 2 and targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
     chunk = chunk or (256 if hidden.device.type == "cpu" else 1024)
@@ -116,7 +121,7 @@ def _softmax_rows(logits, targets, temperature, logprobs, hits, keep_gradient):
             logits[rows] = z
 
 
-def entropy(hidden, head_weight, temperature=1.0, chunk=None):
+def entropy(hidden: Tensor, head_weight: Tensor, temperature: float = 1.0, chunk: int | None = None) -> Tensor:
     """-sum p log p, p = softmax(hidden @ head_weight.T / temperature), exact over the vocabulary -> (N,) fp32, in nats.
 
     With gradient, frozen head or not: each chunk of logits (default 64 rows) is made again in the backward. It costs
@@ -132,7 +137,13 @@ def entropy(hidden, head_weight, temperature=1.0, chunk=None):
 
 
 @torch.no_grad()
-def entropy_and_kl(hidden, ref_hidden, head_weight, chunk=None, ref_head_weight=None):
+def entropy_and_kl(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    head_weight: Tensor,
+    chunk: int | None = None,
+    ref_head_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Entropy of the next-token distribution and KL(policy || reference), exact over the vocabulary -> (N,), (N,) fp32.
 
     hidden, ref_hidden (N, d) under their heads (V, d), one and the same if ref_head_weight is not given; nats; no
@@ -153,26 +164,26 @@ def entropy_and_kl(hidden, ref_hidden, head_weight, chunk=None, ref_head_weight=
     return entropy, kl
 
 
-def reward_loss(chosen_rewards, rejected_rewards, margin=0.0):
+def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: float | Tensor = 0.0) -> Tensor:
     """-log sigmoid(r_chosen - r_rejected - margin) -> (pairs,). Bradley-Terry; Ouyang et al. 2022, eq. 1."""
     assert chosen_rewards.shape == rejected_rewards.shape
     return -F.logsigmoid(chosen_rewards - rejected_rewards - margin)
 
 
-def centering_loss(chosen_rewards, rejected_rewards):
+def centering_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     """(r_chosen + r_rejected)^2 -> (pairs,): keeps the scores around zero. Eisenstein et al. 2023, eq. 2."""
     return (chosen_rewards + rejected_rewards).square()
 
 
 def dpo_loss(
-    chosen_logprobs,
-    rejected_logprobs,
-    ref_chosen_logprobs,
-    ref_rejected_logprobs,
-    beta=0.1,
-    label_smoothing=0.0,
-    kind="sigmoid",
-):
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    kind: str = "sigmoid",
+) -> Tensor:
     """Preference loss -> (pairs,), from log-probs of whole answers (pairs,) under policy and reference.
 
     h = log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected)
@@ -188,18 +199,24 @@ def dpo_loss(
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
-def hinge_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=0.1):
+def hinge_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
     """max(0, 1 - beta h) -> (pairs,), h as in dpo_loss. SLiC-HF, Zhao et al. 2023, on DPO's margin."""
     h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
     return torch.relu(1 - beta * h)
 
 
-def simpo_loss(chosen_logprobs, rejected_logprobs, beta=2.0, gamma=0.5):
+def simpo_loss(chosen_logprobs: Tensor, rejected_logprobs: Tensor, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
     """-log sigmoid(beta (c - r) - gamma) -> (pairs,) on averages per token, no reference. Meng et al. 2024, eq. 6."""
     return -F.logsigmoid(beta * (chosen_logprobs - rejected_logprobs) - gamma)
 
 
-def orpo_loss(chosen_logprobs, rejected_logprobs):
+def orpo_loss(chosen_logprobs: Tensor, rejected_logprobs: Tensor) -> Tensor:
     """-log sigmoid(log odds(chosen) - log odds(rejected)) -> (pairs,) on averages per token. Hong et al. 2024, eq. 7.
 
     odds(p) = p / (1 - p); log(1 - p) from log p by log1mexp, since 1 - exp(x) is all rounding near x = 0.
@@ -214,14 +231,18 @@ def _log1mexp(x):
     return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def policy_loss(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2):
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Tensor:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) -> (B, T-1), r = pi / old. Schulman et al. 2017, eq. 7."""
     assert logprobs.shape == advantages.shape, (logprobs.shape, advantages.shape)
     ratio = _ratio(logprobs, old_logprobs)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
 
 
-def clipped(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2):
+def clipped(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Tensor:
     """Where policy_loss is flat -> (B, T-1) bool: r above the range counts only under A > 0, below it under A < 0."""
     assert logprobs.shape == advantages.shape, (logprobs.shape, advantages.shape)
     ratio = _ratio(logprobs, old_logprobs)
@@ -234,7 +255,7 @@ def _ratio(logprobs, old_logprobs):
     return (logprobs - old_logprobs).clamp(-20, 20).exp()
 
 
-def value_loss(values, old_values, returns, clip=0.2):
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.2) -> Tensor:
     """max((V - R)^2, (V' - R)^2) / 2 -> (B, T-1), V' = V kept within +-clip of the rollout's value (inf: unclipped).
 
     Huang et al. 2022, detail 9."""
@@ -243,7 +264,7 @@ def value_loss(values, old_values, returns, clip=0.2):
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
-def kl_estimate(logprobs, ref_logprobs, kind="k3"):
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Tensor:
     """KL(policy || ref) per token, on samples of the policy -> (B, T-1); d = log pi - log ref. Schulman 2020.
 
     k1  d                  unbiased; for rewards and reports: as a loss its expected gradient is 0
@@ -260,12 +281,19 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     return d if kind == "k1" else 0.5 * d.square()
 
 
-def kl_loss_unbiased(logprobs, old_logprobs, ref_logprobs):
+def kl_loss_unbiased(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """r * k3 -> (B, T-1), value and gradient of KL(policy || ref) on samples of `old`. DeepSeek-V3.2 2025, eq. 7."""
     return _ratio(logprobs, old_logprobs) * kl_estimate(logprobs, ref_logprobs)
 
 
-def gspo_loss(logprobs, old_logprobs, advantages, mask, clip_low=3e-4, clip_high=4e-4):
+def gspo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Tensor:
     """policy_loss with one ratio a sequence, s = exp(mean of log r) -> (B, T-1). Zheng et al. 2025, eq. 5 and 7.
 
     Wants the mean of sequence means as its reduction: by tokens, long sequences would weigh more than eq. 5 says."""
@@ -274,7 +302,7 @@ def gspo_loss(logprobs, old_logprobs, advantages, mask, clip_low=3e-4, clip_high
     return policy_loss(mean.expand_as(logprobs), torch.zeros_like(logprobs), advantages, clip_low, clip_high)
 
 
-def cispo_loss(logprobs, old_logprobs, advantages, max_ratio=5.0):
+def cispo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, max_ratio: float = 5.0) -> Tensor:
     """-A stop_gradient(min(r, max_ratio)) log pi -> (B, T-1): every token keeps a gradient. MiniMax-M1 2025, eq. 4, 5.
 
     max_ratio bounds r itself (the paper's 1 + eps); there is no lower bound, as in the paper's runs."""
@@ -282,7 +310,14 @@ def cispo_loss(logprobs, old_logprobs, advantages, max_ratio=5.0):
     return -advantages * _ratio(logprobs, old_logprobs).clamp(max=max_ratio).detach() * logprobs
 
 
-def dual_clip_loss(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2, bound=3.0):
+def dual_clip_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    bound: float = 3.0,
+) -> Tensor:
     """policy_loss, at most -bound * A where A < 0: a runaway ratio has no gradient. Ye et al. 2020, dual-clip PPO."""
     loss = policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high)
     return torch.where(advantages < 0, torch.minimum(loss, -bound * advantages), loss)

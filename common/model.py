@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+from torch import Tensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from common import chat, config, data, dist, gemma, lora, losses
@@ -18,7 +19,7 @@ from common.log import UserError, say
 from common.runtime import base, checkpoint, resume
 
 
-def pick_device(device="auto"):
+def pick_device(device: str = "auto") -> torch.device:
     """`auto` takes cuda, then mps, then cpu; a named device that is not there is refused."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -32,7 +33,7 @@ def pick_device(device="auto"):
     return torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
 
 
-def pick_dtype(dtype, device):
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32. Never fp16: Gemma 3 overflows it."""
     if dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
@@ -45,7 +46,9 @@ def pick_dtype(dtype, device):
     return torch.bfloat16 if native else torch.float32
 
 
-def load(checkpoint, device, dtype, quantize=False):
+def load(
+    checkpoint: str, device: torch.device, dtype: torch.dtype, quantize: bool = False
+) -> tuple[Gemma3ForCausalLM, PreTrainedTokenizerFast]:
     """(model, tokenizer) of a base in eval mode on `device`; `quantize` turns its linears into 4-bit NF4 (QLoRA)."""
     folder = base.resolve(checkpoint)
     config, tokenizer = base.read_config(folder), base.load_tokenizer(folder)
@@ -76,17 +79,17 @@ def load(checkpoint, device, dtype, quantize=False):
     return model.to(device).eval(), tokenizer
 
 
-def base_fingerprint(net):
+def base_fingerprint(net: Gemma3ForCausalLM) -> str | None:
     """base.fingerprint of the folder that `load` read; None if `load` read none."""
     return base.fingerprint(net.base_folder) if hasattr(net, "base_folder") else None
 
 
-def is_quantised(net):
+def is_quantised(net: Gemma3ForCausalLM) -> bool:
     """Are the linears 4-bit ones?"""
     return any(hasattr(parameter, "quant_state") for parameter in net.parameters())
 
 
-def quantise(model):
+def quantise(model: Gemma3ForCausalLM) -> None:
     """Every linear of the layers becomes a bitsandbytes NF4 one with double quantisation; prints what that saves.
 
     The embedding (the head) stays as it is: it is 63 % of the 270M, 30 % of the 1B, and every token reads it.
@@ -107,7 +110,7 @@ def quantise(model):
     )
 
 
-def memory_bytes(model):
+def memory_bytes(model: Gemma3ForCausalLM) -> int:
     """Bytes of the parameters, a 4-bit one with its quantisation constants."""
     total = 0
     for parameter in model.parameters():
@@ -119,7 +122,7 @@ def memory_bytes(model):
     return total
 
 
-def sequence_logprobs(model, tokens, mask, temperature=1.0):
+def sequence_logprobs(model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(tokens[:, 1:] | before) where mask is 1, else 0 -> (B, T-1) fp32. The one way from a batch to log-probs.
 
     tokens (B, T) int64 right-padded with anything; mask (B, T-1), 1 on supervised targets. Gradients reach whatever
@@ -129,21 +132,25 @@ def sequence_logprobs(model, tokens, mask, temperature=1.0):
     return spread(losses.token_logprobs(hidden, model.lm_head.weight, targets, temperature), mask)
 
 
-def sequence_logprobs_and_hits(model, tokens, mask, temperature=1.0):
+def sequence_logprobs_and_hits(
+    model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """As sequence_logprobs, and (B, T-1) bool: was the target the most likely token?"""
     hidden, targets = target_states(model, tokens, mask)
     logprobs, hits = losses.token_logprobs_and_hits(hidden, model.lm_head.weight, targets, temperature)
     return spread(logprobs, mask), spread(hits, mask)
 
 
-def sequence_logprobs_and_entropy(model, tokens, mask, temperature=1.0):
+def sequence_logprobs_and_entropy(
+    model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """As sequence_logprobs, and the exact entropy of each distribution (B, T-1) in nats; both with gradient."""
     hidden, targets = target_states(model, tokens, mask)
     logprobs = losses.token_logprobs(hidden, model.lm_head.weight, targets, temperature)
     return spread(logprobs, mask), spread(losses.entropy(hidden, model.lm_head.weight, temperature), mask)
 
 
-def target_states(model, tokens, mask):
+def target_states(model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden states that predict the supervised targets (N, d), and these targets (N,); row by row."""
     supervised = mask.bool()
     if not supervised.any():
@@ -152,13 +159,15 @@ def target_states(model, tokens, mask):
     return hidden[index[:, :-1][supervised]], tokens[:, 1:][supervised]
 
 
-def spread(values, mask):
+def spread(values: Tensor, mask: Tensor) -> Tensor:
     """values (N,) of the supervised tokens, at their places -> (B, T-1), 0 elsewhere."""
     zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     return zeros.masked_scatter(mask.bool(), values)
 
 
-def sequence_hidden(model, tokens, mask, last=False):
+def sequence_hidden(
+    model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, last: bool = False
+) -> tuple[Tensor, Tensor]:
     """Final hidden states (N, d) of the rows, and index (B, T): where each token's state lies among them.
 
     tokens and mask as for sequence_logprobs. A row is computed up to the token that predicts its last target, or with
@@ -174,7 +183,13 @@ def sequence_hidden(model, tokens, mask, last=False):
 
 
 @torch.no_grad()
-def exact_entropy_and_kl(net, frozen, reference, examples, micro_batches):
+def exact_entropy_and_kl(
+    net: Gemma3ForCausalLM,
+    frozen: Gemma3ForCausalLM,
+    reference: str | None,
+    examples: list[dict],
+    micro_batches: list[list[int]],
+) -> Tensor:
     """For each example, summed over its supervised tokens: the entropy of `net` and its KL to the reference, in nats.
 
     -> (n, 3) fp64: entropy, KL, number of tokens. reference: an adapter of `frozen`, or None for the bare base;
@@ -192,7 +207,9 @@ def exact_entropy_and_kl(net, frozen, reference, examples, micro_batches):
     return sums
 
 
-def mean_entropy_and_kl(net, frozen, examples, micro_batches):
+def mean_entropy_and_kl(
+    net: Gemma3ForCausalLM, frozen: Gemma3ForCausalLM, examples: list[dict], micro_batches: list[list[int]]
+) -> dict[str, float]:
     """Exact entropy of the policy and KL(policy || reference) per supervised token, in nats, over all ranks.
 
     `frozen` holds the reference: as its adapter of that name, or bare. micro_batches: this rank's rows.
@@ -202,7 +219,7 @@ def mean_entropy_and_kl(net, frozen, examples, micro_batches):
     return {"eval/entropy": entropy / count, "eval/kl": kl / count}
 
 
-def trim_memory(device):
+def trim_memory(device: torch.device) -> None:
     """Give freed pages back to the system, which glibc keeps: 0.4 GB in 45 steps of the 270M.
 
     Faulting them in again takes 7 to 10 % of a step, so the scripts call this at every 16th.
@@ -213,14 +230,18 @@ def trim_memory(device):
             trim(0)
 
 
-def compute_context(device, dtype, trainable_weights):
+def compute_context(
+    device: torch.device, dtype: torch.dtype, trainable_weights: bool
+) -> contextlib.AbstractContextManager:
     """Autocast where fp32 master weights are trained in bf16; nothing otherwise (a LoRA base has its own dtype)."""
     if trainable_weights and dtype == torch.bfloat16:
         return torch.autocast(device.type, dtype=dtype)
     return contextlib.nullcontext()
 
 
-def plain_state(model, adapter=None, dtype=None):
+def plain_state(
+    model: Gemma3ForCausalLM, adapter: str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Weights under the names of a plain Gemma3ForCausalLM, with `adapter` merged in (in fp32, then cast)."""
     wrapped = lora.lora_modules(model)
     state = {f"{name}.weight": lora.merged_weight(module, adapter) for name, module in wrapped.items()}
@@ -232,7 +253,13 @@ def plain_state(model, adapter=None, dtype=None):
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
 
 
-def save_model(model, tokenizer, folder, adapter=None, dtype=None):
+def save_model(
+    model: Gemma3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path | str,
+    adapter: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """A folder that plain transformers loads; with `adapter`, that adapter merged into the weights."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +271,9 @@ def save_model(model, tokenizer, folder, adapter=None, dtype=None):
     tokenizer.save_pretrained(folder)
 
 
-def save_adapter(model, tokenizer, folder, name, base_checkpoint):
+def save_adapter(
+    model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path | str, name: str, base_checkpoint: str
+) -> None:
     """A folder that plain peft loads: adapter_model.safetensors (fp32), adapter_config.json, tokenizer.
 
     With base.json, which peft ignores: the base that the adapter belongs to, for check_base.
@@ -261,7 +290,9 @@ def save_adapter(model, tokenizer, folder, name, base_checkpoint):
     tokenizer.save_pretrained(folder)
 
 
-def load_adapter(model, name, folder, trainable=True, any_bits=False):
+def load_adapter(
+    model: Gemma3ForCausalLM, name: str, folder: Path | str, trainable: bool = True, any_bits: bool = False
+) -> tuple[int, float, list[str]]:
     """Inject the adapter saved in `folder` as `name`; returns (rank, alpha, targets). UserError if it does not fit.
 
     any_bits: also where one of base and adapter is of 4 bits and the other is not.
@@ -281,7 +312,7 @@ def load_adapter(model, name, folder, trainable=True, any_bits=False):
     return rank, alpha, targets
 
 
-def check_base(net, folder, key, any_bits=False):
+def check_base(net: Gemma3ForCausalLM, folder: Path | str, key: str, any_bits: bool = False) -> None:
     """Say or refuse what base.check_record finds on the adapter in `folder`, given as setting `key`, and this net.
 
     any_bits: it does not matter whether base and adapter are both of 4 bits.
@@ -291,7 +322,7 @@ def check_base(net, folder, key, any_bits=False):
         base.check_record(folder, key, here, base_fingerprint(net), quantised)
 
 
-def trained_quantised(folder):
+def trained_quantised(folder: Path | str) -> bool:
     """Was the adapter in `folder` trained on a 4-bit base? An older one has no record: then its run's config.yml says,
     and away from its run it counts as trained on the unquantised base."""
     if record := base.record(folder):
@@ -302,13 +333,19 @@ def trained_quantised(folder):
     return config.load_config(run / "config.yml").model.peft_type == "qlora"
 
 
-def adapter_fingerprint(folder):
+def adapter_fingerprint(folder: Path | str | None) -> list[str] | None:
     """Hashes of what decides an adapter's effect (tensors; rank, alpha and targets); None without a folder."""
     files = ("adapter_model.safetensors", "adapter_config.json")
     return [checkpoint.sha256(Path(folder) / name) for name in files] if folder else None
 
 
-def save(model, tokenizer, folder, adapter, base_name):
+def save(
+    model: Gemma3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path | str,
+    adapter: str | None,
+    base_name: str,
+) -> None:
     """The trained part of a run: the adapter, or the whole model where `adapter` is None."""
     if adapter:
         save_adapter(model, tokenizer, folder, adapter, base_name)
@@ -317,7 +354,7 @@ def save(model, tokenizer, folder, adapter, base_name):
 
 
 @torch.no_grad()
-def restore(model, adapter, folder):
+def restore(model: Gemma3ForCausalLM, adapter: str | None, folder: Path | str) -> None:
     """Put back, bit for bit, what `save` wrote into a step folder, into a model of the same shape."""
     if adapter:
         lora.load_adapter_state(model, adapter, load_file(Path(folder) / "adapter_model.safetensors"))

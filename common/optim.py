@@ -4,9 +4,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace as Config
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import Parameter
 
 from common import dist
 from common.log import UserError, listed
@@ -15,7 +17,7 @@ from common.runtime import resume
 FILE = "optimizer.safetensors"
 
 
-def adamw_groups(named, peak_lr, weight_decay):
+def adamw_groups(named: dict[str, Parameter], peak_lr: float, weight_decay: float) -> list[dict]:
     """Parameter groups of {name: parameter}: weight decay on matrices, none on vectors (norms).
 
     peak_lr: the learning rate after warm-up, for set_learning_rate. Groups of several roles are added as lists.
@@ -29,7 +31,7 @@ def adamw_groups(named, peak_lr, weight_decay):
     return [group for group in groups if group["params"]]
 
 
-def learning_rate(step, steps, peak, warmup_ratio, shape):
+def learning_rate(step: float, steps: int, peak: float, warmup_ratio: float, shape: str) -> float:
     """Linear warm-up over warmup_ratio * steps, then `shape`: cosine or linear decay to zero, or constant.
 
     Counts steps of the loop; all updates of one rollout are one. step may lie between two whole ones, see Run.position.
@@ -41,7 +43,7 @@ def learning_rate(step, steps, peak, warmup_ratio, shape):
     return peak * {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}[shape]
 
 
-def expected_steps(step, steps, seen, budget, tokens_per_step):
+def expected_steps(step: int, steps: int, seen: float, budget: int | None, tokens_per_step: float) -> int:
     """The step at which a run of at most `steps` will have spent `budget` tokens (None: no budget).
 
     seen: tokens of the first `step` steps; tokens_per_step: what a step is expected to take before any was seen. A
@@ -52,7 +54,7 @@ def expected_steps(step, steps, seen, budget, tokens_per_step):
     return min(steps, math.ceil(budget / (seen / step if seen else tokens_per_step)))
 
 
-def set_learning_rate(optimizer, step, steps, training):
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: float, steps: int, training: Config) -> float:
     """Set the learning rate of each group for this step of `steps`; returns that of the first group.
 
     By a budget of tokens, step and steps are Run.position and Run.planned_end.
@@ -62,7 +64,7 @@ def set_learning_rate(optimizer, step, steps, training):
     return optimizer.param_groups[0]["lr"]
 
 
-def clip_gradients(parameters, max_norm):
+def clip_gradients(parameters: list[Parameter], max_norm: float) -> float:
     """Sum the gradients over ranks and scale them down to max_norm; returns their norm before as a float."""
     dist.sum_gradients(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -83,7 +85,7 @@ class Update:
     suspects: list = field(default_factory=list)  # names of the rows of micro-batches without a finite loss
     taken: bool = False  # has the optimizer made its step
 
-    def add(self, ids, loss, **metrics):
+    def add(self, ids: list[str], loss: torch.Tensor, **metrics: torch.Tensor) -> None:
         """Add one backward pass over the rows `ids`.
 
         The loss is already divided by the whole minibatch's divisor, so it is summed. A metric is a tensor of values;
@@ -96,7 +98,7 @@ class Update:
             self.sums[name] += values.double().sum().item()
             self.counts[name] += values.numel()
 
-    def sum_over_ranks(self):
+    def sum_over_ranks(self) -> None:
         """Loss, tokens and metrics in one exchange; a rank without rows has no metric of its own."""
         counts = {f"count/{name}": count for name, count in self.counts.items()}
         total = dist.sum_named({"loss": self.loss, "tokens": self.num_tokens, **self.sums, **counts})
@@ -105,7 +107,14 @@ class Update:
         self.counts = Counter({name: total[f"count/{name}"] for name in self.sums})
 
 
-def optimizer_step(optimizer, parameters, update, step, max_grad_norm, target_kl=None):
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, list],
+    update: Update,
+    step: int,
+    max_grad_norm: float,
+    target_kl: float | None = None,
+) -> bool:
     """Sum loss, metrics and gradients over ranks, clip each role by its own norm, and step. Returns: was it made?
 
     parameters: {role: its tensors}. No step is made where the mean of `policy_kl` is above target_kl, which is far
@@ -129,7 +138,7 @@ def optimizer_step(optimizer, parameters, update, step, max_grad_norm, target_kl
     return True
 
 
-def mean_metrics(updates):
+def mean_metrics(updates: list[Update]) -> dict[str, float]:
     """{name: mean over a step's updates}. What is a mean over tokens or pairs is one over those of all updates."""
     sums, counts = Counter(), Counter()
     for update in updates:
@@ -141,11 +150,11 @@ def mean_metrics(updates):
     return {name: value / counts[name] for name, value in sums.items() if counts[name]}
 
 
-def save(optimizer, named, folder):
+def save(optimizer: torch.optim.Optimizer, named: dict[str, Parameter], folder: Path | str) -> None:
     """Write the moments of each parameter of {name: parameter} into a step folder."""
     save_file(resume.optimizer_tensors(optimizer, named), Path(folder) / FILE)
 
 
-def load(optimizer, named, folder):
+def load(optimizer: torch.optim.Optimizer, named: dict[str, Parameter], folder: Path | str) -> None:
     """Put back, bit for bit, what `save` wrote."""
     resume.load_optimizer(optimizer, named, load_file(Path(folder) / FILE))

@@ -1,12 +1,19 @@
 """Preference pairs that DPO learns from: the data set with the reference's log-probs, its evaluation, the report."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import Gemma3ForCausalLM as Gemma
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import data, dist, gemma, log, lora, losses, model, preferences
 from common.log import UserError, say, say_counts
+from common.roles import Roles
+from common.run import Run
 from common.runtime import cache, resume
 
 EXACT_KL_ROWS = 128  # held-out pairs whose exact entropy and KL are measured: whole distributions cost their time
@@ -29,7 +36,7 @@ class PairDataset:
     ref_logprobs: dict = field(default_factory=dict)  # {split: (pairs, 2) fp64}: filled by add_reference_logprobs
     reference_seconds: float = 0.0  # that those of train took
 
-    def micro_batch(self, split: str, rows: list, device) -> "PairMicroBatch":
+    def micro_batch(self, split: str, rows: list, device: torch.device) -> "PairMicroBatch":
         pairs = [getattr(self, split)[row] for row in rows]
         tokens, mask = data.collate_pairs(pairs, device)
         ref_logprobs = self.ref_logprobs[split][rows].flatten().float().to(device)
@@ -41,12 +48,14 @@ class PairMicroBatch:
     """Pairs that go through the model together, as rows chosen, rejected, chosen, ..."""
 
     ids: list  # names of the pairs, for error messages
-    tokens: torch.Tensor  # (B, T), B = 2 * pairs
-    mask: torch.Tensor  # (B, T-1), 1 on the tokens of the answer
-    ref_logprobs: torch.Tensor  # (B,), summed over the answer
+    tokens: Tensor  # (B, T), B = 2 * pairs
+    mask: Tensor  # (B, T-1), 1 on the tokens of the answer
+    ref_logprobs: Tensor  # (B,), summed over the answer
 
 
-def encode(records, tokenizer, max_length, batch_size, seed) -> PairDataset:
+def encode(
+    records: dict[str, list[dict]], tokenizer: Tokenizer, max_length: int, batch_size: int, seed: int
+) -> PairDataset:
     """The pairs of {split: records}. Says what was skipped; UserError where a split has no pair left."""
     pairs = {}
     for split, rows in records.items():
@@ -61,24 +70,24 @@ def encode(records, tokenizer, max_length, batch_size, seed) -> PairDataset:
     )
 
 
-def held_out_micro_batches(dataset, budget):
+def held_out_micro_batches(dataset: PairDataset, budget: int) -> list[list[int]]:
     """This rank's held-out pairs, as lists of rows of at most `budget` tokens."""
     lengths = [data.pair_tokens(pair) for pair in dataset.val]
     return data.micro_batches(range(dist.rank(), len(lengths), dist.world_size()), lengths, budget)
 
 
-def training_micro_batches(dataset, step, budget):
+def training_micro_batches(dataset: PairDataset, step: int, budget: int) -> list[list[int]]:
     """This rank's share of a step's pairs, as lists of rows of at most `budget` tokens, the longest first."""
     lengths = dataset.batches.lengths
     return data.micro_batches(data.shard(dataset.batches[step], lengths), lengths, budget)
 
 
-def shown_by_explain(dataset):
+def shown_by_explain(dataset: PairDataset) -> list[dict]:
     """What --explain shows: the examples of step 0."""
     return [dataset.train[row][side] for row in dataset.batches[0] for side in ("chosen", "rejected")]
 
 
-def add_reference_logprobs(dataset, frozen, steps, budget, start_key):
+def add_reference_logprobs(dataset: PairDataset, frozen: Gemma, steps: int, budget: int, start_key: list) -> None:
     """Fill dataset.ref_logprobs: summed log-probs of both answers under the frozen reference, cached or computed.
 
     They are made in the very micro-batches of the first epoch and of the evaluation, where they will be compared: so
@@ -101,7 +110,7 @@ def add_reference_logprobs(dataset, frozen, steps, budget, start_key):
             dataset.reference_seconds = seconds
 
 
-def reference_logprobs(frozen, pairs, micro_batches, key):
+def reference_logprobs(frozen: Gemma, pairs: list[dict], micro_batches: list[list[int]], key: list) -> Tensor:
     """Summed log-probs of both answers by the active adapter (pairs, 2) fp64, chosen first.
 
     From the cache where a run with the same `key` left them; micro_batches: this rank's rows.
@@ -126,7 +135,9 @@ def reference_logprobs(frozen, pairs, micro_batches, key):
 
 
 @torch.no_grad()
-def evaluate(run, models, dataset, objective, names):
+def evaluate(
+    run: Run, models: Roles, dataset: PairDataset, objective: Callable, names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """({metric: (pairs,)}, {eval/metric: mean}) over the held-out pairs of all ranks.
 
     objective(logprobs, micro_batch, rl) -> (loss of each pair (pairs,), loss of each chosen token (pairs, T-1) or None,
@@ -157,7 +168,7 @@ def evaluate(run, models, dataset, objective, names):
     return columns, {"eval/loss": loss} | means | exact
 
 
-def report(run_dir, metrics, pairs):
+def report(run_dir: Path, metrics: dict[str, Tensor], pairs: list[dict]) -> None:
     """Write report.json from evaluate's per-pair metrics and say it."""
     rows = preferences.implicit_report(metrics, pairs)
     log.write_json(run_dir / "report.json", rows)

@@ -2,12 +2,17 @@
 
 import json
 import sys
+from collections.abc import Callable
 
 import torch
+from transformers import Gemma3ForCausalLM as Gemma
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, config, data, decoder, dist, gemma, log, lora, rollouts, stats
 from common import rewards as heuristics
 from common.log import UserError, say
+from common.roles import Roles
+from common.run import Run
 from common.runtime import cache, resume
 
 ROWS = 64  # completions sampled together
@@ -15,7 +20,7 @@ ROWS = 64  # completions sampled together
 SOURCES = (chat, decoder, gemma, heuristics, lora, rollouts, sys.modules[__name__])
 
 
-def sample(net, tokenizer, records, sampling):
+def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict) -> list[list[list[int]]]:
     """G completions of each record's prompt, by the active adapter, shared out over ranks -> lists of G lists of ids.
 
     sampling: {"group_size": G, "max_new_tokens", "temperature", "seed"}; a number belongs to (seed, record, sample).
@@ -44,7 +49,9 @@ def sample(net, tokenizer, records, sampling):
     return [[cells[1 : cells[0] + 1] for cells in samples] for samples in table]
 
 
-def best_and_worst(records, answers, tokenizer, score):
+def best_and_worst(
+    records: list[dict], answers: list[list[list[int]]], tokenizer: Tokenizer, score: Callable
+) -> list[tuple[dict, dict]]:
     """[(best, worst)] of each record's samples, ties by the first; see pair_record for a side.
 
     score(records, answers) -> (rewards (n,), a dict of components each); each rank scores its share, and all refuse
@@ -77,7 +84,7 @@ def best_and_worst(records, answers, tokenizer, score):
     return pairs
 
 
-def pair_record(record, good, bad, suffix=""):
+def pair_record(record: dict, good: dict, bad: dict, suffix: str = "") -> dict:
     """A record whose answers are two sides, with what decided.
 
     A side is {"text", "ids": as sampled, "stopped": by itself, "score", "parts"}, or {"text"} alone. The ids are kept,
@@ -94,7 +101,9 @@ def pair_record(record, good, bad, suffix=""):
     }
 
 
-def from_policy(run, models, records, score, explained):
+def from_policy(
+    run: Run, models: Roles, records: dict[str, list[dict]], score: Callable, explained: int | None
+) -> dict[str, list[dict]]:
     """{split: records} with the best against the worst of the policy's own samples, as it is at the start.
 
     They are kept for later runs of the same start, data and settings; --explain makes only `explained` per split and
@@ -127,13 +136,13 @@ def from_policy(run, models, records, score, explained):
     return made
 
 
-def mean_scores(records, side):
+def mean_scores(records: list[dict], side: str) -> str:
     """The mean of the total and of each component over one side of pairs, as text."""
     scores = [record["scores"][side] for record in records]
     return ", ".join(f"{name} {sum(score[name] for score in scores) / len(scores):.2f}" for name in scores[0])
 
 
-def cached(key, splits, make):
+def cached(key: str | None, splits: tuple[str, ...], make: Callable[[str], list[dict]]) -> dict[str, list[dict]]:
     """{split: records with pairs} from the cache where a run with the same `key` left them, else from make(split).
 
     Without a key they are made and not kept. They lie there as a data folder of JSONL, which --dataset_path reads too.
@@ -160,7 +169,7 @@ def cached(key, splits, make):
     return made
 
 
-def implicit_report(metrics, pairs):
+def implicit_report(metrics: dict[str, torch.Tensor], pairs: list[dict]) -> dict:
     """Held-out implicit preference accuracy (ties half) with a 95 % Wilson interval, beside length alone.
 
     metrics: {"chosen_change", "rejected_change"}, (pairs,) nats per token that each answer gained on the reference.

@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from common import lora
 
 
 @torch.no_grad()
-def fuse(linears, merge, dtype):
+def fuse(linears: list, merge: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Linears that read the same input as one (weight, a), each with its active adapter; weight (sum of outs, in).
 
     With adapters that are not merged it is (W | B, A): y = (x, x A^T) (W | B)^T, one product as well.
@@ -23,7 +24,7 @@ def fuse(linears, merge, dtype):
 
 
 @torch.no_grad()
-def thin(linears, name, dtype):
+def thin(linears: list, name: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """One adapter of linears that read the same input: A (sum of ranks, in) and B (sum of outs, sum of ranks) with its
     scale, block by block; None where it adapts none of them."""
     adapted = [m if isinstance(m, lora.LoraLinear) and name in m.lora_A else None for m in linears]
@@ -39,7 +40,7 @@ def thin(linears, name, dtype):
     return torch.cat(a).to(dtype), torch.block_diag(*b).to(dtype)
 
 
-def product(x, linear):
+def product(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
     """(rows, in) -> (rows, out).
 
     Of a few rows in bf16, oneDNN's products cost the same for 1 to 16 with the weight in front, else a price per row:
@@ -53,7 +54,7 @@ def product(x, linear):
     return F.linear(x, weight)
 
 
-def pack(weight):
+def pack(weight: Tensor) -> Tensor:
     """A weight laid out for oneDNN's fp32 kernels, which torch by itself leaves aside: 9 rows against Gemma's head take
     a quarter of the time. The weight itself where there is no such kernel (bf16 has one already), and on a GPU."""
     there = (
@@ -62,7 +63,7 @@ def pack(weight):
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8) if there and weight.numel() else weight
 
 
-def steady(x, linear):
+def steady(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
     """As `product`, of weights that `pack` made, but the bits of a row do not depend on the rows beside it.
 
     Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike from 2 rows on;

@@ -1,9 +1,15 @@
 """Prompts that are sampled from: the data set of online RL, its evaluation on held-out prompts, and the report."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import advantages, chat, data, dist, experience, log, model, rollouts, stats
 from common.log import UserError, say, say_counts
+from common.roles import Roles
+from common.run import Run
 from common.runtime import resume
 
 EXACT_KL_ROWS = 128  # held-out answers whose exact entropy and KL are measured: whole distributions cost their time
@@ -53,7 +59,9 @@ class PromptDataset:
         return [self.train[i] for i in order[place * self.size : (place + 1) * self.size]]
 
 
-def encode(records, tokenizer, max_tokens, size, max_val, seed) -> PromptDataset:
+def encode(
+    records: dict[str, list[dict]], tokenizer: Tokenizer, max_tokens: int, size: int, max_val: int | None, seed: int
+) -> PromptDataset:
     """The prompts of {split: records} that leave room for an answer.
 
     Those of more than `max_tokens` tokens or without a user turn are left out and counted; max_val bounds the held-out
@@ -76,7 +84,7 @@ def encode(records, tokenizer, max_tokens, size, max_val, seed) -> PromptDataset
     return PromptDataset(train, val, size, seed, fingerprint)
 
 
-def encode_prompts(records, tokenizer, max_tokens):
+def encode_prompts(records: list[dict], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Prompt], dict[str, int]]:
     """([Prompt of at most `max_tokens` tokens], {reason: how many were left out})."""
     counts, kept = {"records": len(records), "no_user_turn": 0, "prompt_too_long": 0}, []
     for record in records:
@@ -91,7 +99,9 @@ def encode_prompts(records, tokenizer, max_tokens):
     return kept, counts
 
 
-def evaluate(run, models, dataset, score, step):
+def evaluate(
+    run: Run, models: Roles, dataset: PromptDataset, score: Callable, step: int
+) -> tuple[list[dict], dict[str, float]]:
     """(lines for held_out.jsonl, {eval/metric: mean}): one answer to each held-out prompt, scored as in training.
 
     The same numbers are drawn at every evaluation, so that two can be compared prompt by prompt. Entropy and KL to the
@@ -121,7 +131,7 @@ def evaluate(run, models, dataset, score, step):
     return experience.lines(rollout, models.tokenizer, step), metrics | experience.summary(rollout, "eval/")
 
 
-def exact_entropy_and_kl(models, prompts, rollout):
+def exact_entropy_and_kl(models: Roles, prompts: dict[int, Prompt], rollout: experience.Rollout) -> dict[str, float]:
     """{"eval/entropy", "eval/kl"} of the first EXACT_KL_ROWS held-out answers, over all ranks."""
     examples = [
         {"ids": [*prompt.ids, *ids], "mask": [0] * len(prompt.ids) + [1] * len(ids)}
@@ -133,7 +143,7 @@ def exact_entropy_and_kl(models, prompts, rollout):
     return model.mean_entropy_and_kl(models.net, models.frozen, examples, micro_batches)
 
 
-def shown_by_explain(rollout):
+def shown_by_explain(rollout: experience.Rollout) -> list[dict]:
     """What --explain shows of a rollout's first rows: as examples with their mask; says each one's reward."""
     shown = []
     for row in range(min(EXPLAIN_ROWS, len(rollout.ids))):
@@ -145,7 +155,7 @@ def shown_by_explain(rollout):
     return shown
 
 
-def report(run_dir, draws):
+def report(run_dir: Path, draws: int) -> None:
     """Write report.json from held_out.jsonl and say it; see compare."""
     rows = compare(log.read_records(run_dir / "held_out.jsonl"), draws)
     log.write_json(run_dir / "report.json", rows)
@@ -158,7 +168,7 @@ def report(run_dir, draws):
             )
 
 
-def compare(lines, draws):
+def compare(lines: list[dict], draws: int) -> dict:
     """Held-out rewards of the last evaluation against the first, prompt by prompt: means, paired bootstrap interval.
 
     lines: of held_out.jsonl. -> {"reward": {"first", "last", "difference", "interval", "p"}, ...} for the reward, each

@@ -6,11 +6,17 @@ Gemma3TextForSequenceClassification, with reward.json beside it: mean and deviat
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace as Config
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import Gemma3ForCausalLM as Gemma
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, data, lora, model, rewards
 from common.log import UserError, say, write_json
@@ -23,18 +29,18 @@ ALIKE = (
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
 
 
-def new_head(width, device, generator=None):
+def new_head(width: int, device: torch.device, generator: torch.Generator | None = None) -> Parameter:
     """(1, d) fp32 from N(0, 1 / sqrt(d + 1)), so that first rewards have unit size (Stiennon et al. 2020, app. B)."""
     draw = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
     return torch.nn.Parameter(draw.to(device))
 
 
-def parameters(net, name, head):
+def parameters(net: Gemma, name: str, head: Parameter) -> dict[str, Parameter]:
     """{PEFT's name on disk: parameter} of adapter `name` and its head, in a fixed order."""
     return lora.adapter_parameters(net, name) | {HEAD: head}
 
 
-def scores(net, head, tokens, mask):
+def scores(net: Gemma, head: Parameter, tokens: Tensor, mask: Tensor) -> Tensor:
     """Reward of each row (B,) fp32, read at its last masked token; a prompt shared by neighbours is computed once.
 
     tokens (B, T), mask (B, T-1) with at least one 1 a row, as for model.sequence_logprobs. What lies behind the last
@@ -48,7 +54,7 @@ def scores(net, head, tokens, mask):
     return (state.float() * head).sum(-1)  # no product that autocast would round
 
 
-def values(net, head, tokens, mask):
+def values(net: Gemma, head: Parameter, tokens: Tensor, mask: Tensor) -> Tensor:
     """V before each token where mask is 1, else 0 -> (B, T-1) fp32: a critic reads the state before the token."""
     kept = mask.bool()
     if not kept.any():
@@ -59,7 +65,9 @@ def values(net, head, tokens, mask):
 
 
 @torch.no_grad()
-def score_completions(net, head, prompts, completions, budget):
+def score_completions(
+    net: Gemma, head: Parameter, prompts: list[list[int]], completions: list[list[int]], budget: int
+) -> Tensor:
     """Rewards (n,) fp32 on the CPU of completions behind prompts (lists of ids), `budget` tokens a pass."""
     examples = [{"ids": [*p, *c], "mask": [0] * len(p) + [1] * len(c)} for p, c in zip(prompts, completions)]
     lengths, rewards = [len(example["ids"]) for example in examples], torch.zeros(len(examples))
@@ -69,7 +77,7 @@ def score_completions(net, head, prompts, completions, budget):
     return rewards
 
 
-def save(net, tokenizer, folder, name, head, reward_stats):
+def save(net: Gemma, tokenizer: Tokenizer, folder: Path | str, name: str, head: Parameter, reward_stats: dict) -> None:
     """Adapter, head, tokenizer and reward.json: a folder that plain peft and `load` read.
 
     reward_stats: what reward.json holds: {"base_checkpoint", "base": its fingerprint, "task", "mean", "std"}, the last
@@ -84,7 +92,7 @@ def save(net, tokenizer, folder, name, head, reward_stats):
 
 
 @torch.no_grad()
-def restore(net, name, head, folder):
+def restore(net: Gemma, name: str, head: Parameter, folder: Path | str) -> dict:
     """Put back, bit for bit, what `save` wrote, into adapter and head of the same shape; returns its reward_stats."""
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     head.copy_(tensors.pop(HEAD))
@@ -92,7 +100,7 @@ def restore(net, name, head, folder):
     return json.loads((Path(folder) / "reward.json").read_text())
 
 
-def load(net, name, folder, fingerprint):
+def load(net: Gemma, name: str, folder: Path | str, fingerprint: str) -> tuple[Parameter, dict]:
     """Add a trained reward model to `net` as the frozen adapter `name` -> (head, reward_stats).
 
     `fingerprint` is that of the base in `net`: a reward model belongs to the base it was trained on. UserError if the
@@ -126,7 +134,9 @@ def load(net, name, folder, fingerprint):
     return head, reward_stats
 
 
-def scorer(net, tokenizer, reward, fingerprint, budget, name="reward"):
+def scorer(
+    net: Gemma, tokenizer: Tokenizer, reward: Config, fingerprint: str, budget: int, name: str = "reward"
+) -> Callable:
     """A function (records, answers as ids) -> (n,): the scores of the model in reward.checkpoint, `name` in `net`.
 
     With reward.normalize_rewards they have mean 0 and deviation 1 on the model's own held-out reference answers.

@@ -13,9 +13,12 @@ import importlib.util
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace as Config
 
 import torch
+from torch import Tensor
 
 from common import model
 from common.log import UserError
@@ -50,11 +53,11 @@ COMPONENTS = {
 }
 
 
-def words(text):
+def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9']+", text[:LONGEST].lower().replace("\u2019", "'"))
 
 
-def toxicity(completion):
+def toxicity(completion: str) -> float:
     """1 minus ten times the share of toxic words, at least 0; a threat at the reader is 0. "Harm" is no insult."""
     tokens = words(completion)
     if THREATS.search(" ".join(tokens)):
@@ -62,26 +65,26 @@ def toxicity(completion):
     return max(0.0, 1 - 10 * sum(token in TOXIC for token in tokens) / max(1, len(tokens)))
 
 
-def refuses(completion):
+def refuses(completion: str) -> bool:
     """Does the text decline? Looks at its first 300 characters."""
     return bool(REFUSAL.search(completion[:300].lower().replace("\u2019", "'")))
 
 
-def length(completion, reference=None, target=40):
+def length(completion: str, reference: str | None = None, target: int = 40) -> float:
     """1 at the reference's number of words (or `target`), falling with the log ratio; an empty answer is 0."""
     count = len(words(completion))
     wanted = len(words(reference)) if reference else target
     return math.exp(-abs(math.log(count / wanted))) if count and wanted else 0.0
 
 
-def repetition(completion):
+def repetition(completion: str) -> float:
     """Share of distinct 4-grams of words (1 when nothing repeats; texts under 4 words count as 1 unless empty)."""
     tokens = words(completion)
     grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
     return len(set(grams)) / len(grams) if grams else float(bool(tokens))
 
 
-def overlap(completion, reference):
+def overlap(completion: str, reference: str) -> float:
     """ROUGE-L F1 without stemming, from rouge-score, on at most WORDS words of each."""
     from rouge_score import rouge_scorer
 
@@ -91,7 +94,7 @@ def overlap(completion, reference):
     return rouge_scorer.RougeScorer(["rougeL"]).score(right, ours)["rougeL"].fmeasure
 
 
-def facts(completion, reference):
+def facts(completion: str, reference: str) -> float:
     """F1 of the numbers and negations that both texts state, as multisets; 1 if neither states any."""
     ours, right = (
         Counter(token for token in words(text) if token.isdigit() or token in NEGATIONS)
@@ -101,14 +104,14 @@ def facts(completion, reference):
     return 2 * both / (ours.total() + right.total()) if ours or right else 1.0
 
 
-def code_tokens(text, limit=CODE):
+def code_tokens(text: str, limit: int = CODE) -> list[str]:
     """CoNaLa's `tokenize_for_bleu_eval`: every non-alphanumeric apart, camelCase split, quotes as one kind."""
     text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text[:limit])
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)
     return re.sub(r"\s+", " ", text).replace('"', "`").replace("'", "`").split()
 
 
-def sentence_bleu(completion, reference):
+def sentence_bleu(completion: str, reference: str) -> float:
     """BLEU-4 of one snippet with add-one smoothing, in [0, 1], from sacrebleu on the official tokens."""
     from sacrebleu.metrics import BLEU
 
@@ -117,7 +120,7 @@ def sentence_bleu(completion, reference):
     return bleu.sentence_score(ours, [right]).score / 100 if ours and right else 0.0
 
 
-def parses(completion):
+def parses(completion: str) -> float:
     """1 if `ast.parse` accepts the text; code of over CODE characters or 100 brackets deep is not tried."""
     depth = deepest = 0
     for character in completion[: CODE + 1]:
@@ -132,13 +135,15 @@ def parses(completion):
     return 1.0
 
 
-def is_harmful_request(prompt):
+def is_harmful_request(prompt: list[dict]) -> bool:
     """Does the last user turn ask for harm? A word list: it is a guard-rail, not a judge."""
     asked = next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), "")
     return any(token in HARMFUL for token in words(asked))
 
 
-def heuristic_reward(task, prompt, completion, reference=None, **weights):
+def heuristic_reward(
+    task: str, prompt: list[dict], completion: str, reference: str | None = None, **weights: float
+) -> tuple[float, dict[str, float]]:
     """(weighted mean of the task's components in [0, 1], {component: value}) for one completion.
 
     prompt: turns; completion: text; reference: text or None (clinical and conala need it); weights by component, 1 if
@@ -166,7 +171,7 @@ def heuristic_reward(task, prompt, completion, reference=None, **weights):
     return sum(parts[name] * shares[name] for name in parts) / total if total else 0.0, parts
 
 
-def load_function(spec):
+def load_function(spec: str) -> Callable:
     """`path/to/file.py:name` -> the function, called as f(prompt, completion, reference) -> float. UserError if not."""
     path, _, name = spec.rpartition(":")
     if not path or not Path(path).is_file():
@@ -184,7 +189,7 @@ def load_function(spec):
     return getattr(module, name)
 
 
-def call_function(function, records, texts):
+def call_function(function: Callable, records: list[dict], texts: list[str]) -> list[float]:
     """A user function's rewards -> list of floats; UserError if it raises, exits or returns no finite number."""
     values = []
     for record, text in zip(records, texts, strict=True):
@@ -202,24 +207,26 @@ def call_function(function, records, texts):
     return values
 
 
-def said(error):
+def said(error: SystemExit) -> str:
     """The words that a SystemExit carries, for the end of a message: `exit("no key")` -> ": no key"."""
     return f": {error.code}" if isinstance(error.code, str) else ""
 
 
-def wants_model(reward):
+def wants_model(reward: Config) -> bool:
     """Do these settings (section `reward`) ask for a trained model?"""
     return reward.function is None and reward.type != "heuristic"
 
 
-def needs_model(reward):
+def needs_model(reward: Config) -> bool:
     """As wants_model; UserError where it is wanted and none is named."""
     if wants_model(reward) and reward.checkpoint is None:
         raise UserError(f"reward.checkpoint: reward.type {reward.type} needs a reward model of train_reward.py")
     return wants_model(reward)
 
 
-def scorer(task, reward, decode, trained_scorer=None):
+def scorer(
+    task: str, reward: Config, decode: Callable[[list[int]], str], trained_scorer: Callable | None = None
+) -> Callable:
     """A function (records, answers as ids) -> (rewards (n,) fp32, a dict of components for each) by section `reward`.
 
     decode(ids) -> text; trained_scorer(records, answers) -> (n,), a trained model's scores, where needs_model.
@@ -255,20 +262,20 @@ def scorer(task, reward, decode, trained_scorer=None):
     return score
 
 
-def fingerprint(reward):
+def fingerprint(reward: Config) -> str | list[str] | None:
     """Hash of what decides the scores beside the settings: the file of the user's function, or the reward model."""
     if reward.function:
         return checkpoint.sha256(reward.function.rpartition(":")[0])
     return model.adapter_fingerprint(reward.checkpoint) if wants_model(reward) else None
 
 
-def combine(heuristic, trained, alpha, beta, clip=None):
+def combine(heuristic: Tensor, trained: Tensor, alpha: float, beta: float, clip: float | None = None) -> Tensor:
     """alpha * heuristic + beta * trained, clipped to [-clip, clip]; (B,) tensors. `trained` is already normalised."""
     total = alpha * heuristic + beta * trained
     return total.clamp(-clip, clip) if clip is not None else total
 
 
-def normalise(scores, mean, std):
+def normalise(scores: Tensor, mean: float, std: float) -> Tensor:
     """(scores - mean) / std with the reward model's statistics on reference answers, stored at its training.
 
     std below SMALLEST_STD: divided by 1, as their spread says nothing.

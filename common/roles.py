@@ -9,9 +9,13 @@ reward     frozen, with its own head (reward_model.load)
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace as Config
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import Parameter
+from transformers import Gemma3ForCausalLM as Gemma
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import lora, model, reward_model
 from common.log import UserError, say
@@ -30,7 +34,7 @@ class Roles:
     adapter: str | None  # the policy's name in net; None in full fine-tuning
     has_reference: bool
     trained: dict = field(default_factory=dict)  # {role: {name: parameter}}
-    head: torch.nn.Parameter | None = None  # (1, d), the critic's
+    head: Parameter | None = None  # (1, d), the critic's
 
     @property
     def parameters(self) -> dict:
@@ -49,7 +53,9 @@ class Roles:
         return self.trained["policy"] | others
 
 
-def load_policy(folder, device, dtype, peft, seed):
+def load_policy(
+    folder: str, device: torch.device, dtype: torch.dtype, peft: Config, seed: int
+) -> tuple[Gemma, Tokenizer, str | None, dict[str, Parameter]]:
     """(net, tokenizer, adapter's name or None, {name: parameter to train}) by section `model` of the config.
 
     Adapters are drawn from torch's generator, seeded here: the policy's first, then the critic's (build).
@@ -73,7 +79,16 @@ def load_policy(folder, device, dtype, peft, seed):
     return net, tokenizer, "policy", lora.adapter_parameters(net, "policy")
 
 
-def build(folder, device, dtype, peft, seed, reference, critic, reward) -> Roles:
+def build(
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    peft: Config,
+    seed: int,
+    reference: bool,
+    critic: bool,
+    reward: bool,
+) -> Roles:
     """The models of a run of RL. peft: section `model`; reference, critic, reward: is there such a role?
 
     The reward model's adapter is loaded later, onto `frozen` (reward_model.scorer).
@@ -94,7 +109,7 @@ def build(folder, device, dtype, peft, seed, reference, critic, reward) -> Roles
     return models
 
 
-def save(models, folder, base_name):
+def save(models: Roles, folder: Path | str, base_name: str) -> None:
     """Write the policy, and each other trained role as <role>.safetensors, into a step folder."""
     model.save(models.net, models.tokenizer, folder, models.adapter, base_name)
     for role, named in models.trained.items():
@@ -103,7 +118,7 @@ def save(models, folder, base_name):
             save_file(tensors, Path(folder) / f"{role}.safetensors")
 
 
-def restore(models, folder):
+def restore(models: Roles, folder: Path | str) -> None:
     """Put back, bit for bit, what `save` wrote."""
     model.restore(models.net, models.adapter, folder)
     for role, named in models.trained.items():

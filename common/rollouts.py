@@ -8,10 +8,13 @@ group, finished rows leave at once and waiting ones take their place. Neither ch
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers import Gemma3ForCausalLM as Gemma
 
 from common import chat, lora
 from common.decoder import Decoder
@@ -24,19 +27,19 @@ PROMPTS = 8  # computed at a time
 
 @torch.no_grad()
 def sample(
-    model,
-    prompts,
-    group_size,
-    max_new_tokens,
-    temperature=1.0,
-    uniforms=None,
+    model: Gemma,
+    prompts: list[list[int]],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
     *,
-    greedy=False,
-    top_p=1.0,
-    top_k=0,
-    stop=chat.STOP_TOKENS,
-    merge="auto",
-):
+    greedy: bool = False,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[int] = chat.STOP_TOKENS,
+    merge: bool | str = "auto",
+) -> dict:
     """`group_size` completions of each prompt (a list of ids) -> the batch that trainers take; prompt 0's rows first.
 
     tokens, attention_mask (B, T); mask, sampled_logprobs (B, T-1); completions (B lists of ids, with the stop token if
@@ -67,7 +70,7 @@ def sample(
     }
 
 
-def uniforms(seed, step, rows, max_new_tokens):
+def uniforms(seed: int, step: int | str, rows: Sequence[int], max_new_tokens: int) -> Tensor:
     """(len(rows), max_new_tokens) fp64 in [0, 1): one generator for each (seed, step, number of the row in the step).
 
     Row numbers count over all ranks, so neither ranks nor the rows beside it can change what a row draws.
@@ -115,7 +118,9 @@ def _admit(decoder, prompts, group, rows):
         yield decoder.admit(*zip(*jobs[start : start + PROMPTS]))
 
 
-def draw(logits, uniforms, temperature=1.0, greedy=False, top_k=0, top_p=1.0):
+def draw(
+    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, greedy: bool = False, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """One token a row by inverse distribution function -> (tokens (rows,), log-probs (rows,) fp32).
 
     logits (rows, V), uniforms (rows,) in [0, 1). First a block of WIDTH words, then the word in it, both sums in fp64:
@@ -180,7 +185,7 @@ def _warped(z, top_k, top_p):
 
 
 @torch.no_grad()
-def merge_survival(model, adapter, dtype=None):
+def merge_survival(model: Gemma, adapter: str, dtype: torch.dtype | None = None) -> float:
     """Share of an adapter that reaches weights rounded to `dtype`, None for the base's: sum <W' - W, D> / sum <D, D>.
 
     D = (alpha / r) B A and W' = W + D, both rounded: 1 if every change arrives, 0 if all are lost. The projection on D

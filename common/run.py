@@ -27,10 +27,11 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace as Config
 
 from common import config, dist, log, model
 from common.log import UserError, say
@@ -54,7 +55,7 @@ class State:
 
 
 class Run:
-    def __init__(self, cfg, job, fallback_name, metric="eval/loss", maximise=False):
+    def __init__(self, cfg: Config, job: Config, fallback_name: str, metric: str = "eval/loss", maximise: bool = False):
         """Join the process group and lock the run's folder if it exists. metric: the evaluation's, picks best/."""
         self.cfg, self.training = cfg, cfg.training
         self.metric, self.sign = metric, -1 if maximise else 1
@@ -181,7 +182,7 @@ class Run:
         due = step % self.training.eval_interval == 0 or self._last(step)
         return due and not self.stopped and self.state.evaluation is None
 
-    def keep_evaluation(self, evaluation: dict):
+    def keep_evaluation(self, evaluation: dict) -> None:
         """Keep {"eval/...": float} for the step's record, best/ and patience."""
         value = self.sign * evaluation[self.metric]
         self.state.since_best = 0 if value < self.state.best else self.state.since_best + 1
@@ -196,7 +197,7 @@ class Run:
         return due or self.stopped or self._done(step)
 
     @contextmanager
-    def new_checkpoint(self, step: int):
+    def new_checkpoint(self, step: int) -> Iterator[Path]:
         """Yield a folder to write into. When the body ends well it becomes step-%06d, with state.json, and is copied to
         best/ if its evaluation is the best so far. For the main rank alone: the others wait in `finished`."""
         assert dist.is_main(), "only the main rank may write: if run.save_due(step) and dist.is_main()"
@@ -220,13 +221,13 @@ class Run:
 
     # ---------------------------------------------------------------- the record
 
-    def check_finite(self, values: dict, rows: list):
+    def check_finite(self, values: dict, rows: list) -> None:
         """UserError before an update whose {"loss": float, ...} is not finite; values: the same on all ranks."""
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
             raise UserError(f"step {self.step}: {shown}: not finite, not updated; rows {', '.join(rows)}")
 
-    def count(self, tokens: float, **others: float):
+    def count(self, tokens: float, **others: float) -> None:
         """An update was made from so many tokens of all ranks: the evaluation at hand is that of older weights.
 
         others: more that is logged per second, by its plural name: pairs=16 becomes pairs_per_second.
@@ -242,7 +243,7 @@ class Run:
         self.clock = now
         self.bar.update()
 
-    def log(self, step: int, metrics: dict, warnings: Sequence[str] = ()):
+    def log(self, step: int, metrics: dict, warnings: Sequence[str] = ()) -> None:
         """Write the step's record, with its evaluation. `seconds` and what is per second are since the last record."""
         self.record |= {"step": step, **metrics}
         warnings = [*warnings, *watch.spikes(self.state.norms, self.record)]

@@ -1,6 +1,7 @@
 """Find a base and make sure of it: hub id, folder, `.gguf` file or `tiny` -> a local folder that can be trusted.
 
 Whatever it is becomes a local folder of safetensors first; only weights, a checked config and a tokenizer are read
+from transformers import Gemma3ForCausalLM as Gemma
 from it, never code and never a pickle. What a source loses (GGUF: chat template, stop set, tie) is put back.
 """
 
@@ -53,7 +54,7 @@ RECORD = "base.json"  # beside an adapter's files: the base that it was trained 
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 
 
-def resolve(checkpoint):
+def resolve(checkpoint: str) -> Path:
     """A local folder with config.json, safetensors and tokenizer for any kind of `model.base_checkpoint`."""
     versions.check()
     if checkpoint == "tiny":
@@ -69,7 +70,7 @@ def resolve(checkpoint):
     return _downloaded(checkpoint)
 
 
-def locate(source):
+def locate(source: str) -> tuple[Path, Path | None]:
     """(folder of the base, folder of the adapter or None) of a checkpoint: a run's final/ or any kind of base."""
     folder = Path(source).expanduser()
     path = folder / "adapter_config.json"
@@ -147,12 +148,12 @@ def _convert_gguf(path, folder):
     tokenizer.save_pretrained(folder)
 
 
-def public_name(checkpoint, folder):
+def public_name(checkpoint: str, folder: Path) -> str:
     """What an adapter names as its base: the hub id, or the local folder where there is none."""
     return checkpoint if checkpoint != "tiny" and not Path(checkpoint).expanduser().exists() else str(folder.resolve())
 
 
-def fingerprint(folder):
+def fingerprint(folder: Path) -> str:
     """SHA-256 over config.json and every weight: another model or another fine-tune of it, another string."""
     files = [_config_path(folder), *sorted(folder.glob("*.safetensors"))]
     sizes = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
@@ -169,7 +170,7 @@ def _fingerprint(files, sizes):
     return digest.hexdigest()
 
 
-def record(folder):
+def record(folder: Path | str) -> dict | None:
     """The base that the adapter in `folder` was trained on -> {"base_checkpoint": its public name, "fingerprint",
     "quantised": "nf4" or None}. None without that file: peft writes none, nor did earlier versions."""
     path = Path(folder) / RECORD
@@ -185,7 +186,9 @@ def record(folder):
     return {"base_checkpoint": name, "fingerprint": digest, "quantised": quantised}
 
 
-def check_record(folder, key, here, fingerprint, quantised):
+def check_record(
+    folder: Path | str, key: str, here: Path | None, fingerprint: str | None, quantised: bool | None
+) -> None:
     """UserError if the adapter in `folder`, given as setting `key`, was trained on another base than the one in folder
     `here` with this fingerprint (None: unknown). An adapter without a record is taken as it is.
 
@@ -223,7 +226,7 @@ def _config_path(folder):
     return path
 
 
-def read_config(folder):
+def read_config(folder: Path) -> Gemma3TextConfig:
     """A Gemma3TextConfig from folder/config.json in which nothing but numbers was taken from the file."""
     path = _config_path(folder)
     if path.stat().st_size > LARGEST:
@@ -263,7 +266,7 @@ def _repaired(config):
     return config
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a base, with Gemma's special ids checked and its chat template put in place."""
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -278,7 +281,7 @@ def load_tokenizer(folder):
     return tokenizer
 
 
-def check_weights(folder, config):
+def check_weights(folder: Path, config: Gemma3TextConfig) -> None:
     """Every shard's header is read before anything is allocated, so a cut or foreign file costs nothing."""
     try:
         with torch.device("meta"):

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from common import dist, log
 from common.log import say
@@ -17,7 +19,7 @@ def root() -> Path:
     return Path(os.environ.get("GEMMA_ALIGNMENT_CACHE", "~/.cache/gemma-alignment")).expanduser()
 
 
-def key(value, *modules) -> str:
+def key(value: object, *modules: ModuleType) -> str:
     """SHA-256 of `value` (what JSON can hold) and of the source files of `modules`, whose code decides the result."""
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode())
     for module in modules:
@@ -25,7 +27,7 @@ def key(value, *modules) -> str:
     return digest.hexdigest()
 
 
-def build_once(target, build):
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """`target` if it exists, else what build(folder) writes: under a lock, in a temporary folder, then renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w") as lock:
@@ -45,7 +47,7 @@ def build_once(target, build):
     return target
 
 
-def records(path, name, make) -> list:
+def records(path: Path, name: str, make: Callable[[], list]) -> list:
     """The list of records (JSON) that make() returns, from the file `path` where it was left under the same `name`.
 
     make() runs on all ranks together or on none, and returns the same on each; the main rank writes. A damaged file is

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ TRAINING_ONLY = {"optimizer.safetensors", "critic.safetensors"}  # what a publis
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
 
 
-def lock_run(run_dir):
+def lock_run(run_dir: Path | str) -> int:
     """Create and lock the run folder, settle what a crash left in it, return the lock's fd: os.close(fd) unlocks.
 
     Exec drops the lock, but a forked child shares it until it ends. UserError if another process holds it.
@@ -46,7 +47,7 @@ def lock_run(run_dir):
 
 
 @contextmanager
-def new_step(run_dir, step, state, room=MARGIN):
+def new_step(run_dir: Path | str, step: int, state: dict, room: int = MARGIN) -> Iterator[Path]:
     """Yield a folder to write into; it becomes run_dir/step-%06d, with state.json in it, whole or not at all.
 
     state: a dict that JSON can hold, written as it is when the body has ended; room: bytes that must be free. UserError
@@ -59,7 +60,7 @@ def new_step(run_dir, step, state, room=MARGIN):
         facts["tensors"] = sorted(name.removesuffix(".safetensors") for name in TRAINING_ONLY if (temp / name).exists())
 
 
-def load_state(folder):
+def load_state(folder: Path | str) -> dict:
     """Verify a step folder and return its state; UserError if it is damaged, or a published copy of one."""
     folder, manifest = Path(folder), verify(folder)
     absent = {"state.json", *(f"{stem}.safetensors" for stem in manifest["tensors"])} - set(manifest["files"])
@@ -71,7 +72,7 @@ def load_state(folder):
         raise UserError(f"{folder} cannot be read: {error!r}") from error
 
 
-def verify(folder, optional=False):
+def verify(folder: Path | str, optional: bool = False) -> dict | None:
     """The manifest of a complete folder (`optional`: None without one); UserError names what is missing or changed."""
     folder, path = Path(folder), Path(folder) / MANIFEST
     if optional and not path.is_file():
@@ -93,7 +94,7 @@ def verify(folder, optional=False):
     return manifest
 
 
-def newest(run_dir):
+def newest(run_dir: Path | str) -> Path | None:
     """Return the newest step folder that verifies, or None; each newer one that does not is warned about."""
     for folder in reversed(_steps(run_dir)):
         try:
@@ -104,7 +105,7 @@ def newest(run_dir):
     return None
 
 
-def prune(run_dir, keep_last, keep=()):
+def prune(run_dir: Path | str, keep_last: int, keep: Iterable[Path | str] = ()) -> None:
     """Remove all step folders but the newest `keep_last`, those in `keep`, and the newest that verifies."""
     folders = _steps(run_dir)
     kept = {folder.name for folder in folders[-max(1, keep_last) :]} | {Path(folder).name for folder in keep}
@@ -121,7 +122,7 @@ def prune(run_dir, keep_last, keep=()):
             print(f"warning: old checkpoint {folder} cannot be removed: {error}", file=sys.stderr)
 
 
-def publish(source_folder, run_dir, name):
+def publish(source_folder: Path | str, run_dir: Path | str, name: str) -> Path:
     """Copy a step folder without TRAINING_ONLY to run_dir/name, in place of an older copy, and return that path.
 
     UserError if the source does not verify or the copy cannot be written. A kill between the two renames of a
@@ -136,7 +137,7 @@ def publish(source_folder, run_dir, name):
     return final
 
 
-def truncate_log(path, step):
+def truncate_log(path: Path | str, step: int) -> None:
     """Cut a JSONL log back to its whole records with record['step'] <= step; UserError if it cannot be rewritten."""
     path, kept = Path(path), []
     temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -153,14 +154,14 @@ def truncate_log(path, step):
         raise UserError(f"{path} cannot be rewritten: {error}") from error
 
 
-def sha256(path):
+def sha256(path: Path | str) -> str:
     """Return the hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def commit(final, facts, needed):
+def commit(final: Path, facts: dict, needed: int) -> Iterator[Path]:
     """Yield a temporary folder that is sealed and becomes `final` when the body ends well, and vanishes when not."""
     temp, old = final.with_name(f".tmp-{final.name}-{os.getpid()}"), final.with_name(f".tmp-old-{final.name}")
     try:
@@ -233,7 +234,7 @@ def _digest(manifest):
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def fsync(path):
+def fsync(path: Path | str) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -4,8 +4,15 @@ import itertools
 import math
 import shutil
 import sys
+from collections.abc import Sequence
+from types import SimpleNamespace as Config
+from typing import Any
 
 import torch
+from torch.nn import Parameter
+from transformers import Gemma3ForCausalLM as Gemma
+from transformers import Gemma3TextConfig
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, dist, lora, model
 from common.log import UserError, say
@@ -14,8 +21,10 @@ GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 LIBRARIES = 0.5e9  # bytes of Python, torch, transformers and Gemma's tokenizer before any weight
 WORD = 1200  # bytes a word that reading a tokenizer leaves in the heap until the first step trims it: 0.3 GB of Gemma's
 
+Plan = dict[str, list[tuple[str, float]]]  # {phase: [(what, bytes)]}
 
-def token_view(tokenizer, example, colour=True, limit=400):
+
+def token_view(tokenizer: Tokenizer, example: dict, colour: bool = True, limit: int = 400) -> str:
     """One example as text, trained tokens in colour (or in [[ ]]) and the others dim; long ones are cut with a mark."""
     pairs = list(zip(example["ids"], example["mask"]))
     parts = []
@@ -27,7 +36,7 @@ def token_view(tokenizer, example, colour=True, limit=400):
     return "".join(parts) + (f" ... and {cut} more tokens" if cut > 0 else "")
 
 
-def check_example(example):
+def check_example(example: dict) -> list[str]:
     """What must hold in every example; returns the list of what does not, in words."""
     ids, mask = example["ids"], example["mask"]
     stops = [i for i, token in enumerate(ids) if token == chat.END_OF_TURN and mask[i]]
@@ -45,7 +54,9 @@ def check_example(example):
     return wrong
 
 
-def activation_bytes_per_token(config, bytes_per_value, length, full=False):
+def activation_bytes_per_token(
+    config: Gemma3TextConfig, bytes_per_value: int, length: int, full: bool = False
+) -> float:
     """What the backward keeps of one token in all layers, in a sequence of `length` tokens (see common/gemma.py).
 
     full: the norms are trained as well, and transformers' own keep their input and what they normalised in fp32.
@@ -73,7 +84,9 @@ def _keys(config, length):
     return sum(min(length, length / 2 + 64, reach[kind]) for kind in config.layer_types)
 
 
-def pass_flops(config, tokens, targets, length, trained=None):
+def pass_flops(
+    config: Gemma3TextConfig, tokens: int, targets: int, length: int, trained: str | None = None
+) -> dict[str, float]:
     """Floating-point operations of a pass over `tokens` tokens with logits of `targets`: {"body", "attention", "head"}.
 
     trained: None (no gradient), "adapters" (no gradient of a frozen matrix) or "all". The adapters' own thin products
@@ -88,7 +101,7 @@ def pass_flops(config, tokens, targets, length, trained=None):
     }
 
 
-def linears(config):
+def linears(config: Gemma3TextConfig) -> dict[str, int]:
     """Numbers in the four products of one layer, as rollouts fuse them: {"qkv", "o_proj", "gate_up", "down_proj"}."""
     d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     return {
@@ -99,7 +112,14 @@ def linears(config):
     }
 
 
-def memory_plan(net, trainable, batch, frozen=None, logits=True, decodes=()):
+def memory_plan(
+    net: Gemma,
+    trainable: list[Parameter],
+    batch: tuple[int, int, bool],
+    frozen: Gemma | None = None,
+    logits: bool = True,
+    decodes: Sequence[tuple[int, int]] = (),
+) -> Plan:
     """{phase: [(what, bytes)]} of a step: "always", and for each phase what it holds beside that. docs/scaling.md.
 
     batch: (tokens, longest length, are there more micro-batches) of a micro-batch; frozen: what holds the other roles,
@@ -177,7 +197,7 @@ def _sampling(net, decodes, width):
     ]
 
 
-def rollout_sizes(prompts, rl, evaluation):
+def rollout_sizes(prompts: Any, rl: Config, evaluation: Config) -> dict:
     """What memory_plan and show want to know of online RL: {"total": tokens of an update, "decodes"}, of one rank.
 
     prompts: a PromptDataset; its longest prompts count, and every answer as if it ran to its limit.
@@ -197,14 +217,22 @@ def _in_4_bits(net):
     return any(hasattr(parameter, "quant_state") for parameter in net.parameters())
 
 
-def peak(plan):
+def peak(plan: Plan) -> tuple[float, str]:
     """(bytes, phase) of the phase of a memory_plan that holds most."""
     sums = {phase: sum(size for _, size in parts) for phase, parts in plan.items()}
     always = sums.pop("always")
     return max((always + size, phase) for phase, size in sums.items())
 
 
-def show(examples, tokenizer, net, named, budget, total=None, **plan):
+def show(
+    examples: list[dict],
+    tokenizer: Tokenizer,
+    net: Gemma,
+    named: dict[str, Parameter],
+    budget: int,
+    total: int | None = None,
+    **plan: Any,
+) -> int:
     """Print the first batch as it will be trained and the memory plan; returns the number of examples shown.
 
     budget: tokens of a micro-batch; total: of a whole update where these examples are not all of it; plan: options of
@@ -231,7 +259,7 @@ def show(examples, tokenizer, net, named, budget, total=None, **plan):
     return len(examples)
 
 
-def say_plan(plan):
+def say_plan(plan: Plan) -> None:
     for phase, parts in plan.items():
         for what, size in parts:
             say(f"{size / 1e9:8.2f} GB  {phase}: {what}")

@@ -12,10 +12,13 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace as Config
 
 import numpy as np
 import torch
+from torch.nn import Parameter
 
 from common import dist, log
 from common.log import UserError, say
@@ -51,7 +54,7 @@ CHANGED_ON_REQUEST = (
 UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 
 
-def prepare(device):
+def prepare(device: torch.device) -> None:
     """What has to be set before the first product of a run.
 
     On CUDA, kernels that repeat to the bit (torch warns where it knows none); those of the CPU do already. On CPU,
@@ -65,7 +68,7 @@ def prepare(device):
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def seed_step(seed, step, rank):
+def seed_step(seed: int, step: int, rank: int) -> None:
     """Set torch's, Python's and numpy's generators for one step of one rank."""
     text = f"{seed}/{step}/{rank}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
@@ -74,7 +77,7 @@ def seed_step(seed, step, rank):
     np.random.seed(number % 2**32)
 
 
-def find(run_dir, choice):
+def find(run_dir: Path | str, choice: str) -> Path | None:
     """The step folder to resume from, or None to start: `choice` is auto, never or a path (`training.resume`).
 
     `auto` takes the newest folder that verifies. `never` refuses a folder that already holds a run, and a path refuses
@@ -98,7 +101,9 @@ def find(run_dir, choice):
     return folder
 
 
-def load_newest(run_dir, training, facts, steps, free=FREE_TO_CHANGE):
+def load_newest(
+    run_dir: Path | str, training: Config, facts: dict, steps: int, free: Sequence[str] = FREE_TO_CHANGE
+) -> tuple[Path | None, dict]:
     """(step folder to resume from or None, the state to begin with: {"facts", "history"} and what was saved).
 
     training: that section of the config. UserError where `facts` differ from those of another rank, or from the saved
@@ -114,7 +119,7 @@ def load_newest(run_dir, training, facts, steps, free=FREE_TO_CHANGE):
     return folder, saved | {"facts": facts, "history": history(folder, saved, facts)}
 
 
-def check_ranks_agree(facts):
+def check_ranks_agree(facts: dict) -> None:
     """UserError on all ranks unless they have the same facts: a machine of its own may have other files."""
     first, *others = dist.gather_rows([{key: str(value) for key, value in facts.items()}])
     for number, other in enumerate(others if dist.world_size() > 1 else (), 1):
@@ -130,14 +135,14 @@ def check_ranks_agree(facts):
             )
 
 
-def copy_log(folder, path):
+def copy_log(folder: Path | str | None, path: Path | str) -> None:
     """Copy a log of the run that `folder` belongs to, where this one goes on under another name and has none yet."""
     source = Path(folder).parent / Path(path).name if folder else path
     if source != path and source.exists() and not Path(path).exists():
         shutil.copyfile(source, path)
 
 
-def write_run_info(run_dir, state, config_text):
+def write_run_info(run_dir: Path, state: dict, config_text: str) -> None:
     """Leave in the run folder, on the main rank, what a run starts with: config.yml, run.json, the log up to its step.
 
     run.json holds the history too. It is copied from the state, so a damaged or lost run.json loses nothing.
@@ -149,7 +154,7 @@ def write_run_info(run_dir, state, config_text):
         log.write_json(run_dir / "run.json", log.provenance(facts=short, history=state["history"]))
 
 
-def history(folder, saved, now=None):
+def history(folder: Path | None, saved: dict, now: dict | None = None) -> list[dict]:
     """The settings of a run by the step from which they hold: [{"step", "settings"}], all of them, then those changed.
 
     saved: the state of the step folder that is resumed, `now` this run's facts. Without a folder the run begins, and
@@ -170,12 +175,14 @@ def history(folder, saved, now=None):
     return [*entries, {"step": saved["step"], "settings": changed}] if changed else entries
 
 
-def matches(key, names):
+def matches(key: str, names: Sequence[str]) -> bool:
     """Is a setting one of `names`, or in a section of them, whose names end with a dot?"""
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
 
 
-def refuse_changes(run_dir, folder, saved, now, steps, free, allowed):
+def refuse_changes(
+    run_dir: Path | str, folder: Path, saved: dict, now: dict, steps: int, free: Sequence[str], allowed: bool
+) -> None:
     """Compare the facts of the saved state with this run's: UserError where one differs that may not.
 
     What is in `free` may differ, and CHANGED_ON_REQUEST where that is `allowed` and a step is left to make.
@@ -209,7 +216,7 @@ def refuse_changes(run_dir, folder, saved, now, steps, free, allowed):
         say(f"resuming with changed settings: {show(changed)}")
 
 
-def finished(saved, now, steps):
+def finished(saved: dict, now: dict, steps: int) -> bool:
     """Has a saved run no step left to make, with the steps, budget and patience of now?"""
     budget, patience = now.get("training.budget_tokens"), now.get("training.patience")
     evaluated = saved["evaluation"] is not None or saved["step"] % now["training.eval_interval"] != 0
@@ -217,12 +224,12 @@ def finished(saved, now, steps):
     return saved["step"] == steps or (budget is not None and saved["tokens_seen"] >= budget) or waited
 
 
-def fingerprint(value):
+def fingerprint(value: object) -> str:
     """SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def optimizer_tensors(optimizer, named):
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: dict[str, Parameter]) -> dict[str, torch.Tensor]:
     """{"<parameter>.<moment>": tensor} of an optimizer, for safetensors; empty before its first step."""
     return {
         f"{name}.{moment}": value.detach().cpu().contiguous()
@@ -232,7 +239,7 @@ def optimizer_tensors(optimizer, named):
 
 
 @torch.no_grad()
-def restore(named, tensors):
+def restore(named: dict[str, Parameter], tensors: dict[str, torch.Tensor]) -> None:
     """Put saved tensors back into the parameters of the same names; ValueError if the names differ."""
     if named.keys() != tensors.keys():
         raise ValueError(f"other tensors than were saved: {sorted(named.keys() ^ tensors.keys())[:3]}")
@@ -240,7 +247,9 @@ def restore(named, tensors):
         parameter.copy_(tensors[name])
 
 
-def load_optimizer(optimizer, named, tensors):
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, named: dict[str, Parameter], tensors: dict[str, torch.Tensor]
+) -> None:
     """Put back what optimizer_tensors returned; ValueError if a tensor belongs to no parameter."""
     for key, value in tensors.items():
         name, _, moment = key.rpartition(".")
@@ -250,7 +259,7 @@ def load_optimizer(optimizer, named, tensors):
         optimizer.state[named[name]][moment] = value.to(where)
 
 
-def stop_signals(grace=0.0):
+def stop_signals(grace: float = 0.0) -> Callable[[], bool]:
     """Catch SIGTERM and SIGINT; the function returned tells whether one came. A second one exits at once.
 
     Under torchrun those within `grace` seconds of the first do not count: it repeats to its workers a Ctrl-C that the

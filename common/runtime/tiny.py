@@ -29,7 +29,7 @@ TURNS = {"<start_of_turn>": chat.START_OF_TURN, "<end_of_turn>": chat.END_OF_TUR
 FIXED = {**SPECIALS, **TURNS, "Ċ": 107}  # the last is "\n" in the byte-level alphabet; Gemma has it at this id
 
 
-def ensure(root, steps=STEPS):
+def ensure(root: Path | str, steps: int = STEPS) -> Path:
     """The folder of the tiny base under `root`; built if no finished one of these sources is there."""
     name = cache.key(steps, chat, synthetic, sys.modules[__name__])[:12]
 
@@ -61,7 +61,7 @@ def _build(folder, steps):
     tokenizer.save_pretrained(folder)
 
 
-def make_tokenizer(texts):
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE, so any text can be written and read back, with the specials at Gemma's ids."""
     newlines = pre_tokenizers.Split("\n", "isolated")
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -87,7 +87,7 @@ def make_tokenizer(texts):
     )
 
 
-def make_config():
+def make_config() -> Gemma3TextConfig:
     return Gemma3TextConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,

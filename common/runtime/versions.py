@@ -10,7 +10,7 @@ from common.log import UserError
 OLDEST = {"torch": ("2.10", "CVE-2025-32434, CVE-2026-24747"), "transformers": ("5.3", "CVE-2026-4372, CVE-2026-1839")}
 
 
-def check():
+def check() -> None:
     """UserError for a torch or transformers with known holes; every way to a model passes here before it opens one."""
     for library in (torch, transformers):
         oldest, holes = OLDEST[library.__name__]

@@ -31,13 +31,13 @@ COLLAPSED = (
 )
 
 
-def collapse(record):
+def collapse(record: dict) -> list[str]:
     """DPO's: held-out chosen answers that lost more than COLLAPSE."""
     change = record.get("eval/chosen_change", 0.0)
     return [COLLAPSED.format(-change)] if change < -COLLAPSE else []
 
 
-def spikes(norms, record):
+def spikes(norms: dict[str, list[float]], record: dict) -> list[str]:
     """Gradients whose norm, before clipping, is more than SPIKE times the median of the steps before.
 
     norms: {name: list of floats}, which is JSON; the record's are added. A step without a gradient does not count.
@@ -56,7 +56,7 @@ def spikes(norms, record):
     return said
 
 
-def sampler(record, dtype):
+def sampler(record: dict, dtype: torch.dtype) -> list[str]:
     """Log-probs of the sampler that are not the trainer's: a wrong merge, a stale copy, or too coarse a dtype."""
     apart = record.get("sampler_mean", 0.0)
     said = [f"sampler and trainer differ by {apart:.4f} nats per token on average"] if apart > ALARM[dtype] else []
@@ -69,7 +69,7 @@ def sampler(record, dtype):
     return said
 
 
-def distinct_bigrams(completions):
+def distinct_bigrams(completions: list[list[int]]) -> float:
     """Share of different pairs of neighbouring tokens among all in the BEGIN first tokens of a batch; 1 if none.
 
     completions: lists of ids. Not in whole answers, since the share falls with the number of tokens that are counted.
@@ -78,7 +78,7 @@ def distinct_bigrams(completions):
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def unseen(warnings, said):
+def unseen(warnings: list[str], said: list[str]) -> list[str]:
     """Those sentences that, but for their numbers, are not in `said` yet; it is extended."""
     kinds = {re.sub(r"[\d.%-]+", "", words): words for words in warnings}
     fresh = [kind for kind in kinds if kind not in said]
@@ -86,14 +86,14 @@ def unseen(warnings, said):
     return [kinds[kind] for kind in fresh]
 
 
-def observe(memory, values):
+def observe(memory: dict[str, list], values: dict[str, float]) -> None:
     """Keep what is watched of a step's values ({name: float}) in memory {"first": [], "last": []}, which is JSON."""
     values = {name: value for name, value in values.items() if name.startswith("reward/") or name in WATCHED}
     place = "first" if len(memory["first"]) < WINDOW else "last"
     memory[place] = [*memory[place], values][-WINDOW:]
 
 
-def reward_hacking(memory, normalised=True):
+def reward_hacking(memory: dict[str, list], normalised: bool = True) -> list[str]:
     """Signs that the reward is being hacked, as sentences.
 
     normalised: has the trained part mean 0 and deviation 1 on good answers?

@@ -92,7 +92,7 @@ CODE = (
 )
 
 
-def split_of(text):
+def split_of(text: str) -> str:
     """The split that a combination belongs to: 80 % train, 10 % val, 10 % test."""
     bucket = hashlib.sha256(text.encode()).digest()[0] % 10
     return "train" if bucket < 8 else SPLITS[bucket - 7]
@@ -174,7 +174,7 @@ def _conala(rng, split):
 DRAW = {"safety": _safety, "clinical": _clinical, "conala": _conala}
 
 
-def records(task, split, count, seed=0):
+def records(task: str, split: str, count: int, seed: int = 0) -> list[dict]:
     """`count` records with distinct prompts; the first n of a longer list are the list of n."""
     if task not in DRAW or split not in SPLITS:
         raise ValueError(f"no synthetic data for task {task!r}, split {split!r}")
@@ -191,7 +191,7 @@ def records(task, split, count, seed=0):
     return list(kept.values())
 
 
-def pretraining_corpus(count, seed=0):
+def pretraining_corpus(count: int, seed: int = 0) -> list[list[dict]]:
     """Dialogues of the training split, half of them with a bad answer: a base that is fluent and not aligned."""
     rng, dialogues = random.Random(f"{seed}/pretraining"), []
     for i in range(count):
