@@ -50,7 +50,8 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     if CONTROL_TOKENS.intersection(ids):  # some tokenizers hold a mark as an ordinary token: cut it in two
         marks = [tokenizer.convert_ids_to_tokens(i) for i in sorted(CONTROL_TOKENS) if i < tokenizer.vocab_size]
         parts = re.split(
-            "|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in marks if mark), text
+            "|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in marks if mark),  # type: ignore[type-var]  # of one id: one text
+            text,
         )
         ids = [token for part in parts for token in _plain_ids(tokenizer, part)]
     bad = CONTROL_TOKENS.intersection(ids)
@@ -135,7 +136,7 @@ def encode_prompt(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of a completion: cut at the first stop token, so no control token and no later turn is shown."""
     end = next((i for i, token in enumerate(ids) if token in STOP_TOKENS), len(ids))
-    return tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return tokenizer.decode(ids[:end], skip_special_tokens=True)  # type: ignore[return-value]  # of one list: a text
 
 
 def streamer(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable:
@@ -152,8 +153,8 @@ def streamer(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable:
             ids.append(token)
         # the window begins at a token that was shown before, as a text may depend on its neighbour in front
         before, now = (tokenizer.decode(ids[start:end], skip_special_tokens=True) for end in (known, len(ids)))
-        if last or not now.endswith("\ufffd") or len(ids) - known > 8:
-            held += now[len(before) :]
+        if last or not now.endswith("\ufffd") or len(ids) - known > 8:  # type: ignore[union-attr]  # texts, as above
+            held += now[len(before) :]  # type: ignore[operator]
             start, known = known, len(ids)
         starts = [held.index(text) for text in stops if text in held]
         if starts:

@@ -33,7 +33,8 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
 
     Raises UserError on an unreadable or hostile file, an unknown or repeated key, a wrong type or a value out of range.
     """
-    return _resolve(*_schema(), [] if path is None else [path], overrides or {}, "override ")
+    leaves, headings = _schema()
+    return _resolve(leaves, headings, [] if path is None else [path], overrides or {}, "override ")
 
 
 def parse_args(
@@ -53,7 +54,7 @@ def parse_args(
     leaves, headings = _schema()
     parser = argparse.ArgumentParser(script, "%(prog)s [--config FILE] [--debug] [--section.key VALUE]...", description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.allow_abbrev, parser.error = False, _refuse
+    parser.allow_abbrev, parser.error = False, _refuse  # type: ignore[method-assign]  # its own ends the process
     parser.add_argument("--config", metavar="FILE", help="YAML file of what differs from configs/defaults.yml")
     parser.add_argument("--debug", action="store_true", help=f"{leaves['debug'].help}: configs/debug.yml over FILE")
     for flag, kwargs in jobs:

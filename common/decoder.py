@@ -71,7 +71,7 @@ class Decoder:
             outs, row = [], len(self.lengths)
             for n, length, *one in zip(copies, lengths, *(t.transpose(0, 1).split(lengths, 1) for t in (q, k, v))):
                 self.keys[index, row : row + n, :, :length], self.values[index, row : row + n, :, :length] = one[1:]
-                outs.append(_causal_attention(*one, self.scale, window))
+                outs.append(_causal_attention(*one, self.scale, window))  # type: ignore[call-arg]  # one: q, k, v
                 row += n
             return torch.cat(outs)
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ def init(device: torch.device, timeout: float) -> None:
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     where, limit = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), datetime.timedelta(seconds=timeout)
     try:
-        store = dist.TCPStore(*where, size, is_master=number == 0 and not agent_store, timeout=limit)
+        store: Any = dist.TCPStore(*where, size, is_master=number == 0 and not agent_store, timeout=limit)
         store = dist.PrefixStore(_agree(dist.PrefixStore("attempt", store), number, size, timeout), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)

@@ -64,7 +64,9 @@ class Rollout:
         width = 1 + int(self.mask[rows].any(0).nonzero().max())
         ids = self.ids
         per_token = {name: getattr(self, name) for name in PER_TOKEN}
-        cut = {name: None if tensor is None else tensor[rows][:, :width] for name, tensor in per_token.items()}
+        cut: dict[str, Any] = {
+            name: None if tensor is None else tensor[rows][:, :width] for name, tensor in per_token.items()
+        }
         return MicroBatch([ids[row] for row in rows], self.tokens[rows][:, : width + 1], **cut)
 
 

@@ -9,6 +9,7 @@ their input instead of fp32 intermediates for the backward. Weights are read fro
 """
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def hidden_states(model: Gemma, tokens: Tensor, lengths: list[int], parents: lis
 
 
 def attention(
-    h: Tensor, module: torch.nn.Module, rotation: tuple[Tensor, Tensor], layout: tuple[list, list], window: int | None
+    h: Tensor, module: Any, rotation: tuple[Tensor, Tensor], layout: tuple[list, list], window: int | None
 ) -> Tensor:
     """Grouped-query causal attention inside each sequence of (N, d) -> (N, d); `window` tokens back, or all if None."""
     heads, groups, dim = module.config.num_attention_heads, module.config.num_key_value_heads, module.head_dim
@@ -84,8 +85,11 @@ def _attend_padded(q, k, v, layout, scale, window):
     mask = None if window is None or longest <= window else (at[:, None] >= at) & (at[:, None] - at < window)
     if mask is not None:  # GPU kernels that take a mask do not share keys among heads
         padded[1:] = [t.repeat_interleave(q.shape[1] // k.shape[1], 2) for t in padded[1:]]
+    q, k, v = (t.transpose(1, 2) for t in padded)
     out = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in padded),
+        q,
+        k,
+        v,
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,

@@ -23,7 +23,8 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear):
         super().__init__()
-        self.base, self.active = base, None
+        self.base = base
+        self.active: str | None = None
         self.lora_A, self.lora_B, self.scale, self.dropout = nn.ParameterDict(), nn.ParameterDict(), {}, {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def read_config(text: str) -> tuple[int, float, list[str], float]:
     config = json.loads(text)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError("not a LoRA adapter (peft_type is not LORA)")
-    neutral = {"bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "fan_in_fan_out": (False,)}
+    neutral: dict = {"bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "fan_in_fan_out": (False,)}
     neutral |= dict.fromkeys(
         ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"), (None, {}, [])
     )

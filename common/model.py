@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,7 +57,7 @@ def load(
         raise UserError(f"{folder}: the tokenizer knows {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     base.check_weights(folder, config)
     transformers_logging.disable_progress_bar()
-    model, report = Gemma3ForCausalLM.from_pretrained(
+    loaded: Any = Gemma3ForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -65,6 +66,7 @@ def load(
         local_files_only=True,
         output_loading_info=True,
     )
+    model, report = loaded
     model.tie_weights()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     if report["missing_keys"]:
@@ -81,7 +83,8 @@ def load(
 
 def base_fingerprint(net: Gemma3ForCausalLM) -> str | None:
     """base.fingerprint of the folder that `load` read; None if `load` read none."""
-    return base.fingerprint(net.base_folder) if hasattr(net, "base_folder") else None
+    folder: Any = getattr(net, "base_folder", None)
+    return base.fingerprint(folder) if folder else None
 
 
 def is_quantised(net: Gemma3ForCausalLM) -> bool:
@@ -100,7 +103,7 @@ def quantise(model: Gemma3ForCausalLM) -> None:
     for name, linear in list(model.named_modules()):
         if name.rsplit(".", 1)[-1] in lora.TARGETS:
             small = Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4", device="meta")
-            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(
+            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(  # type: ignore[misc]  # its overloads
                 linear.weight.device
             )
             model.get_submodule(name.rsplit(".", 1)[0]).register_module(name.rsplit(".", 1)[-1], small)

@@ -95,7 +95,7 @@ class Update:
         self.ids += ids
         self.suspects += [] if loss.isfinite() else ids
         for name, values in metrics.items():
-            self.sums[name] += values.double().sum().item()
+            self.sums[name] += values.double().sum().item()  # type: ignore[assignment]  # Counter holds floats too
             self.counts[name] += values.numel()
 
     def sum_over_ranks(self) -> None:

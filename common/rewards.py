@@ -104,7 +104,7 @@ def facts(completion: str, reference: str) -> float:
     return 2 * both / (ours.total() + right.total()) if ours or right else 1.0
 
 
-def code_tokens(text: str, limit: int = CODE) -> list[str]:
+def code_tokens(text: str, limit: int | None = CODE) -> list[str]:
     """CoNaLa's `tokenize_for_bleu_eval`: every non-alphanumeric apart, camelCase split, quotes as one kind."""
     text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text[:limit])
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)

@@ -26,11 +26,9 @@ from common.runtime import resume
 class Roles:
     """The models of a run. The policy is `net`; the other roles are adapters of `frozen`."""
 
-    net: torch.nn.Module
-    frozen: (
-        torch.nn.Module | None
-    )  # net itself; in full fine-tuning a copy of the start, or None where nothing is on it
-    tokenizer: object
+    net: Gemma
+    frozen: Gemma | None  # net itself; in full fine-tuning a copy of the start, or None where nothing is on it
+    tokenizer: Tokenizer
     adapter: str | None  # the policy's name in net; None in full fine-tuning
     has_reference: bool
     trained: dict = field(default_factory=dict)  # {role: {name: parameter}}

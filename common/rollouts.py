@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
     stop: Sequence[int] = chat.STOP_TOKENS,
-    merge: bool | str = "auto",
+    merge: Any = "auto",
 ) -> dict:
     """`group_size` completions of each prompt (a list of ids) -> the batch that trainers take; prompt 0's rows first.
 

@@ -46,7 +46,7 @@ class State:
     step: int = 0  # updates made
     best: float = math.inf  # of the metric; its negative where it is maximised
     since_best: int = 0  # evaluations since the best one
-    tokens_seen: int = 0  # of all ranks
+    tokens_seen: float = 0  # of all ranks
     evaluation: dict | None = None  # of the weights as they are; None after an update
     norms: dict = field(default_factory=dict)  # recent gradient norms, see watch.spikes
     facts: dict = field(default_factory=dict)  # what must be the same on resume
@@ -106,7 +106,8 @@ class Run:
         self.send = log.open_wandb(self.cfg.logging.wandb, self.folder.name, config.flatten(self.cfg))
         self.signalled = resume.stop_signals(grace=1.0)
         self.bar = log.progress(self.expected_end(self.step), self.step)
-        self.asked, self.record = None, {"step": self.step}
+        self.asked = None
+        self.record: dict = {"step": self.step}
         self.clock, self.seconds, self.counts = time.perf_counter(), 0.0, Counter()  # of the updates since the last log
         return folder
 

@@ -53,7 +53,7 @@ def new_step(run_dir: Path | str, step: int, state: dict, room: int = MARGIN) ->
     state: a dict that JSON can hold, written as it is when the body has ended; room: bytes that must be free. UserError
     if the folder cannot be written.
     """
-    facts = {"step": step}
+    facts: dict = {"step": step}
     with commit(Path(run_dir) / f"step-{step:06d}", facts, room) as temp:
         yield temp
         (temp / "state.json").write_bytes(json.dumps(state).encode())

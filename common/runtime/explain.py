@@ -31,7 +31,7 @@ def token_view(tokenizer: Tokenizer, example: dict, colour: bool = True, limit: 
     for trained, run in itertools.groupby(pairs[:limit], key=lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in run])
         before, after = (GREEN if trained else DIM, PLAIN) if colour else ("[[", "]]") if trained else ("", "")
-        parts.append(before + text + after)
+        parts.append(f"{before}{text}{after}")
     cut = len(pairs) - limit
     return "".join(parts) + (f" ... and {cut} more tokens" if cut > 0 else "")
 
@@ -131,7 +131,7 @@ def memory_plan(
     width, tokens = 2 if cast else head.element_size(), batch[0]
     numbers, body = sum(p.numel() for p in trainable), sum(linears(config).values()) * config.num_hidden_layers
     rows, copied = (min(n, tokens) for n in ((256, 16) if cpu else (1024, 1024)))  # of logits, and of their fp32 copy
-    optimizer = [("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3)]
+    optimizer: list[tuple[str, float]] = [("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3)]
     moments = [("Adam moments of what is trained, fp32", numbers * 4 * 2)]
     update = [
         *(optimizer if batch[2] or not full else moments)

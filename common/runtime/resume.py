@@ -135,7 +135,7 @@ def check_ranks_agree(facts: dict) -> None:
             )
 
 
-def copy_log(folder: Path | str | None, path: Path | str) -> None:
+def copy_log(folder: Path | str | None, path: Path) -> None:
     """Copy a log of the run that `folder` belongs to, where this one goes on under another name and has none yet."""
     source = Path(folder).parent / Path(path).name if folder else path
     if source != path and source.exists() and not Path(path).exists():
