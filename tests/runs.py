@@ -410,9 +410,9 @@ def assert_same_records(run_dir, straight):
 
 
 def assert_finite(run_dir, number, peft="lora"):
-    tensors, _ = checkpoint.load_step(checkpoint.newest(run_dir))
-    assert checkpoint.newest(run_dir).name == f"step-{number:06d}"
-    for group in (tensors["optimizer"], load_file(run_dir / f"step-{number:06d}" / WEIGHTS[peft])):
+    folder = checkpoint.newest(run_dir)
+    assert folder.name == f"step-{number:06d}" and checkpoint.load_state(folder)["step"] == number
+    for group in (load_file(folder / name) for name in ("optimizer.safetensors", WEIGHTS[peft])):
         assert group and all(tensor.isfinite().all() for tensor in group.values())
     assert len(lines(run_dir)) == number
 

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import sys
 import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.runtime import checkpoint
 
@@ -38,18 +40,35 @@ def wait_for(path, seconds=10):
         time.sleep(0.005)
 
 
+def save_step(run_dir, step, tensors, state, write_model=None):
+    """Save {file stem: {name: tensor}} and what write_model(folder) writes as a checkpoint; returns its folder."""
+    with checkpoint.new_step(run_dir, step, state) as folder:
+        if write_model is not None:
+            write_model(folder)
+        for stem, group in tensors.items():
+            save_file({name: tensor.contiguous() for name, tensor in group.items()}, folder / f"{stem}.safetensors")
+    return Path(run_dir) / f"step-{step:06d}"
+
+
+def load_step(folder):
+    """(tensors of training, state) of a checkpoint, verified."""
+    state = checkpoint.load_state(folder)
+    stems = checkpoint.verify(folder)["tensors"]
+    return {stem: load_file(folder / f"{stem}.safetensors") for stem in stems}, state
+
+
 def write_model(folder):
     (folder / "adapter_config.json").write_text('{"r": 8}')
-    checkpoint.save_file({"w": torch.ones(4, 4)}, folder / "adapter_model.safetensors")
+    save_file({"w": torch.ones(4, 4)}, folder / "adapter_model.safetensors")
 
 
 def save(run_dir, step, extra=None):
     tensors = {"optimizer": {"exp_avg": torch.full((50, 7), float(step))}, "rng": {"torch": torch.arange(9)}}
-    return checkpoint.save_step(run_dir, step, tensors, {"step": step, "extra": extra}, write_model)
+    return save_step(run_dir, step, tensors, {"step": step, "extra": extra}, write_model)
 
 
 def assert_is(folder, step, extra=None):
-    tensors, state = checkpoint.load_step(folder)
+    tensors, state = load_step(folder)
     assert state == {"step": step, "extra": extra}
     assert torch.equal(tensors["optimizer"]["exp_avg"], torch.full((50, 7), float(step)))
 
@@ -81,7 +100,7 @@ def crash_points(prepare, act):
 
             for module, name in [
                 *((os, name) for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")),
-                (checkpoint, "save_file"),
+                (sys.modules[__name__], "save_file"),
                 (shutil, "copyfile"),
             ]:
                 setattr(module, name, deadly(getattr(module, name)))

@@ -22,7 +22,7 @@ from common.log import UserError
 from common.runtime import base, checkpoint, resume, watch
 from tests import runs
 from tests.faults import trainers
-from tests.faults.children import wait_for
+from tests.faults.children import save_step, wait_for
 from tests.runs import lines
 
 MAIN = train_sft.main
@@ -162,7 +162,7 @@ def test_R05_a_full_disk_ends_the_run_in_one_line(tmp_path, settings, straight, 
     assert re.fullmatch(rf"error: {words} {tmp_path}/run/\S+: .*\(\d+ bytes needed, \d+ free\)\n", err), err
     names = {path.name for path in (tmp_path / "run").glob("*")}
     assert "step-000004" in names and "step-000006" not in names and not {n for n in names if n.startswith(".tmp-")}
-    checkpoint.load_step(tmp_path / "run" / "step-000004")  # of the evaluation in step 4, the best so far
+    checkpoint.load_state(tmp_path / "run" / "step-000004")  # of the evaluation in step 4, the best so far
     train(tmp_path, settings(tmp_path))
     runs.assert_same_run(tmp_path / "run", straight())
 
@@ -195,8 +195,7 @@ def test_R07_what_a_run_published_is_verified_where_it_is_used(tmp_path, setting
     adapter.write_bytes(runs.flipped(adapter.read_bytes()))
     refused(tmp_path, settings(tmp_path, "--model.adapter", final), f"{adapter} is damaged")
     net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
-    write = functools.partial(model.save_model, net, tokenizer)
-    step = checkpoint.save_step(tmp_path / "whole", 1, {}, {}, write)
+    step = save_step(tmp_path / "whole", 1, {}, {}, functools.partial(model.save_model, net, tokenizer))
     weights = step / "model.safetensors"
     assert base.resolve(str(step)) == step
     weights.write_bytes(runs.flipped(weights.read_bytes()))
