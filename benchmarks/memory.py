@@ -88,7 +88,7 @@ def flags(case, base, work):
 
 def run_one(case, base):
     """One run and then its plan -> {"loading", "steps": peaks in GB, "plan": {phase: GB}}."""
-    device, found, begin = torch.device("cpu"), {}, resume.begin
+    device, found, begin = torch.device("cpu"), {}, resume.write_run_info
 
     def first_step(*arguments):
         found["loading"] = log.peak_memory_gb(device)
@@ -99,7 +99,7 @@ def run_one(case, base):
         parts = {phase: sum(size for _, size in of) / 1e9 for phase, of in plan.items()}
         found["plan"] = {phase: parts["always"] + size for phase, size in parts.items() if phase != "always"}
 
-    resume.begin, explain.say_plan = first_step, keep
+    resume.write_run_info, explain.say_plan = first_step, keep
     with tempfile.TemporaryDirectory() as work:
         rows, length, new = shape_of(case)
         for split, count in (("train", STEPS * rows), ("val", 1)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import chat, data
+from common import chat, data, dist
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,6 +140,33 @@ def test_the_first_batch_of_a_run_is_the_largest():
         assert sizes[0] == max(sizes)
     later = [[sum(lengths[i] for i in b) for b in data.epoch_batches(lengths, 8, s, 1)] for s in range(5)]
     assert any(sizes[0] != max(sizes) for sizes in later)
+
+
+def test_batches_of_any_step_are_those_of_the_epochs():
+    lengths = lengths_of(103)
+    whole = [batch for epoch in range(3) for batch in data.epoch_batches(lengths, 8, 3, epoch)]
+    batches = data.EpochBatches(lengths, 8, 3)
+    assert batches.per_epoch == 13 and batches.tokens_per_step == sum(lengths) / 13
+    assert [batches[step] for step in range(39)] == whole
+    for step in (38, 0, 13, 12, 12, 26):  # a resumed run begins anywhere
+        assert batches[step] == data.EpochBatches(lengths, 8, 3)[step] == whole[step]
+    assert data.EpochBatches(lengths[:3], 8, 3).per_epoch == 1  # fewer rows than a batch
+    assert [sorted(data.EpochBatches(lengths[:3], 8, 3)[step]) for step in (0, 1)] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_the_shares_of_the_ranks_are_the_batch(monkeypatch, world):
+    lengths, rows = lengths_of(60), list(range(3, 60, 4))
+    monkeypatch.setattr(dist, "world_size", lambda: world)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        shares.append(data.shard(rows, lengths))
+        assert data.shard(rows[::-1], lengths) == shares[-1]  # the order of the rows does not decide
+    assert sorted(i for share in shares for i in share) == rows
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    sums = [sum(lengths[i] for i in share) for share in shares]
+    assert max(sums) - min(sums) <= max(lengths[i] for i in rows)  # ranks work equally long
 
 
 def test_batches_are_length_grouped_but_not_in_order():

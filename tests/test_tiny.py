@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import chat
-from common.runtime import tiny
+from common.runtime import cache, tiny
 from common.tasks import synthetic
 from tests.test_synthetic import TOXIC, harmful, refuses
 
@@ -127,8 +127,8 @@ def digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def finished(cache):
-    return [path for path in cache.iterdir() if path.is_dir() and not path.suffix]
+def finished(root):
+    return [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
 def forked(work):
@@ -159,8 +159,8 @@ def test_same_build_twice_and_the_callers_generator_is_untouched(tmp_path, capsy
     assert tiny.ensure(tmp_path / "a", steps=2) != first
 
 
-@pytest.mark.parametrize("where", ["_pretrain", "_sync"])
-def test_a_killed_build_leaves_nothing_that_is_accepted(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(("module", "where"), [(tiny, "_pretrain"), (cache, "fsync")])
+def test_a_killed_build_leaves_nothing_that_is_accepted(tmp_path, monkeypatch, module, where):
     marker = tmp_path / "reached"
 
     def hang(*_):
@@ -168,7 +168,7 @@ def test_a_killed_build_leaves_nothing_that_is_accepted(tmp_path, monkeypatch, w
         time.sleep(120)
 
     def build():
-        monkeypatch.setattr(tiny, where, hang)
+        monkeypatch.setattr(module, where, hang)
         tiny.ensure(tmp_path / "cache", steps=1)
 
     child = forked(build)
@@ -179,7 +179,7 @@ def test_a_killed_build_leaves_nothing_that_is_accepted(tmp_path, monkeypatch, w
     os.waitpid(child, 0)
     assert marker.exists() and not finished(tmp_path / "cache")
     folder = tiny.ensure(tmp_path / "cache", steps=1)
-    assert finished(tmp_path / "cache") == [folder] and not list(folder.parent.glob("*.partial"))
+    assert finished(tmp_path / "cache") == [folder] and not list(folder.parent.glob(".tmp-*"))
 
 
 def test_builders_at_the_same_time_build_once(tmp_path, monkeypatch):

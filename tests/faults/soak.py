@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from common import config, data, log, model, rewards  # noqa: E402
 from common.human import sheets  # noqa: E402
@@ -90,12 +91,15 @@ def trials(count, one, *arguments):
 
 def padded(main, argv):
     """A body whose saves take longer."""
-    save = checkpoint.save_step
+    real = checkpoint.new_step
 
-    def save_step(run_dir, step, tensors, *more):
-        return save(run_dir, step, tensors | {"padding": {"x": torch.zeros(PAD // 4)}}, *more)
+    @contextlib.contextmanager
+    def new_step(*args):
+        with real(*args) as folder:
+            yield folder
+            save_file({"x": torch.zeros(PAD // 4)}, folder / "padding.safetensors")
 
-    checkpoint.save_step = save_step
+    checkpoint.new_step = new_step
     runs.call(main, argv)
 
 
@@ -279,17 +283,16 @@ def on_small_disk(folder, size, extra):
 
 def limited(folder, extra, main, argv):
     """Run until the disk is full, free it, look at what is left, and go on to the end."""
-    save, real = checkpoint.save_step, [0]
+    real, freed = checkpoint.new_step, []
 
-    def save_step(run_dir, step, tensors, state, write):
-        def write_more(temp):
-            write(temp)
-            if step >= 2 * EVERY and not real[0]:  # not in the space that is checked before
+    @contextlib.contextmanager
+    def new_step(run_dir, step, *more):
+        with real(run_dir, step, *more) as temp:
+            if step >= 2 * EVERY and not freed:  # not in the space that is checked before
                 (temp / "more.bin").write_bytes(bytes(extra))
+            yield temp
 
-        return save(run_dir, step, tensors, state, write_more)
-
-    checkpoint.save_step = save_step
+    checkpoint.new_step = new_step
     try:
         main([str(word) for word in argv])
         raise AssertionError("the disk was never full")
@@ -299,7 +302,7 @@ def limited(folder, extra, main, argv):
     for path in run_dir.glob("step-*"):
         checkpoint.verify(path)
     assert checkpoint.newest(run_dir).name == "step-000004" and not [*run_dir.glob(".tmp-*")]
-    real[0] = 1
+    freed.append(True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     runs.call(main, argv)
     shutil.copytree(run_dir, folder.parent / "saved" / "run")
