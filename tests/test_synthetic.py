@@ -71,7 +71,7 @@ def test_prefix_seed_and_the_global_generator():
 
 
 def test_same_records_in_another_process():
-    code = "from common import synthetic as s; print(repr([s.records(t, 'test', 40) for t in s.TASKS]))"
+    code = "from common.tasks import synthetic as s; print(repr([s.records(t, 'test', 40) for t in s.TASKS]))"
     code += "; print(repr(s.pretraining_corpus(40)))"
     runs = {
         subprocess.run(
