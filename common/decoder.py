@@ -28,14 +28,14 @@ class Decoder:
         slots: int,
         merge: bool = True,
         adapters: Sequence[str] = (),
-        steady: bool = False,
+        row_invariant: bool = False,
     ):
         """Room for `rows` rows of `slots` tokens each.
 
         merge: the adapter is added to the weights in fp32 and the sum rounded to their dtype; otherwise it stays beside
         them as a thin product. A 4-bit base is dequantised here, and under autocast fp32 masters are cast here.
         adapters: names of those that rows may take (`admit`) instead of the active one, which must then be None.
-        steady: on a CPU, a row that was admitted alone has the same bits whatever rows stand beside it.
+        row_invariant: on a CPU, a row that was admitted alone has the same bits whatever rows stand beside it.
         """
         config, body, head = model.config, model.model, model.lm_head.weight
         kind = head.device.type
@@ -52,12 +52,12 @@ class Decoder:
         self.values = torch.zeros_like(self.keys)
         self.lengths = []  # tokens of each row in flight
         self.names = []  # and its adapter, None for the base as it was read
-        if steady and kind == "cpu":
-            self._steady()
+        if row_invariant and kind == "cpu":
+            self._make_row_invariant()
         self.parts = {}  # {adapter: places of its tokens} in the product at hand
 
     @torch.no_grad()
-    def admit(
+    def prefill(
         self, prompts: Sequence[list[int]], copies: Sequence[int], adapters: Sequence[str | None] | None = None
     ) -> Tensor:
         """Add copies[i] rows that begin with prompts[i] (ids), computed once -> hidden (rows, d) at their ends."""
@@ -87,7 +87,9 @@ class Decoder:
         assert len(tokens) == len(self.lengths) and max(self.lengths) < self.keys.shape[3], (tokens, self.lengths)
         at, rows = torch.tensor(self.lengths, device=tokens.device), torch.arange(len(tokens), device=tokens.device)
         together = (
-            [slice(i, i + 1) for i in range(len(rows))] if self.product is products.steady else [slice(len(rows))]
+            [slice(i, i + 1) for i in range(len(rows))]
+            if self.product is products.row_invariant
+            else [slice(len(rows))]
         )
         windows = (None, self.config.sliding_window)
         seen = {w: [(some, *self._seen(self.lengths[some], w)) for some in together] for w in windows}
@@ -107,11 +109,11 @@ class Decoder:
         self.lengths = [length + 1 for length in self.lengths]
         return hidden
 
-    def scores(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits (rows, V) of hidden states (rows, d), in the model's dtype."""
         return self.product(hidden, (self.scorer, None))
 
-    def select(self, rows: list[int]) -> list[int]:
+    def keep(self, rows: list[int]) -> list[int]:
         """Keep only these of the rows in flight; returns which of them stands where now.
 
         Holes are filled from the end, so no more rows are copied than have left.
@@ -128,12 +130,12 @@ class Decoder:
         self.names = [self.names[row] for row in order]
         return order
 
-    def _steady(self):
+    def _make_row_invariant(self):
         assert all(a is None for layer in self.layers for _, a in layer.products.values()), "an adapter is active"
-        self.product, self.scorer = products.steady, products.pack(self.head)
+        self.product, self.scorer = products.row_invariant, products.pack(self.head)
         for layer in self.layers:
             layer.products = {kind: (products.pack(weight), None) for kind, (weight, _) in layer.products.items()}
-            for pairs in layer.thin.values():
+            for pairs in layer.adapters.values():
                 pairs.update({name: tuple(map(products.pack, pair)) for name, pair in pairs.items()})
 
     def _share(self, names):
@@ -148,8 +150,8 @@ class Decoder:
         """A layer's product of x (N, in), with what the adapters of its rows add."""
         y = self.product(x, layer.products[kind])
         for name, rows in self.parts.items():
-            if name in layer.thin[kind]:
-                a, b = layer.thin[kind][name]
+            if name in layer.adapters[kind]:
+                a, b = layer.adapters[kind][name]
                 y[rows] += self.product(self.product(x[rows], (a, None)), (b, None))
         return y
 
@@ -209,10 +211,12 @@ def _layer(layer, merge, dtype, adapters):
         "gate_up": [mlp.gate_proj, mlp.up_proj],
         "down": [mlp.down_proj],
     }
-    thin = {kind: {name: products.thin(some, name, dtype) for name in adapters} for kind, some in linears.items()}
+    pairs_of = {
+        kind: {name: products.adapter_pair(some, name, dtype) for name in adapters} for kind, some in linears.items()
+    }
     return SimpleNamespace(
-        products={kind: products.fuse(some, merge, dtype) for kind, some in linears.items()},
-        thin={kind: {name: pair for name, pair in pairs.items() if pair} for kind, pairs in thin.items()},
+        products={kind: products.fused_linear(some, merge, dtype) for kind, some in linears.items()},
+        adapters={kind: {name: pair for name, pair in pairs.items() if pair} for kind, pairs in pairs_of.items()},
         before_attention=_scale(layer.input_layernorm),
         after_attention=_scale(layer.post_attention_layernorm),
         before_mlp=_scale(layer.pre_feedforward_layernorm),

@@ -8,7 +8,7 @@ from common import lora
 
 
 @torch.no_grad()
-def fuse(linears: list, merge: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def fused_linear(linears: list, merge: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Linears that read the same input as one (weight, a), each with its active adapter; weight (sum of outs, in).
 
     With adapters that are not merged it is (W | B, A): y = (x, x A^T) (W | B)^T, one product as well.
@@ -19,12 +19,12 @@ def fuse(linears: list, merge: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor
         bases = [lora.merged_weight(m, name) if name else w for w, m, name in zip(bases, linears, actives)]
     bases = [w.detach().to(dtype) for w in bases]
     weight = torch.cat(bases) if len(bases) > 1 else bases[0]
-    beside = None if merge else thin(linears, actives[0], dtype)
+    beside = None if merge else adapter_pair(linears, actives[0], dtype)
     return (weight, None) if beside is None else (torch.cat([weight, beside[1]], 1), beside[0])
 
 
 @torch.no_grad()
-def thin(linears: list, name: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def adapter_pair(linears: list, name: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """One adapter of linears that read the same input: A (sum of ranks, in) and B (sum of outs, sum of ranks) with its
     scale, block by block; None where it adapts none of them."""
     adapted = [m if isinstance(m, lora.LoraLinear) and name in m.lora_A else None for m in linears]
@@ -63,7 +63,7 @@ def pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8) if there and weight.numel() else weight
 
 
-def steady(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
+def row_invariant(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
     """As `product`, of weights that `pack` made, but the bits of a row do not depend on the rows beside it.
 
     Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike from 2 rows on;

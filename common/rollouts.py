@@ -95,28 +95,28 @@ def _generate(decoder, prompts, uniforms, stop, choose):
         free -= free % group if group <= room else 0  # whole groups, so that a prompt is computed once
         if waiting and (not running or free >= max(1, room // 4)):
             enter, waiting = waiting[:free], waiting[free:]
-            hidden, running = torch.cat([hidden, *_admit(decoder, prompts, group, enter)]), running + enter
+            hidden, running = torch.cat([hidden, *_prefill(decoder, prompts, group, enter)]), running + enter
         at = [len(completions[row]) for row in running]
         many = ROWS if hidden.device.type == "cpu" else len(hidden)
         pairs = zip(hidden.split(many), uniforms[running, at].split(many))
-        drawn = [choose(decoder.scores(some), u) for some, u in pairs]
+        drawn = [choose(decoder.logits(some), u) for some, u in pairs]
         tokens, token_logprobs = (torch.cat(column) for column in zip(*drawn))
         for row, token, logprob in zip(running, tokens.tolist(), token_logprobs.tolist()):
             completions[row].append(token)
             logprobs[row].append(logprob)
         done = [completions[row][-1] in stop or len(completions[row]) == limit for row in running]
         alive = [i for i, ended in enumerate(done) if not ended]
-        order = decoder.select(alive)
+        order = decoder.keep(alive)
         running = [running[i] for i in order]
         hidden = decoder.step(tokens[order]) if running else hidden[:0]
     return completions, logprobs
 
 
-def _admit(decoder, prompts, group, rows):
+def _prefill(decoder, prompts, group, rows):
     """Yields the hidden states at the end of these rows' prompts."""
     jobs = [(prompts[i], len(list(members))) for i, members in groupby(rows, lambda row: row // group)]
     for start in range(0, len(jobs), PROMPTS):
-        yield decoder.admit(*zip(*jobs[start : start + PROMPTS]))
+        yield decoder.prefill(*zip(*jobs[start : start + PROMPTS]))
 
 
 def draw(

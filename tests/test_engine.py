@@ -127,13 +127,13 @@ def test_rows_of_several_adapters_equal_one_decoder_each():
     for name, prompt in zip(names, prompts):
         with lora.using(net, name):
             single.append(Decoder(net, 1, 64, merge=False))
-        single[-1].admit([prompt], [1])
-    hidden = shared.admit(prompts[:3], [1] * 3, names[:3])
+        single[-1].prefill([prompt], [1])
+    hidden = shared.prefill(prompts[:3], [1] * 3, names[:3])
     for step in range(12):
         if step == 4:
-            shared.admit(prompts[3:], [1], names[3:])
+            shared.prefill(prompts[3:], [1], names[3:])
         if step == 8:
-            assert shared.select([0, 2, 3]) == [0, 3, 2] and shared.names == ["x", "x", "y"]
+            assert shared.keep([0, 2, 3]) == [0, 3, 2] and shared.names == ["x", "x", "y"]
             single = [single[0], single[3], single[2]]
         running = single[: len(shared.lengths)]
         fresh = torch.randint(300, (len(running),), generator=draw)
@@ -215,7 +215,7 @@ def test_an_engine_that_only_fails_gives_up_and_says_so(tokenizer, start, monkey
 def test_one_that_waits_is_not_overtaken(tokenizer, start, monkeypatch):
     """A long prompt enters before the shorter ones behind it, although these would fit beside the first."""
     machine = start(rows=4, slots=1200)
-    order, real = [], Decoder.admit
+    order, real = [], Decoder.prefill
     monkeypatch.setattr(Decoder, "admit", lambda self, prompts, *more: (order.extend(map(len, prompts)),
                                                                        real(self, prompts, *more))[1])  # fmt: skip
     boxes = ask(machine, [([7] * n, "base", {"max_tokens": 3}) for n in (20, engine.PREFILL + 200, 21, 22)])
@@ -273,10 +273,10 @@ def test_a_row_s_bits_do_not_depend_on_its_neighbours(dtype):
     prompts = [torch.randint(300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 30, 17)]
 
     def decoded(which):
-        machine, found = Decoder(net, 20, 64, merge=False, adapters=["x"], steady=True), []
-        hidden = torch.cat([machine.admit([prompts[i % 3]], [1], [["x", None][i % 2]]) for i in which])
+        machine, found = Decoder(net, 20, 64, merge=False, adapters=["x"], row_invariant=True), []
+        hidden = torch.cat([machine.prefill([prompts[i % 3]], [1], [["x", None][i % 2]]) for i in which])
         for step in range(20):
-            found.append(torch.cat([hidden, machine.scores(hidden)], 1))
+            found.append(torch.cat([hidden, machine.logits(hidden)], 1))
             hidden = machine.step(torch.tensor([(7 * step + i) % 300 for i in which]))
         return torch.stack(found, 1)
 

@@ -313,7 +313,7 @@ def test_collapse_is_said_and_survives_a_crash(tmp_path, settings):
     assert list(fallen) == [0, 4] and fallen[4] > 0.5
     for line in log:
         assert ("warning" in line) == (fallen.get(line["step"], 0) > 0.5), line
-    assert f"became {fallen[4]:.2f} nats a token less likely" in log[4]["warning"]
+    assert f"became {fallen[4]:.2f} nats per token less likely" in log[4]["warning"]
     assert f"step 4: {log[4]['warning']}" in out and "rl.dpo_beta" in log[4]["warning"]
 
     assert run(tmp_path, argv[1], runs.crash_behind_save(4))[0] == 9

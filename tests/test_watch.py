@@ -80,8 +80,8 @@ def test_distinct_bigrams_by_hand():
 def test_alarms():
     assert watch.sampler({"sampler_mean": 0.002}, torch.float32) and not watch.sampler({}, torch.float32)
     assert not watch.sampler({"sampler_mean": 0.05}, torch.bfloat16)
-    assert watch.sampler({"sampler_mean": 0.2}, torch.bfloat16) == ["sampler and trainer differ by 0.2000 nats a token "
-                                                                    "on average"]  # fmt: skip
+    said = watch.sampler({"sampler_mean": 0.2}, torch.bfloat16)
+    assert said == ["sampler and trainer differ by 0.2000 nats per token on average"]
     (sentence,) = watch.sampler({"eval/merge_survival": 0.3}, torch.bfloat16)
     assert (
         "bfloat16" in sentence and "30%" in sentence and not watch.sampler({"eval/merge_survival": 0.6}, torch.float32)

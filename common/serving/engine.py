@@ -47,7 +47,7 @@ class Engine:
         for net, names in _by_base(models).values():
             with lora.using(net, None):
                 adapters = [self.adapters[name] for name in names if self.adapters[name]]
-                decoder = Decoder(net, rows, slots, merge=False, adapters=adapters, steady=True)
+                decoder = Decoder(net, rows, slots, merge=False, adapters=adapters, row_invariant=True)
             group = SimpleNamespace(decoder=decoder, rows=rows, failures=0)
             group.running, group.entering, group.hidden = [], [], decoder.head[:0]
             self.groups |= dict.fromkeys(names, group)
@@ -142,7 +142,7 @@ class Engine:
             group.failures = 0
         except Exception as error:
             group.failures += 1
-            group.decoder.select([])
+            group.decoder.keep([])
             group.running, group.entering, group.hidden = [], [], group.decoder.head[:0]
             for request in members:
                 self.counts["failed"] += not request.done
@@ -155,11 +155,11 @@ class Engine:
             for request in group.entering:
                 request.uniforms = rollouts.uniforms(request.seed, 0, [0], request.max_tokens)[0]
                 self.counts["prompt_tokens"] += len(request.ids)
-            fresh = [decoder.admit([request.ids], [1], [self.adapters[request.model]]) for request in group.entering]
+            fresh = [decoder.prefill([request.ids], [1], [self.adapters[request.model]]) for request in group.entering]
             group.hidden = torch.cat([group.hidden, *fresh])
             with self.lock:
                 group.running, group.entering = [*group.running, *group.entering], []
-        tokens = _draw(decoder.scores(group.hidden), group.running)
+        tokens = _draw(decoder.logits(group.hidden), group.running)
         alive = []
         self.counts["tokens"] += len(tokens)
         self.counts["steps"] += 1
@@ -173,7 +173,7 @@ class Engine:
             else:
                 alive.append(row)
             _emit(request, token, finish)
-        order = decoder.select(alive)
+        order = decoder.keep(alive)
         group.running = [group.running[row] for row in order]
         group.hidden = decoder.step(tokens[order]) if order else group.hidden[:0]
 
