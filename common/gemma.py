@@ -20,7 +20,7 @@ from transformers import Gemma3ForCausalLM as Gemma
 def hidden_states(model: Gemma, tokens: Tensor, lengths: list[int], parents: list[int | None] | None = None) -> Tensor:
     """Final hidden states (N, d) of sequences laid end to end.
 
-    model: Gemma, with or without our adapters; tokens (N,) int64; lengths: list of ints, sum N.
+    model: Gemma3ForCausalLM, with or without our adapters; tokens (N,) int64; lengths: list of ints, sum N.
     parents: for each sequence the number of the earlier one that it continues, or None, where positions start at 0: a
     prompt is computed once, and each of its answers sees it and itself. Gradients reach what requires them.
     """

@@ -1,7 +1,6 @@
 """Find a base and make sure of it: hub id, folder, `.gguf` file or `tiny` -> a local folder that can be trusted.
 
 Whatever it is becomes a local folder of safetensors first; only weights, a checked config and a tokenizer are read
-from transformers import Gemma3ForCausalLM as Gemma
 from it, never code and never a pickle. What a source loses (GGUF: chat template, stop set, tie) is put back.
 """
 
