@@ -287,6 +287,7 @@ class Run:
             say(f"step {self.step}: {self.record['warning']}")
         self._write()
         say(log.line(self.record))
+        written = "curves.png and metrics.jsonl"
         if dist.is_main():
             folder = self.step_folder(self.step)
             if not folder.is_dir():  # the script left its loop between two checkpoints
@@ -294,8 +295,9 @@ class Run:
                 say(f"step {self.step} was not saved: final is {folder.name if folder else 'not written'}")
             if folder:
                 checkpoint.publish(folder, self.folder, "final")
+                written = f"final, {written}"
             log.plot_curves(log.read_records(self.folder / "metrics.jsonl"), panels, self.folder / "curves.png")
         peak = log.peak_memory_gb(self.device)
-        say(f"wrote {self.folder}/final, curves.png and metrics.jsonl; peak memory {peak:.2f} GB")
+        say(f"wrote {self.folder}/{written}; peak memory {peak:.2f} GB")
         dist.barrier()
         return self.record
