@@ -179,7 +179,7 @@ def test_a_score_that_fails_on_one_rank_ends_the_evaluation(tmp_path, few, tiny_
         assert status == 2 and err == "error: no score for this\n", (status, err)
 
 
-def test_machines_that_do_not_share_a_folder_may_train_but_not_resume(tmp_path, settings):
+def test_machines_without_a_shared_folder_may_not_resume(tmp_path, settings):
     def elsewhere(main, argv):
         at = argv.index("--logging.output_dir") + 1
         runs.call(main, [*argv[:at], tmp_path / "elsewhere", *argv[at + 1 :]])
