@@ -16,7 +16,7 @@ import torch
 import serve
 from common import chat
 from common.serving import engine
-from tests import runs
+from tests import processes
 
 WAIT = 60
 READ_SECONDS = 2  # of the servers under test, to be quick
@@ -37,7 +37,7 @@ def serving(folder, *flags, change=None, environment=(), ready=True):
         main([str(word) for word in argv])
 
     argv = ["--port", 0, "--model.dtype", "float32", *flags]
-    pid = runs.start(serve.main, folder, argv, body, environment=environment)
+    pid = processes.start(serve.main, folder, argv, body, environment=environment)
     one = SimpleNamespace(pid=pid, folder=folder, out=folder / f"out-{pid}", err=folder / f"err-{pid}", status=None)
     try:
         one.port = int(wait_for(lambda: re.search(r"listening on \S+:(\d+)", read(one.out)) or ended(one))[1])

@@ -16,33 +16,33 @@ import train_staged
 from common import config, data, lora, model
 from common.log import UserError
 from common.runtime import base, checkpoint
-from tests import runs
-from tests.faults import trainers
+from tests import checks, inputs, processes
+from tests.faults import inject, trainers
 
 SHORT = ["--training.max_steps", 2, "--training.eval_interval", 2]
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    return runs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=20, val=6, test=8)
+    return inputs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=20, val=6, test=8)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, tiny_folder):
     """A base of the same shape with another weight."""
-    return runs.another_base(tmp_path_factory.mktemp("other") / "base", tiny_folder)
+    return inputs.another_base(tmp_path_factory.mktemp("other") / "base", tiny_folder)
 
 
 @pytest.fixture(scope="module")
 def settings(few, tiny_folder):
-    return runs.settings(tiny_folder, few)
+    return inputs.settings(tiny_folder, few)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, settings):
     """The final/ of SFT on the tiny base."""
     out = tmp_path_factory.mktemp("trained")
-    runs.train(train_sft.main, out, settings(out, *SHORT))
+    processes.train(train_sft.main, out, settings(out, *SHORT))
     return out / "run" / "final"
 
 
@@ -81,11 +81,11 @@ def test_a_record_that_is_changed_or_damaged_is_one_line(tmp_path, trained, sett
     folder = shutil.copytree(trained, tmp_path / "changed")
     (folder / "base.json").write_text("{}")
     flags = settings(tmp_path, "--model.adapter", folder)
-    runs.refused(train_sft.main, tmp_path, flags, "base.json is damaged")
+    processes.refused(train_sft.main, tmp_path, flags, "base.json is damaged")
     (folder / "MANIFEST.json").unlink()
     for text in ("{}", "[", '{"base_checkpoint": 1, "fingerprint": "", "quantised": null}', "[" * 10**5):
         (folder / "base.json").write_text(text)
-        runs.refused(train_sft.main, tmp_path, flags, "base.json", "does not say which base")
+        processes.refused(train_sft.main, tmp_path, flags, "base.json", "does not say which base")
 
 
 # ---------------------------------------------------------------- where an adapter meets a base
@@ -96,16 +96,16 @@ def test_training_from_an_adapter_of_another_base_is_refused(tmp_path, trained, 
     start = ["--model.adapter", trained, *SHORT]
     for mode, main in (("sft", train_sft.main), ("reward", train_reward.main), ("rl", train_rl.main)):
         flags = [*start, "--training.mode", mode, *(["--rl.algorithm", "dpo"] if mode == "rl" else [])]
-        runs.refused(main, tmp_path, runs.settings(other, few)(tmp_path / mode, *flags), *words)
-        runs.train(main, tmp_path, runs.settings(tiny_folder, few)(tmp_path / mode, *flags))
+        processes.refused(main, tmp_path, inputs.settings(other, few)(tmp_path / mode, *flags), *words)
+        processes.train(main, tmp_path, inputs.settings(tiny_folder, few)(tmp_path / mode, *flags))
     flags = [*start, "--training.mode", "staged", "--rl.algorithm", "dpo"]
-    runs.refused(train_staged.main, tmp_path, runs.settings(other, few)(tmp_path / "staged", *flags), *words)
+    processes.refused(train_staged.main, tmp_path, inputs.settings(other, few)(tmp_path / "staged", *flags), *words)
 
 
 def test_it_starts_from_its_own_base_wherever_that_lies(tmp_path, trained, few, tiny_folder):
     moved = shutil.copytree(tiny_folder, tmp_path / "moved")
-    flags = runs.settings(moved, few)(tmp_path, "--model.adapter", trained, *SHORT)
-    runs.train(train_sft.main, tmp_path, flags)
+    flags = inputs.settings(moved, few)(tmp_path, "--model.adapter", trained, *SHORT)
+    processes.train(train_sft.main, tmp_path, flags)
     record = json.loads((tmp_path / "run" / "final" / "base.json").read_text())
     assert record["base_checkpoint"] == str(moved) and record["fingerprint"] == base.fingerprint(tiny_folder)
 
@@ -114,12 +114,12 @@ def test_it_starts_from_its_own_base_wherever_that_lies(tmp_path, trained, few, 
 def changed(tmp_path, tiny_folder, few):
     """The final/ of DPO from an adapter on a base whose files have changed since."""
     home = shutil.copytree(tiny_folder, tmp_path / "home")
-    flags = runs.settings(home, few)
-    runs.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
+    flags = inputs.settings(home, few)
+    processes.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
     more = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--model.adapter", tmp_path / "sft" / "run" / "final"]
-    runs.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
+    processes.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
     shutil.rmtree(home)
-    runs.another_base(home, tiny_folder)
+    inputs.another_base(home, tiny_folder)
     return tmp_path / "rl" / "run" / "final"
 
 
@@ -127,25 +127,25 @@ def test_a_changed_base_is_refused_by_evaluate_export_and_serve(tmp_path, change
     words = [str(changed), "another base", str(tmp_path / "home"), "have changed since"]
     for home in (tiny_folder, tmp_path / "home"):
         flags = asked(tmp_path / "out", few, home, f"base={home}", f"rl={changed}")
-        status, _, err = runs.run(evaluate.main, tmp_path, flags)
+        status, _, err = processes.run(evaluate.main, tmp_path, flags)
         assert status == 2 and err.count("\n") == 1 and "have changed since" in err, err
     flags = asked(tmp_path, few, tiny_folder, f"rl={changed}", "--export", tmp_path / "merged")
-    runs.refused(evaluate.main, tmp_path, flags, *words)
+    processes.refused(evaluate.main, tmp_path, flags, *words)
     assert not (tmp_path / "merged").exists()
-    runs.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", changed], *words)
+    processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", changed], *words)
 
 
 def test_a_reference_stands_on_the_base_of_its_policy(tmp_path, few, tiny_folder, other):
     """RL on one base, compared on another: the KL to the reference is that of the run, as if its base were home."""
-    flags = runs.settings(other, few)
-    runs.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
+    flags = inputs.settings(other, few)
+    processes.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
     more = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--model.adapter", tmp_path / "sft" / "run" / "final"]
-    runs.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
+    processes.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
     found = []
     for number, home in enumerate((other, tiny_folder)):
         system = f"rl={tmp_path / 'rl' / 'run' / 'final'}"
         argv = asked(tmp_path / str(number), few, home, f"base={home}", system)
-        found.append(runs.train(evaluate.main, tmp_path, argv)["cells"])
+        found.append(processes.train(evaluate.main, tmp_path, argv)["cells"])
     own, foreign = (cells["kl_reference"]["rl"]["value"] for cells in found)
     assert own == foreign > 0
     assert found[0]["kl_base"]["rl"]["value"] != found[1]["kl_base"]["rl"]["value"]
@@ -166,15 +166,15 @@ def test_adapters_without_a_record_are_taken(tmp_path, trained, few, tiny_folder
 
 def test_a_run_begun_without_records_goes_on_to_the_same_adapter(tmp_path, settings):
     flags = [*SHORT, "--training.save_interval", 1, "--training.max_steps", 4]
-    runs.train(train_sft.main, tmp_path, settings(tmp_path / "whole", *flags))
+    processes.train(train_sft.main, tmp_path, settings(tmp_path / "whole", *flags))
     argv = settings(tmp_path / "cut", *flags)
-    assert runs.run(train_sft.main, tmp_path, argv, runs.crash_behind_save(2))[0] == 9
+    assert processes.run(train_sft.main, tmp_path, argv, inject.crash_behind_save(2))[0] == 9
     for step in sorted((tmp_path / "cut" / "run").glob("step-*")):
         without_record(step, tmp_path / "old" / step.name)
         shutil.rmtree(step)
         shutil.copytree(tmp_path / "old" / step.name, step)
-    runs.train(train_sft.main, tmp_path, argv)
-    runs.assert_same_records(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
+    processes.train(train_sft.main, tmp_path, argv)
+    checks.assert_same_records(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
     one, two = (load_file(tmp_path / name / "run" / "final" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert (tmp_path / "cut" / "run" / "final" / "base.json").is_file()
@@ -188,7 +188,7 @@ def small(tmp_path_factory, settings):
     """The final/ of QLoRA on the tiny base."""
     pytest.importorskip("bitsandbytes")
     out = tmp_path_factory.mktemp("small")
-    runs.train(train_sft.main, out, settings(out, *SHORT, peft="qlora"))
+    processes.train(train_sft.main, out, settings(out, *SHORT, peft="qlora"))
     return out / "run" / "final"
 
 
@@ -208,16 +208,18 @@ def test_training_from_a_qlora_adapter_needs_qlora(tmp_path, small, trained, set
     words = [str(small), "4-bit base", "--model.peft_type qlora"]
     for mode, main in (("sft", train_sft.main), ("reward", train_reward.main), ("rl", train_rl.main)):
         flags = ["--training.mode", mode, *(["--rl.algorithm", "dpo"] if mode == "rl" else [])]
-        runs.refused(main, tmp_path, settings(tmp_path / mode, *SHORT, *flags, "--model.adapter", small), *words)
-    runs.train(train_sft.main, tmp_path, settings(tmp_path / "same", *SHORT, "--model.adapter", small, peft="qlora"))
+        processes.refused(main, tmp_path, settings(tmp_path / mode, *SHORT, *flags, "--model.adapter", small), *words)
+    processes.train(
+        train_sft.main, tmp_path, settings(tmp_path / "same", *SHORT, "--model.adapter", small, peft="qlora")
+    )
     argv = settings(tmp_path / "other", *SHORT, "--model.adapter", trained, peft="qlora")  # usual after LoRA
-    status, out, err = runs.run(train_sft.main, tmp_path, argv)
+    status, out, err = processes.run(train_sft.main, tmp_path, argv)
     assert status == 0 and out.count("trained on the unquantised base") == 1, (out, err)
 
 
 def test_evaluate_measures_each_adapter_on_the_base_it_knows(tmp_path, small, trained, few, tiny_folder):
     argv = asked(tmp_path, few, tiny_folder, f"base={tiny_folder}", f"lora={trained}", f"qlora={small}")
-    cells = runs.train(evaluate.main, tmp_path, argv)["cells"]["loss_per_byte"]
+    cells = processes.train(evaluate.main, tmp_path, argv)["cells"]["loss_per_byte"]
     given = {word[2:]: str(value) for word, value in zip(argv[1:-3:2], argv[2:-3:2]) if word.startswith("--eval")}
     cfg = config.load_config("configs/debug.yml", given)
     for name, folder, quantised in (("base", None, False), ("lora", trained, False), ("qlora", small, True)):
@@ -263,13 +265,13 @@ def test_a_comparison_of_paradigms_in_4_bits_comes_to_its_end(tmp_path, few, tin
         tmp_path, "--model.peft_type", "qlora", "--reward.type", "hybrid"
     )
     more = ["--paradigms", "sft,staged", "--training.budget_tokens", 1500, "--evaluation.max_items", 4]
-    cells = runs.train(train_staged.main, tmp_path, [*flags, *more])["cells"]
+    cells = processes.train(train_staged.main, tmp_path, [*flags, *more])["cells"]
     assert {"judge", "reward", "loss_per_byte"} <= cells.keys() and {"sft", "staged"} <= cells["judge"].keys()
-    first = runs.lines(tmp_path / "run" / "staged-rl")[0]
+    first = checks.lines(tmp_path / "run" / "staged-rl")[0]
     assert first["eval/kl"] == 0  # RL starts from the very policy that SFT ended with
 
     reward = tmp_path / "run" / "reward" / "final"
     flags = trainers.staged_settings(tiny_folder, few)(tmp_path / "lora", "--reward.type", "hybrid")
     words = ["reward.checkpoint", str(reward), "4-bit base"]
-    runs.refused(train_staged.main, tmp_path, [*flags, "--reward.checkpoint", reward], *words)
+    processes.refused(train_staged.main, tmp_path, [*flags, "--reward.checkpoint", reward], *words)
     assert not (tmp_path / "lora" / "run").exists()  # before SFT

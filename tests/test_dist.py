@@ -18,8 +18,8 @@ import train_sft
 import train_staged
 from common import dist, rollouts
 from common.runtime import base
-from tests import runs
-from tests.runs import lines, records
+from tests import checks, inputs, processes
+from tests.checks import lines, records
 
 SIZES = ["--rl.group_size", 2, "--rl.max_new_tokens", 8, "--rl.num_ppo_epochs", 1, "--evaluation.max_items", 5]
 SIZES += ["--rl.critic_warmup", 0, "--rl.rollout_size", 4, "--rl.minibatches", 1, "--rl.max_steps", "null"]
@@ -36,8 +36,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, tiny_folder):
-    few = runs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=13, val=5)
-    return runs.settings(tiny_folder, few, "--model.peft_dropout", 0, "--training.batch_size", 5)
+    few = inputs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=13, val=5)
+    return inputs.settings(tiny_folder, few, "--model.peft_dropout", 0, "--training.batch_size", 5)
 
 
 def recording(main, argv):
@@ -65,7 +65,7 @@ def recording(main, argv):
         return found
 
     dist.init, dist.sum_gradients, rollouts.uniforms = remember_rank, sum_gradients, uniforms
-    runs.call(main, argv)
+    processes.call(main, argv)
     save_file({str(i): grad for i, grad in enumerate(grads.values())}, folder / f"grads-{ranks[0]}.safetensors")
     (folder / f"drawn-{ranks[0]}.json").write_text(json.dumps(drawn))
 
@@ -76,8 +76,8 @@ def one_and_two(folder, settings, case, *flags, **kind):
     for each in folders:
         each.mkdir()
     one, two = (settings(each, *own, *flags, **kind) for each in folders)
-    runs.train(main, folder, one, recording)
-    done = runs.ranks(main, folder, two, (recording, recording))
+    processes.train(main, folder, one, recording)
+    done = processes.ranks(main, folder, two, (recording, recording))
     assert [status for status, *_ in done] == [0, 0], done
     first, second = (load_file(folders[1] / f"grads-{rank}.safetensors") for rank in (0, 1))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -106,7 +106,7 @@ def test_b1_b41_twenty_steps(tmp_path, settings, case):
     flags = ["--training.max_steps", 20, "--training.eval_interval", 10]
     one, two = one_and_two(tmp_path, settings, case, *flags)
     assert_same_gradients(one, two)
-    runs.assert_same_numbers(one / "run", two / "run", rel=1e-4, near_zero=1e-6)
+    checks.assert_same_numbers(one / "run", two / "run", rel=1e-4, near_zero=1e-6)
     assert len(records(one / "run")) == 21
 
 

@@ -8,7 +8,7 @@ import torch
 from common import chat, lora, model, rollouts
 from common.decoder import Decoder
 from common.serving import engine
-from tests import runs
+from tests import inputs
 from tests.test_gemma import random_gemma
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +21,7 @@ ASKED = {"max_tokens": 128, "temperature": 0.7, "top_p": 0.9, "seed": 0}
 def net(tiny_folder):
     found, _ = model.load("tiny", torch.device("cpu"), torch.float32)
     for seed, name in enumerate(("x", "y")):
-        runs.random_adapter(found, name, seed)
+        inputs.random_adapter(found, name, seed)
     lora.use(found, None)
     return found
 
@@ -118,7 +118,7 @@ def test_rows_of_several_adapters_equal_one_decoder_each():
     """Ragged rows across the window; steps, admissions and departures in between; a row of the base stays one."""
     net = random_gemma()
     for seed, name in enumerate(("x", "y")):
-        runs.random_adapter(net, name, seed)
+        inputs.random_adapter(net, name, seed)
     lora.use(net, None)
     shared = Decoder(net, 6, 64, merge=False, adapters=["x", "y"])
     names, draw = ["x", None, "y", "x"], torch.Generator().manual_seed(0)
@@ -268,7 +268,7 @@ def test_stop_texts_are_never_shown_nor_their_beginnings(tokenizer, stops, shown
 def test_a_row_s_bits_do_not_depend_on_its_neighbours(dtype):
     """Alone, and at every place among 20 rows of several lengths and adapters: states and logits, to the last bit."""
     net = random_gemma().to(dtype)
-    runs.random_adapter(net, "x", 0)
+    inputs.random_adapter(net, "x", 0)
     lora.use(net, None)
     prompts = [torch.randint(300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 30, 17)]
 

@@ -14,12 +14,12 @@ import evaluate
 from common import chat, config, data, model, stats
 from common.evaluation import measure, metrics
 from common.human import manifest
-from tests import runs
-from tests.runs import random_adapter, random_reward_model, write_data
+from tests import inputs, processes
+from tests.inputs import random_adapter, random_reward_model, write_data
 
 ROOT = Path(evaluate.__file__).parent
 MAIN = evaluate.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):
     def body(main, argv):
         asked, once = [], evaluate.ask
         evaluate.ask = lambda *rest: asked.append(1) or once(*rest)
-        runs.call(main, argv)
+        processes.call(main, argv)
         assert len(asked) == 1  # the damaged one
 
     status, out, err = run(tmp_path, argv, body)
@@ -164,7 +164,7 @@ def test_human_evaluation_from_sheets_to_results(tmp_path, done):
 def test_two_ranks_say_what_one_says(tmp_path, settings, adapters, tiny_folder):
     flags = ["--evaluation.max_items", 5, "--checkpoints", f"base={tiny_folder}", f"sft={adapters[0]}"]
     train(tmp_path, [*settings(tmp_path, *flags), "--logging.run_name", "one"])
-    done = runs.ranks(MAIN, tmp_path, [*settings(tmp_path, *flags), "--logging.run_name", "two"])
+    done = processes.ranks(MAIN, tmp_path, [*settings(tmp_path, *flags), "--logging.run_name", "two"])
     assert [status for status, *_ in done] == [0, 0] and [out.count("wrote") for _, out, _ in done] == [1, 0], done
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     for key in ("cells", "pairs", "wins", "samples"):
@@ -211,7 +211,7 @@ def test_bad_input_is_one_line(tmp_path, settings, adapters, tiny_folder, monkey
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, "--evaluation.reward_checkpoint", adapters[0]),
             "evaluation.reward_checkpoint", str(adapters[0]))  # fmt: skip
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, "--evaluation.max_new_tokens", 127), "max_seq_length")
-    foreign = runs.another_base(tmp_path / "foreign", tiny_folder)
+    foreign = inputs.another_base(tmp_path / "foreign", tiny_folder)
     other = ["--checkpoints", f"base={foreign}", "--evaluation.reward_checkpoint", judge]
     refused(tmp_path, settings(tmp_path, *other), "trained on another base")
 
@@ -219,7 +219,7 @@ def test_bad_input_is_one_line(tmp_path, settings, adapters, tiny_folder, monkey
         import sys
 
         sys.modules["rouge_score"] = None
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     status, _, err = run(tmp_path, settings(tmp_path, "--checkpoints", base), without)
     assert status == 2 and "rouge-score" in err and err.count("\n") == 1

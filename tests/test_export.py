@@ -18,12 +18,13 @@ import train_sft
 from common import chat, lora, model
 from common.log import UserError
 from common.runtime import base, checkpoint
-from tests import runs
-from tests.runs import random_adapter, random_reward_model, write_data
+from tests import inputs, processes
+from tests.faults import inject
+from tests.inputs import random_adapter, random_reward_model, write_data
 
 ROOT, CPU = Path(evaluate.__file__).parent, torch.device("cpu")
 MAIN = evaluate.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 TOKENS = torch.tensor([[2, 105, 107, 200, 300, 106, 107, 105, 111, 107, 150, 151]])
 
 
@@ -145,9 +146,9 @@ def test_a_whole_model_is_exported_and_stops_by_itself(rounded, tiny_folder, few
     stopped = []
     for line in (few / "test.jsonl").read_text().splitlines()[:4]:
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in json.loads(line)["prompt"]]
-        inputs = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        out = plain.generate(**inputs, max_new_tokens=60, do_sample=False)[0].tolist()
-        stopped.append(out[-1] == chat.END_OF_TURN and chat.END_OF_TURN not in out[inputs["input_ids"].shape[1] : -1])
+        encoded = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        out = plain.generate(**encoded, max_new_tokens=60, do_sample=False)[0].tolist()
+        stopped.append(out[-1] == chat.END_OF_TURN and chat.END_OF_TURN not in out[encoded["input_ids"].shape[1] : -1])
     assert all(stopped), stopped
 
 
@@ -212,7 +213,7 @@ def test_what_a_broken_writer_wrote_is_not_kept(tmp_path, flags, adapter, tamper
             tamper(folder)
 
         model.save_model = save_model
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     status, out, err = run(tmp_path, flags(target, f"sft={adapter}"), body)
     assert status == 2 and err.startswith("error: --export: ") and err.count("\n") == 1 and line in err, err
@@ -249,7 +250,7 @@ def test_what_a_broken_merge_made_is_not_kept(tmp_path, flags, adapter, fault):
             return state
 
         model.plain_state = plain_state
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     status, out, err = run(tmp_path, flags(target, f"sft={adapter}"), body)
     assert status == 2 and err.startswith("error: --export: ") and err.count("\n") == 1, (status, err)
@@ -259,12 +260,12 @@ def test_what_a_broken_merge_made_is_not_kept(tmp_path, flags, adapter, fault):
 def test_a_kill_leaves_a_whole_export_or_none(tmp_path, flags, adapter):
     """R4: death at each call that makes something durable."""
     argv = ["--logging.output_dir", tmp_path / "out"]
-    train(tmp_path, flags(tmp_path / "whole", f"sft={adapter}", more=argv), runs.dying(10**9))
+    train(tmp_path, flags(tmp_path / "whole", f"sft={adapter}", more=argv), inject.dying(10**9))
     count, seen = int((tmp_path / "calls").read_text()), set()
     assert count > 5
     for number in range(1, count + 1, 3):
         target = tmp_path / f"merged-{number}"
-        status, _, err = run(tmp_path, flags(target, f"sft={adapter}", more=argv), runs.dying(number))
+        status, _, err = run(tmp_path, flags(target, f"sft={adapter}", more=argv), inject.dying(number))
         assert status == 9, err
         seen.add(target.exists())
         if target.exists():
@@ -307,8 +308,8 @@ def test_what_cannot_be_exported(tmp_path, flags, adapter, tiny_folder):
 
 def test_a_qlora_adapter_is_merged_into_its_own_base(tmp_path, flags, few, tiny_folder):
     functional = pytest.importorskip("bitsandbytes.functional")
-    settings = runs.settings(tiny_folder, few, rate=1e-2)
-    runs.train(train_sft.main, tmp_path, settings(tmp_path, "--training.max_steps", 6, peft="qlora"))
+    settings = inputs.settings(tiny_folder, few, rate=1e-2)
+    processes.train(train_sft.main, tmp_path, settings(tmp_path, "--training.max_steps", 6, peft="qlora"))
     final = tmp_path / "run" / "final"
     figures = train(tmp_path, flags(tmp_path / "merged", f"sft={final}"))
     assert figures["mean"] < 1e-5 and figures["equal_texts"] == figures["texts"]

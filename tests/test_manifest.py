@@ -12,7 +12,7 @@ import evaluate
 import serve
 from common.human import manifest, ratings
 from common.log import UserError
-from tests import runs
+from tests import processes
 from tests.studies import NAMES, NO_PORT, answers, rate_all, study, take_marks_off, two_studies
 
 
@@ -333,7 +333,7 @@ def test_a_blind_file_beside_another_study_s_key_is_not_served(tmp_path):
     first, second = two_studies(tmp_path)
     os.replace(first / "human_eval.key.csv", second / "human_eval.key.csv")
     flags = ["--checkpoint", "tiny", "--port", NO_PORT, "--human_eval", second / "human_eval.csv"]
-    runs.refused(serve.main, tmp_path, flags, "they are of two studies, put the blind file beside its own key")
+    processes.refused(serve.main, tmp_path, flags, "they are of two studies, put the blind file beside its own key")
     flags = ["--logging.output_dir", tmp_path, "--logging.run_name", "second", "--human_eval"]
     flags += ["--checkpoints", "base=tiny", "tuned=tiny"]
-    runs.refused(evaluate.main, tmp_path, flags, "they are of two studies, put the blind file beside its own key")
+    processes.refused(evaluate.main, tmp_path, flags, "they are of two studies, put the blind file beside its own key")

@@ -9,7 +9,7 @@ import torch
 from common import chat, lora, model
 from common.evaluation import measure, metrics
 from common.tasks import synthetic
-from tests import runs
+from tests import inputs
 
 SAMPLING = {"seed": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
 
@@ -17,7 +17,7 @@ SAMPLING = {"seed": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
     net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
-    runs.random_adapter(net, "policy", 0)
+    inputs.random_adapter(net, "policy", 0)
     return net, tokenizer
 
 

@@ -5,7 +5,7 @@ import torch
 
 from common import data, lora, losses, model
 from common.tasks import synthetic
-from tests import runs
+from tests.inputs import random_adapter
 from tests.test_gemma import LENGTHS, random_gemma, sequences
 from tests.test_losses import exact, inputs, relative
 
@@ -53,7 +53,7 @@ def test_a_small_step_moves_every_kind_of_weight():
 def test_mean_entropy_and_kl_against_whole_logits(tiny_model):
     net, tokenizer = tiny_model
     pairs, _ = data.encode_pairs(synthetic.records("safety", "val", 5), tokenizer, 128)
-    runs.random_adapter(net, "policy", 0, std=0.05)
+    random_adapter(net, "policy", 0, std=0.05)
     examples, micro_batches = [pair["chosen"] for pair in pairs], [[3, 0], [1], [4, 2]]
     entropy = kl = count = 0.0
     with torch.no_grad():

@@ -16,7 +16,7 @@ import pytest
 import serve
 from common.human import manifest
 from common.human.ratings import read_ratings
-from tests import runs
+from tests import processes
 from tests.browser import CHROMIUM, Browser
 
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM} is not installed")
@@ -39,9 +39,9 @@ def study(folder):
 
 def start(folder, *flags, **environment):
     """The server as a child, ready -> its address and pid."""
-    port = runs.free_port()
+    port = processes.free_port()
     argv = ["--checkpoint", "base=tiny", "twin=tiny", "--port", port, *flags]
-    pid, url = runs.start(serve.main, folder, argv, environment=environment), f"http://127.0.0.1:{port}"
+    pid, url = processes.start(serve.main, folder, argv, environment=environment), f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
             urllib.request.urlopen(f"{url}/health", timeout=10).close()
@@ -54,7 +54,7 @@ def start(folder, *flags, **environment):
 
 def stop(site):
     os.kill(site.pid, signal.SIGTERM)
-    status, _, errors = runs.finish(site.folder, site.pid)
+    status, _, errors = processes.finish(site.folder, site.pid)
     assert status == 0 and "Traceback" not in errors, errors
 
 

@@ -5,7 +5,7 @@ import torch
 
 from common import data, gemma, model, pairs
 from common.tasks import synthetic
-from tests import runs
+from tests import inputs
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def folder(tmp_path, monkeypatch):
 def test_reference_logprobs_against_whole_logits(tiny_model, folder):
     net, tokenizer = tiny_model
     encoded, _ = data.encode_pairs(synthetic.records("safety", "val", 5), tokenizer, 128)
-    runs.random_adapter(net, "policy", 0, std=0.05)
+    inputs.random_adapter(net, "policy", 0, std=0.05)
     found = pairs.reference_logprobs(net, encoded, [[3, 0], [1], [4, 2]], "key")
     assert found.shape == (5, 2) and found.dtype == torch.float64
     with torch.no_grad():

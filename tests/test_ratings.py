@@ -7,7 +7,7 @@ import pytest
 import serve
 from common.human import manifest, ratings
 from common.log import UserError
-from tests import runs
+from tests import processes
 from tests.studies import NO_PORT, made_key, rate_all, two_studies
 
 
@@ -88,5 +88,5 @@ def test_saved_ratings_of_another_study_are_refused_and_kept(tmp_path):
         ratings.reopen(saved, items)
     assert str(saved) in str(caught.value) and saved.read_bytes() == before
     flags = ["--checkpoint", "tiny", "--port", NO_PORT, "--human_eval", second / "human_eval.csv"]
-    runs.refused(serve.main, tmp_path, flags, "human_eval.ratings.jsonl, line 1: item_id")
+    processes.refused(serve.main, tmp_path, flags, "human_eval.ratings.jsonl, line 1: item_id")
     assert saved.read_bytes() == before

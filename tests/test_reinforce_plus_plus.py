@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train_rl
 from common import config, dist, experience, lora, model
-from tests import runs
+from tests import checks, inputs, processes
 from tests.faults import trainers
 from tests.test_train_online import naive_logprobs
 
@@ -105,10 +105,10 @@ def caught(main, folder, argv):
             steps[-1]["gradients"].append(torch.cat([p.grad.flatten() for p in parameters]).clone())
 
         experience.fill, dist.sum_gradients = keep, grab
-        runs.call(main, argv)
+        processes.call(main, argv)
         torch.save(steps, folder / "steps.pt")
 
-    runs.train(main, folder, argv, body)
+    processes.train(main, folder, argv, body)
     return torch.load(folder / "steps.pt", weights_only=True)
 
 
@@ -144,7 +144,7 @@ def test_the_gradient_is_that_of_the_formula(tmp_path, settings, tiny_folder, re
         "equal_in_groups": "return len(prompt[-1]['content']) % 5",
         "mixed": "calls[0] += 1; return 2 * calls[0] % 5",
     }[reward]
-    flags = ["--rl.num_ppo_epochs", passes, "--rl.minibatches", minibatches, *runs.mine(tmp_path, body)]
+    flags = ["--rl.num_ppo_epochs", passes, "--rl.minibatches", minibatches, *inputs.mine(tmp_path, body)]
     flags += ["--training.learning_rate", 1e-2]
     steps = caught(fork(tmp_path, WHOLE), tmp_path, settings(tmp_path, *flags))
     assert len(steps) == 2
@@ -164,13 +164,13 @@ def test_the_gradient_is_that_of_the_formula(tmp_path, settings, tiny_folder, re
         found, naive = step["gradients"][0], naive_gradient(net, step)
         assert naive.norm() > 1e-2
         assert (found - naive).abs().max() < 1e-6 and (found - naive).norm() < 1e-5 * naive.norm()
-    log = runs.lines(tmp_path / "run")
+    log = checks.lines(tmp_path / "run")
     assert log[0]["kl"] == 0 < log[1]["kl"] and log[0]["updates"] == passes * minibatches
     assert not (tmp_path / "run" / "step-000002" / "critic.safetensors").exists()
 
 
 def test_a_forgotten_critic_entry_fails_loudly(tmp_path, settings):
     main = fork(tmp_path, '{"step": reinforce_plus_plus_step}')
-    status, out, err = runs.run(main, tmp_path, settings(tmp_path))
+    status, out, err = processes.run(main, tmp_path, settings(tmp_path))
     assert status != 0 and err.rstrip().endswith("KeyError: 'critic'"), err
     assert "RESULT" not in out and not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import torch
 
 from common import lora, roles
 from common.log import UserError
-from tests import runs
+from tests import inputs
 
 CPU = torch.device("cpu")
 PEFT = {"peft_rank": 4, "peft_alpha": 8, "peft_target_modules": list(lora.TARGETS), "peft_dropout": 0.0}
@@ -44,7 +44,7 @@ def test_a_critic_leaves_the_policy_s_start_as_it_is(tiny_folder):
 
 
 def test_a_saved_adapter_is_policy_and_reference(tmp_path, tiny_folder, capsys):
-    start = runs.random_start(tmp_path / "start", tiny_folder)
+    start = inputs.random_start(tmp_path / "start", tiny_folder)
     models = built(tiny_folder, section(adapter=str(start)))
     assert f"adapter sizes are those of {start}" in capsys.readouterr().out
     frozen = lora.adapter_parameters(models.net, "reference")

@@ -21,7 +21,7 @@ from common import chat, lora, model, rollouts
 from common.decoder import Decoder
 from common.human import manifest, ratings
 from common.serving import engine
-from tests import runs
+from tests import inputs, processes
 from tests.servers import (
     PROMPT,
     USER,
@@ -53,7 +53,7 @@ TOKEN = "a-token-for-the-tests"
 def net(tiny_folder):
     """The tiny base with the adapter that the server has as `x`."""
     found, tokenizer = model.load("tiny", torch.device("cpu"), torch.float32)
-    runs.random_adapter(found, "x", 0, std=0.02)
+    inputs.random_adapter(found, "x", 0, std=0.02)
     return found, tokenizer
 
 
@@ -255,7 +255,7 @@ def test_H1_health_is_quick_while_others_generate(tmp_path):
 @pytest.mark.parametrize("source, words", [("nowhere/here/x", "no such folder"), ("{empty}", "no config.json")])
 def test_H1_a_broken_model_is_one_line(tmp_path, source, words):
     (tmp_path / "empty").mkdir()
-    status, out, err = runs.run(
+    status, out, err = processes.run(
         serve.main, tmp_path, ["--port", 0, "--checkpoint", source.format(empty=tmp_path / "empty")]
     )
     assert status == 2 and words in err and err.count("\n") == 1 and err.startswith("error: "), (status, err)
@@ -376,7 +376,7 @@ def test_H9_an_idle_server_stops_at_once_and_its_port_is_free(tmp_path):
         idle.close()
     with serving(tmp_path, "--checkpoint", "tiny", "--port", one.port) as again:
         assert again.port == one.port and generate(again, max_tokens=3).status == 200
-        status, _, err = runs.run(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", one.port])
+        status, _, err = processes.run(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", one.port])
         assert status == 2 and f"--port {one.port}: Address already in use" in err
 
 
@@ -438,7 +438,7 @@ def test_H10_a_token_guards_all_but_the_pages_and_health(tmp_path):
 def test_H10_other_addresses_need_a_token(tmp_path, token, words):
     environment = {"GEMMA_ALIGNMENT_TOKEN": token} if token else ()
     argv = ["--checkpoint", "tiny", "--port", 0, "--host", "0.0.0.0"]
-    status, out, err = runs.run(serve.main, tmp_path, argv, environment=environment)
+    status, out, err = processes.run(serve.main, tmp_path, argv, environment=environment)
     assert status == 2 and words in err and err.count("\n") == 1 and "listening" not in out
 
 
@@ -640,12 +640,12 @@ def test_without_a_blind_file_there_is_nothing_to_rate(server, tmp_path):
     for found in (ask(server, "GET", "/rate/items?rater=a"), ask(server, "POST", "/rate", {"rater_id": "a"})):
         assert found.status == 404 and "--human_eval" in found.json["error"]["message"]
     key = ["--checkpoint", "tiny", "--human_eval", tmp_path / "none.csv"]
-    runs.refused(serve.main, tmp_path, key, "none.csv")
+    processes.refused(serve.main, tmp_path, key, "none.csv")
 
 
 @pytest.mark.parametrize("words, wrong", [(["a=tiny", "a=other"], "stands twice"), (["a="], "names nothing")])
 def test_wrong_names_of_checkpoints(tmp_path, words, wrong):
-    runs.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", *words], wrong)
+    processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", *words], wrong)
 
 
 def test_names_of_checkpoints(tmp_path):
@@ -662,7 +662,7 @@ def test_a_name_may_have_a_dot(adapter):
 
 
 def test_a_port_beyond_the_last_is_one_line(tmp_path):
-    runs.refused(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", 70000], "--port 70000", "0-65535")
+    processes.refused(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", 70000], "--port 70000", "0-65535")
 
 
 class Panic(BaseException):
@@ -680,10 +680,10 @@ def test_what_fails_while_loading_is_said_and_not_waited_for(tmp_path, error, st
         serve.load = load
         main([str(word) for word in argv])
 
-    found = runs.run(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", 0], body)
+    found = processes.run(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", 0], body)
     assert found[0] == status and found[2].endswith(words) and "--port" not in found[2], found
 
 
 def test_a_reward_model_is_not_served(tmp_path, tiny_folder):
-    judge = runs.random_reward_model(tmp_path / "judge", tiny_folder)
-    runs.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", judge], "is a reward model")
+    judge = inputs.random_reward_model(tmp_path / "judge", tiny_folder)
+    processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", judge], "is a reward model")

@@ -16,13 +16,13 @@ import train_reward
 from common import config, lora, model, reward_model
 from common.log import UserError
 from common.runtime import base
-from tests import runs
+from tests import checks, inputs, processes
 from tests.faults import trainers
-from tests.runs import write_data
+from tests.inputs import write_data
 
 ROOT = Path(train_reward.__file__).parent
 MAIN = train_reward.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 few, settings, _ = trainers.fixtures("reward")
 
 
@@ -55,7 +55,7 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer):
         ".lock", "config.yml", "run.json", "metrics.jsonl", "curves.png", "report.json", "reliability.png", "best",
         "final", "step-000012", "step-000016",
     }  # fmt: skip
-    lines, report = runs.lines(run_dir), json.loads((run_dir / "report.json").read_text())
+    lines, report = checks.lines(run_dir), json.loads((run_dir / "report.json").read_text())
     assert [line["step"] for line in lines] == list(range(17))
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 8, 16]
     assert lines[-1] == json.loads(out.partition("RESULT ")[2])
@@ -72,7 +72,7 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer):
     assert "reward model: accuracy {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(
         held_out["accuracy"], *held_out["interval"]) in out  # fmt: skip
 
-    pairs = runs.pairs_of(source, "val", tokenizer)
+    pairs = inputs.pairs_of(source, "val", tokenizer)
     found = plain_rewards(run_dir / "final", tiny_folder, pairs)
     assert_worth(report, found, pairs)
     mean, std = found[:, 0].mean().item(), found[:, 0].std(correction=0).item()
@@ -116,9 +116,9 @@ def test_loss_of_a_step_by_transformers_and_peft(tmp_path, settings, tiny_folder
     flags = ["--training.learning_rate", 1e-30, "--training.max_steps", 1, "--training.batch_size", 8]
     flags += ["--reward.center_coefficient", 0.5, "--dataset_path", source, "--model.peft_dropout", 0]
     train(tmp_path, settings(tmp_path, *flags))
-    first, last = runs.lines(tmp_path / "run")
+    first, last = checks.lines(tmp_path / "run")
 
-    found = {split: plain_rewards(tmp_path / "run" / "final", tiny_folder, runs.pairs_of(source, split, tokenizer))
+    found = {split: plain_rewards(tmp_path / "run" / "final", tiny_folder, inputs.pairs_of(source, split, tokenizer))
              for split in ("train", "val")}  # fmt: skip
     margin = {split: rewards[:, 0] - rewards[:, 1] for split, rewards in found.items()}
     centre = 0.5 * found["train"].sum(1).square()
@@ -153,24 +153,24 @@ def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, tin
     for name, parameter in lora.adapter_parameters(net, "reward").items():
         assert torch.allclose(parameter, saved[name], atol=1e-20), name
     assert head.any() and math.isfinite(about["std"])
-    assert all(math.isfinite(line["loss"]) for line in runs.lines(tmp_path / "run")[:-1])
+    assert all(math.isfinite(line["loss"]) for line in checks.lines(tmp_path / "run")[:-1])
 
 
 # ---------------------------------------------------------------- a step does not depend on how it is cut
 
 
 def test_b1_gradient_of_micro_batches(tmp_path, settings, few):
-    runs.check_cuts(MAIN, tmp_path, settings, few, "lora")
+    checks.check_cuts(MAIN, tmp_path, settings, few, "lora")
 
 
 # ---------------------------------------------------------------- --explain and bad input
 
 
 def test_explain_writes_nothing_and_skips_are_counted(tmp_path, settings, few):
-    out_dir, source = tmp_path / "out", runs.odd_pairs(tmp_path / "odd", few)
-    before = runs.snapshot(tmp_path / "odd")
+    out_dir, source = tmp_path / "out", inputs.odd_pairs(tmp_path / "odd", few)
+    before = checks.snapshot(tmp_path / "odd")
     status, out, err = run(tmp_path, settings(out_dir, "--explain", "--dataset_path", source))
-    assert status == 0 and not err and not out_dir.exists() and runs.snapshot(tmp_path / "odd") == before
+    assert status == 0 and not err and not out_dir.exists() and checks.snapshot(tmp_path / "odd") == before
     line = next(line for line in out.splitlines() if line.startswith("train: "))
     for words in ("20 records", "1 no_rejected", "1 empty_answer", "1 equal_answers", "1 prompt_too_long", "16 kept"):
         assert words in line, line
@@ -193,7 +193,7 @@ def test_bad_input_is_one_line(tmp_path, settings, few, tiny_folder):
     refused(tmp_path, settings(out_dir, "--dataset_path", tmp_path / "none"), f"{tmp_path}/none/train.jsonl")
     refused(tmp_path, settings(out_dir, "--training.max_seq_length", 8), "train: no usable pair in 20 records")
     refused(tmp_path, settings(out_dir, "--model.adapter", tmp_path / "none"), "model.adapter", f"{tmp_path}/none")
-    judge = runs.random_reward_model(tmp_path / "judge", tiny_folder)
+    judge = inputs.random_reward_model(tmp_path / "judge", tiny_folder)
     refused(tmp_path, settings(out_dir, "--model.adapter", judge), "model.adapter", "modules_to_save")
     assert not list(out_dir.rglob("*.*ml"))  # neither a config nor a metric
 

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 import train_rl
 from common import config, data, lora, model, pairs, reward_model
 from common.runtime import base, cache
-from tests import runs
-from tests.faults import trainers
-from tests.runs import lines, write_data
+from tests import checks, inputs, processes
+from tests.checks import lines
+from tests.faults import inject, trainers
+from tests.inputs import write_data
 
 ROOT = Path(train_rl.__file__).parent
 MAIN = train_rl.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 few, settings, straight = trainers.fixtures("dpo")
 own_cache = trainers.cache
 LOG2 = math.log(2)
@@ -63,7 +64,7 @@ def oracle(policy, ref, encoded):
 
 def first_batch(source, tokenizer, size=4):
     """The pairs of step 0."""
-    encoded = runs.pairs_of(source, "train", tokenizer)
+    encoded = inputs.pairs_of(source, "train", tokenizer)
     rows = data.epoch_batches([data.pair_tokens(pair) for pair in encoded], size, 0, 0)[0]
     return [encoded[i] for i in rows]
 
@@ -97,7 +98,7 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer, bare):
     assert len(json.loads((run_dir / "run.json").read_text())["facts"]["data"]) == 64
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
-    encoded = runs.pairs_of(source, "val", tokenizer)
+    encoded = inputs.pairs_of(source, "val", tokenizer)
     found = oracle(plain_model(tiny_folder, run_dir / "final"), bare, encoded)
     assert_metrics(last, *found)
     assert_worth(report, *found[:3])
@@ -142,7 +143,7 @@ def assert_worth(report, sums, ref_sums, sizes):
 
 def test_kl_of_full_fine_tuning_is_to_the_base_with_its_own_head(straight, bare, few, tokenizer):
     """Embedding and head are trained too, so the reference's states belong under the reference's head."""
-    found = oracle(plain_model(straight("none") / "final"), bare, runs.pairs_of(few, "val", tokenizer))
+    found = oracle(plain_model(straight("none") / "final"), bare, inputs.pairs_of(few, "val", tokenizer))
     assert_metrics(lines(straight("none"))[-1], *found)
 
 
@@ -196,10 +197,10 @@ def test_objectives(tmp_path, settings, tiny_folder, bare, few, tokenizer, kind)
     assert steps[0]["loss"] == pytest.approx(start + nll.mean().item(), rel=1e-5)  # of the step's tokens, not answers
 
     tuned = plain_model(tiny_folder, tmp_path / "run" / "final")
-    sums, ref_sums, sizes, _ = oracle(tuned, bare, runs.pairs_of(few, "val", tokenizer))
+    sums, ref_sums, sizes, _ = oracle(tuned, bare, inputs.pairs_of(few, "val", tokenizer))
     change = (sums - ref_sums) / (1 if name == "sigmoid" else sizes)
     h = change[:, 0] - change[:, 1]
-    val = [answer_logprobs(tuned, pair["chosen"]) for pair in runs.pairs_of(few, "val", tokenizer)]
+    val = [answer_logprobs(tuned, pair["chosen"]) for pair in inputs.pairs_of(few, "val", tokenizer)]
     nll = torch.cat([-p.gather(1, ids[:, None]) for p, ids in val]).mean()
     assert last["eval/loss"] == pytest.approx(KINDS[kind](h, 0.5).mean().item() + nll.item(), rel=1e-4)
     assert last["eval/margin"] == pytest.approx(0.5 * h.mean().item(), rel=1e-3)
@@ -233,7 +234,7 @@ def counting(main, argv):
         return real(path, name, counted)
 
     cache.records = records
-    runs.call(main, argv)
+    processes.call(main, argv)
     print(f"COMPUTED {len(calls)}")
 
 
@@ -264,24 +265,26 @@ def test_reference_cache(tmp_path, settings, monkeypatch):
     computed, out, run_dir = go("damaged")
     assert computed == 2 and all(f"{file} is damaged" in out for file in files)
     assert [file.read_bytes() for file in files] == whole and sorted((folder / "reference").iterdir()) == files
-    runs.assert_same_records(run_dir, first)
+    checks.assert_same_records(run_dir, first)
 
     computed, out, run_dir = go("again")
     assert computed == 0 and "damaged" not in out
-    runs.assert_same_records(run_dir, first)
+    checks.assert_same_records(run_dir, first)
 
 
 # ---------------------------------------------------------------- a step does not depend on how it is cut
 
 
 def test_b1_gradient_of_micro_batches(tmp_path, settings, few):
-    runs.check_cuts(MAIN, tmp_path, lambda *more, **kind: settings(*more, "--rl.dpo_sft_coeff", 1, **kind), few, "none")
+    checks.check_cuts(
+        MAIN, tmp_path, lambda *more, **kind: settings(*more, "--rl.dpo_sft_coeff", 1, **kind), few, "none"
+    )
 
 
 def test_padding_does_not_count(tiny_folder, tokenizer, few):
     torch.set_num_threads(1)
     net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32)
-    tokens, mask = data.collate_pairs(runs.pairs_of(few, "val", tokenizer))
+    tokens, mask = data.collate_pairs(inputs.pairs_of(few, "val", tokenizer))
     anything = torch.randint(0, 640, (len(tokens), 50), generator=torch.Generator().manual_seed(0))
     rl = config.load_config(None, {"rl.dpo_sft_coeff": 1}).rl
     found = []
@@ -316,9 +319,9 @@ def test_collapse_is_said_and_survives_a_crash(tmp_path, settings):
     assert f"became {fallen[4]:.2f} nats per token less likely" in log[4]["warning"]
     assert f"step 4: {log[4]['warning']}" in out and "rl.dpo_beta" in log[4]["warning"]
 
-    assert run(tmp_path, argv[1], runs.crash_behind_save(4))[0] == 9
+    assert run(tmp_path, argv[1], inject.crash_behind_save(4))[0] == 9
     train(tmp_path, argv[1])
-    runs.assert_same_records(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
+    checks.assert_same_records(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
 
 
 # ---------------------------------------------------------------- --explain and bad input
@@ -326,10 +329,10 @@ def test_collapse_is_said_and_survives_a_crash(tmp_path, settings):
 
 def test_explain_writes_nothing_and_skips_are_counted(tmp_path, settings, few, monkeypatch):
     monkeypatch.setenv("GEMMA_ALIGNMENT_CACHE", str(tmp_path / "cache"))
-    out_dir, source = tmp_path / "out", runs.odd_pairs(tmp_path / "odd", few)
-    before = runs.snapshot(source)
+    out_dir, source = tmp_path / "out", inputs.odd_pairs(tmp_path / "odd", few)
+    before = checks.snapshot(source)
     status, out, err = run(tmp_path, settings(out_dir, "--explain", "--dataset_path", source))
-    assert status == 0 and not err and not out_dir.exists() and runs.snapshot(source) == before
+    assert status == 0 and not err and not out_dir.exists() and checks.snapshot(source) == before
     assert not (tmp_path / "cache").exists()
     line = next(line for line in out.splitlines() if line.startswith("train: "))
     for words in ("20 records", "1 no_rejected", "1 empty_answer", "1 equal_answers", "1 prompt_too_long", "16 kept"):

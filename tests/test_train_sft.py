@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 import train_sft
 from common import config, data, model
-from tests import runs
+from tests import checks, inputs, processes
+from tests.checks import records
 from tests.faults import trainers
-from tests.runs import records, write_data
+from tests.inputs import write_data
 
 ROOT = Path(train_sft.__file__).parent
 MAIN = train_sft.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 few, settings, _ = trainers.fixtures("sft")
 
 
@@ -35,7 +36,7 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_model):
     argv += ["--training.batch_size", 4, "--training.eval_interval", 10, "--training.save_interval", 5]
     result = train(tmp_path, argv, pictures=True)
     run_dir = tmp_path / "sft-debug"
-    lines = runs.lines(run_dir)
+    lines = checks.lines(run_dir)
     assert [line["step"] for line in lines] == list(range(31)) and lines[-1] == result
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 10, 20, 30]
     assert lines[-1]["eval/loss"] < 0.8 * lines[0]["eval/loss"]
@@ -64,7 +65,7 @@ def test_patience_and_a_finished_run_started_again(tmp_path, settings):
     argv += ["--training.eval_interval", 1, "--training.save_interval", 1, "--training.keep_last", 1]
     result = train(tmp_path, argv)
     run_dir, names = tmp_path / "run", ["final", "step-000002"]
-    assert result["step"] == 2 and result == runs.lines(run_dir)[-1]
+    assert result["step"] == 2 and result == checks.lines(run_dir)[-1]
     assert sorted(path.name for path in run_dir.iterdir() if path.is_dir()) == names  # nothing beat the base: no best
     before = records(run_dir)
     assert train(tmp_path, argv) == result
@@ -73,7 +74,7 @@ def test_patience_and_a_finished_run_started_again(tmp_path, settings):
 
 def test_a_token_budget_ends_a_run_and_its_schedule(tmp_path, settings):
     result = train(tmp_path, settings(tmp_path, "--training.budget_tokens", 1200, "--training.max_steps", 1000))
-    log = runs.lines(tmp_path / "run")
+    log = checks.lines(tmp_path / "run")
     assert log[-2]["tokens_seen"] >= 1200 > log[-3]["tokens_seen"] and result["step"] == len(log) - 1 < 1000
     assert "eval/loss" in log[-1] and (tmp_path / "run" / "final").is_dir()
     rates = [line["lr"] for line in log[:-1]]
@@ -88,7 +89,7 @@ def test_qlora(tmp_path, settings):
     assert len(losses) == 5 and all(map(math.isfinite, losses))
     held_out = [record["eval/loss"] for record in records(run_dir) if record.get("eval/loss")]
     assert float.fromhex(held_out[-1]) < float.fromhex(held_out[0])
-    tensors = load_file(run_dir / "final" / runs.WEIGHTS["lora"])
+    tensors = load_file(run_dir / "final" / inputs.WEIGHTS["lora"])
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]  # zero before the first update
     assert ups and all(tensor.isfinite().all() and tensor.any() for tensor in ups)
 
@@ -97,7 +98,7 @@ def test_qlora(tmp_path, settings):
 
 
 def test_gradient_of_micro_batches_and_packs(tmp_path, settings, few):
-    runs.check_cuts(MAIN, tmp_path, settings, few, "none", packed=["--training.packing", "true"])
+    checks.check_cuts(MAIN, tmp_path, settings, few, "none", packed=["--training.packing", "true"])
 
 
 def test_one_rank_or_two(tmp_path, settings):
@@ -110,7 +111,7 @@ def test_one_rank_or_two(tmp_path, settings):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 0 ") == 1  # one rank speaks
-    runs.assert_one_rank_or_two(tmp_path / "one" / "run", tmp_path / "two" / "run")
+    checks.assert_one_rank_or_two(tmp_path / "one" / "run", tmp_path / "two" / "run")
     assert len(records(tmp_path / "two" / "run")) == 7
 
 

@@ -13,13 +13,14 @@ import train_sft
 import train_staged
 from common import config, data
 from common.runtime import checkpoint
-from tests import runs
+from tests import checks, processes
+from tests.checks import lines
 from tests.faults.test_staged import in_stage
-from tests.runs import lines, write_data
+from tests.inputs import write_data
 
 ROOT = Path(train_staged.__file__).parent
 MAIN = train_staged.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 BUDGET = 3000
 
 
@@ -90,11 +91,11 @@ def test_staged_is_its_scripts_one_after_the_other(tmp_path, settings):
     train(tmp_path, argv)
     out = tmp_path / "run"
     by_hand = ["--config", out / "config.yml", "--logging.output_dir", tmp_path / "hand"]
-    runs.train(train_sft.main, tmp_path, [*by_hand, "--training.mode", "sft", "--logging.run_name", "sft"])
+    processes.train(train_sft.main, tmp_path, [*by_hand, "--training.mode", "sft", "--logging.run_name", "sft"])
     start = ["--model.adapter", tmp_path / "hand" / "sft" / "final"]
-    runs.train(train_rl.main, tmp_path, [*by_hand, "--training.mode", "rl", "--logging.run_name", "rl", *start])
+    processes.train(train_rl.main, tmp_path, [*by_hand, "--training.mode", "rl", "--logging.run_name", "rl", *start])
     for stage in ("sft", "rl"):
-        runs.assert_same_records(out / stage, tmp_path / "hand" / stage)
+        checks.assert_same_records(out / stage, tmp_path / "hand" / stage)
         names = [folder / stage / "final" / "adapter_model.safetensors" for folder in (out, tmp_path / "hand")]
         assert checkpoint.sha256(names[0]) == checkpoint.sha256(names[1])
     first = lines(out / "rl")[0]
@@ -166,11 +167,11 @@ def test_the_comparison_names_all_arms(compared):
 
 def test_started_again_it_trains_nothing(compared):
     out, argv, result = compared
-    before = {name: runs.snapshot(out / name) for name in ("reward", "judge", "sft", "rl", "staged-sft", "staged-rl")}
+    before = {name: checks.snapshot(out / name) for name in ("reward", "judge", "sft", "rl", "staged-sft", "staged-rl")}
     status, text, err = run(out.parent, argv)
     assert status == 0, err
     assert text.count("finished before") == 6 and text.count("answered before") == 5
-    assert before == {name: runs.snapshot(out / name) for name in before}
+    assert before == {name: checks.snapshot(out / name) for name in before}
     assert json.loads(text.partition("RESULT ")[2])["cells"] == result["cells"]
 
 
@@ -184,7 +185,7 @@ def test_r1_r3_killed_in_any_stage_it_goes_on_to_the_same_bits(tmp_path, compare
     assert status == 1 and "run the same command again" in err and out.count("finished before") == 2
     train(tmp_path, argv)
     for name in ("rl", "staged-sft", "staged-rl"):
-        runs.assert_same_records(tmp_path / "run" / name, compared[0] / name)
+        checks.assert_same_records(tmp_path / "run" / name, compared[0] / name)
 
 
 # ---------------------------------------------------------------- refusals

@@ -10,7 +10,7 @@ import train_staged
 from common import log, model
 from common.log import UserError
 from common.runtime import base, versions
-from tests import runs
+from tests import processes
 
 OLD = {"torch": ("2.9.1+cu128", "CVE-2026-24747"), "transformers": ("5.2.0", "CVE-2026-4372")}
 TRAINERS = {"sft": train_sft, "reward": train_reward, "rl": train_rl, "staged": train_staged}
@@ -27,10 +27,10 @@ def test_old_libraries_are_refused_before_a_model_is_opened(tmp_path, name, job)
     def body(main, argv):
         getattr(versions, name).__version__ = old
         model.Gemma3ForCausalLM.from_pretrained = base.tiny.ensure = None  # whoever calls them ends with a traceback
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     argv = ["--debug", "--logging.output_dir", tmp_path / "out", *more]
-    status, _, err = runs.run(main, tmp_path, argv, body)
+    status, _, err = processes.run(main, tmp_path, argv, body)
     assert status == 2 and err.startswith(f"error: {name} {old} is refused") and err.count("\n") == 1, (status, err)
     assert hole in err and "SECURITY.md" in err and "requirements.txt" in err
 

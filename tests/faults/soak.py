@@ -36,11 +36,11 @@ from common import config, data, log, model, rewards  # noqa: E402
 from common.human import sheets  # noqa: E402
 from common.log import UserError  # noqa: E402
 from common.runtime import base, checkpoint  # noqa: E402
-from tests import runs  # noqa: E402
-from tests.faults import clients, test_hostile, trainers  # noqa: E402
+from tests import checks, inputs, processes  # noqa: E402
+from tests.faults import clients, inject, test_hostile, trainers  # noqa: E402
 
 PAD = 50 * 2**20  # bytes beside every save, so that it takes long enough to be hit
-EVERY, LAST = 3, f"step-{runs.STEPS:06d}"  # training.save_interval, the last step
+EVERY, LAST = 3, f"step-{inputs.STEPS:06d}"  # training.save_interval, the last step
 
 
 # ---------------------------------------------------------------- the bench: runs that nothing stopped, and trials
@@ -66,11 +66,11 @@ class Bench:
             trainers.write_data(source, kind)
         return trainers.settings(kind, self.base, source)
 
-    def whole(self, kind, body=runs.call):
+    def whole(self, kind, body=processes.call):
         """(folder of a run that nothing stopped, seconds that it takes)."""
         if (kind, body) not in self.made:
             out, started = self.new(), time.monotonic()
-            runs.train(trainers.main_of(kind), out, self.flags(kind)(out), body)
+            processes.train(trainers.main_of(kind), out, self.flags(kind)(out), body)
             self.made[kind, body] = out, time.monotonic() - started
         return self.made[kind, body]
 
@@ -100,7 +100,7 @@ def padded(main, argv):
             save_file({"x": torch.zeros(PAD // 4)}, folder / "padding.safetensors")
 
     checkpoint.new_step = new_step
-    runs.call(main, argv)
+    processes.call(main, argv)
 
 
 def signalled(bench, kind, numbers, body, share, pause=0.2):
@@ -110,7 +110,7 @@ def signalled(bench, kind, numbers, body, share, pause=0.2):
     take now: the machine may have become faster.
     """
     out = bench.new()
-    pid, started = runs.start(trainers.main_of(kind), out, bench.flags(kind)(out), body), time.monotonic()
+    pid, started = processes.start(trainers.main_of(kind), out, bench.flags(kind)(out), body), time.monotonic()
     whole, seconds = bench.whole(kind, body) if (kind, body) in bench.made else bench.whole(kind)
     while time.monotonic() < started + share * seconds:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -121,16 +121,16 @@ def signalled(bench, kind, numbers, body, share, pause=0.2):
         time.sleep(pause if at else 0)
         os.kill(pid, number)  # a run that has ended waits for us, so the number is still its own
     sent = time.monotonic()
-    return out, *runs.finish(out, pid), time.monotonic() - sent
+    return out, *processes.finish(out, pid), time.monotonic() - sent
 
 
-def resume(bench, kind, out, body=runs.call):
+def resume(bench, kind, out, body=processes.call):
     """Run the same command again; returns what it printed. It must go on at the newest whole checkpoint."""
     run_dir = out / "run"
     steps = sorted(run_dir.glob("step-*"))
     for folder in (*steps, *run_dir.glob("best"), *run_dir.glob("final")):
         checkpoint.verify(folder)  # what bears its final name is whole
-    status, said, err = runs.run(trainers.main_of(kind), out, bench.flags(kind)(out), body)
+    status, said, err = processes.run(trainers.main_of(kind), out, bench.flags(kind)(out), body)
     assert status == 0 and not err, (status, err)
     if steps:
         assert f"resuming {run_dir} at step {int(steps[-1].name[5:])} of" in said, said
@@ -144,7 +144,7 @@ def logged(run_dir):
 
 
 def assert_same(run_dir, whole):
-    runs.assert_same_run(run_dir, whole)
+    checks.assert_same_run(run_dir, whole)
     trainers.same_files(run_dir, whole)
 
 
@@ -181,11 +181,11 @@ def staged(number, bench):
     whole, _ = bench.whole("staged")
     status = 0
     while status != -signal.SIGKILL:
-        out, status, *_ = signalled(bench, "staged", [signal.SIGKILL], runs.call, bench.dice.uniform(0, 1))
+        out, status, *_ = signalled(bench, "staged", [signal.SIGKILL], processes.call, bench.dice.uniform(0, 1))
     where = sum((out / "run" / name / "final").exists() for name in ("sft", "rl"))
-    runs.train(trainers.main_of("staged"), out, bench.flags("staged")(out))
+    processes.train(trainers.main_of("staged"), out, bench.flags("staged")(out))
     for name in ("sft", "rl"):
-        runs.assert_same_run(out / "run" / name, whole / "run" / name)
+        checks.assert_same_run(out / "run" / name, whole / "run" / name)
     assert not [*(out / "run").rglob(".tmp-*")]
     shutil.rmtree(out)
     return where
@@ -201,13 +201,13 @@ def r04(bench, count):
     flags = bench.flags("sft")
     short = ["--training.max_steps", 2, "--training.save_interval", 1, "--training.eval_interval", 1]
     main, whole, out = trainers.main_of("sft"), bench.new(), bench.new()
-    runs.train(main, whole, flags(whole / "out", *short), runs.dying(10**9))
+    processes.train(main, whole, flags(whole / "out", *short), inject.dying(10**9))
 
     def one(number):
         argv = flags(out / f"{number}", *short)
-        assert runs.run(main, out, argv, runs.dying(number + 1))[0] == 9
-        runs.train(main, out, argv)
-        runs.assert_same_run(out / f"{number}" / "run", whole / "out" / "run")
+        assert processes.run(main, out, argv, inject.dying(number + 1))[0] == 9
+        processes.train(main, out, argv)
+        checks.assert_same_run(out / f"{number}" / "run", whole / "out" / "run")
         shutil.rmtree(out / f"{number}")
 
     total, passed, _ = trials(int((whole / "calls").read_text()), one)
@@ -220,7 +220,7 @@ def stop(number, bench, kind, taken):
     status = 0
     while status != 1:  # before the loop or behind it there is nothing to save
         numbers = [bench.dice.choice([signal.SIGTERM, signal.SIGINT])]
-        out, status, _, err, took = signalled(bench, kind, numbers, runs.call, bench.dice.uniform(0.2, 1))
+        out, status, _, err, took = signalled(bench, kind, numbers, processes.call, bench.dice.uniform(0.2, 1))
     step = int(re.search(r"stopped at step (\d+) of 12, saved; run the same command again", err)[1])
     assert checkpoint.newest(out / "run").name == f"step-{step:06d}" and logged(out / "run") == step
     resume(bench, kind, out)
@@ -238,7 +238,7 @@ def r13(bench, count, kind):
 def twice(number, bench, taken):
     """The second signal ends a run whose step takes long."""
     numbers = [bench.dice.choice([signal.SIGTERM, signal.SIGINT]) for _ in range(2)]
-    body, pause = runs.at_step(0, lambda: time.sleep(30)), bench.dice.uniform(0.05, 1.5)
+    body, pause = inject.at_step(0, lambda: time.sleep(30)), bench.dice.uniform(0.05, 1.5)
     bench.whole("sft")
     *_, status, _, err, took = signalled(bench, "sft", numbers, body, 2, pause)  # by then it sleeps
     assert status == 128 + numbers[1] and took <= 1, (status, took, err)
@@ -304,7 +304,7 @@ def limited(folder, extra, main, argv):
     assert checkpoint.newest(run_dir).name == "step-000004" and not [*run_dir.glob(".tmp-*")]
     freed.append(True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    runs.call(main, argv)
+    processes.call(main, argv)
     shutil.copytree(run_dir, folder.parent / "saved" / "run")
 
 
@@ -327,7 +327,7 @@ def full(number, bench, how):
         body = on_small_disk(out / "disk", bench.dice.randrange(100, 140) * 2**20, 150 * 2**20)
     else:
         body = file_limit(out / "disk", bench.dice.randrange(4, 8) * 2**20, 9 * 2**20)
-    status, _, err = runs.run(trainers.main_of("sft"), out, bench.flags("sft")(out / "disk"), body)
+    status, _, err = processes.run(trainers.main_of("sft"), out, bench.flags("sft")(out / "disk"), body)
     if status == 77:
         return "not allowed here"
     assert status == 0, err
@@ -382,8 +382,8 @@ def torn(number, bench):
         shutil.rmtree(out / "run" / LAST)
     kept, rest = b"".join(lines[:step]), b"".join(lines[step:]) + b'{"step": 13, "loss": 0.5}\n'
     (out / "run" / "metrics.jsonl").write_bytes(kept + rest[: bench.dice.randrange(len(rest))])
-    runs.train(trainers.main_of("sft"), out, bench.flags("sft")(out))
-    runs.assert_same_records(out / "run", whole / "run")
+    processes.train(trainers.main_of("sft"), out, bench.flags("sft")(out))
+    checks.assert_same_records(out / "run", whole / "run")
     shutil.rmtree(out.parent)
 
 

@@ -13,50 +13,50 @@ from safetensors.torch import load_file, save_file
 
 import train_rl
 from common import lora, model, pairs
-from tests import runs
+from tests import checks, inputs, processes
+from tests.checks import lines, records
 from tests.faults import trainers
-from tests.runs import lines, records
 
 MAIN = train_rl.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 few, settings, straight = trainers.fixtures("dpo")
 cache = trainers.cache
 LOG2 = math.log(2)
 
 
 def test_R01_R13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):
-    runs.check_sigterm(MAIN, tmp_path, settings, straight)
+    checks.check_sigterm(MAIN, tmp_path, settings, straight)
     reports = [(run_dir / "report.json").read_bytes() for run_dir in (tmp_path / "run", straight())]
     assert reports[0] == reports[1]
 
 
 def test_R01_R14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
-    runs.check_crash(MAIN, tmp_path, settings, straight, "none")
+    checks.check_crash(MAIN, tmp_path, settings, straight, "none")
 
 
 def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
     shutil.copytree(straight(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "report.json").unlink()
-    assert train(tmp_path, settings(tmp_path))["step"] == runs.STEPS
-    runs.assert_same_run(tmp_path / "run", straight())
+    assert train(tmp_path, settings(tmp_path))["step"] == inputs.STEPS
+    checks.assert_same_run(tmp_path / "run", straight())
     assert (tmp_path / "run" / "report.json").read_bytes() == (straight() / "report.json").read_bytes()
 
 
 def test_R02_R13_b1_two_ranks_stop_resume_and_equal_one(tmp_path, settings):
     keep = ["--training.keep_last", 10, "--training.save_interval", 1]
-    whole = runs.check_two_ranks(MAIN, tmp_path, lambda folder, *more: settings(folder, *more, *keep))
+    whole = checks.check_two_ranks(MAIN, tmp_path, lambda folder, *more: settings(folder, *more, *keep))
     flags = ["--training.max_steps", 6, "--training.eval_interval", 3, *keep]
     train(tmp_path, settings(tmp_path / "one", *flags))
-    runs.assert_one_rank_or_two(tmp_path / "one" / "run", whole, rel=1e-4, near_zero=1e-6)
+    checks.assert_one_rank_or_two(tmp_path / "one" / "run", whole, rel=1e-4, near_zero=1e-6)
     assert len(records(whole)) == 7
 
 
 def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     other = shutil.copytree(few, tmp_path / "other")
     shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
-    changed = runs.another_base(tmp_path / "base", tiny_folder)
-    runs.check_refusals(
+    changed = inputs.another_base(tmp_path / "base", tiny_folder)
+    checks.check_refusals(
         MAIN, tmp_path, settings, straight,
         (["--dataset_path", other], "dataset_path", "data "),
         (["--model.base_checkpoint", changed], "model.base_checkpoint", "model "),
@@ -78,11 +78,11 @@ def test_R09_another_adapter_at_one_path_is_another_reference(tmp_path, settings
 
 @pytest.mark.parametrize(("rate", "old"), [("training.learning_rate", 0.001), ("rl.learning_rate", None)])
 def test_R09_what_may_change(tmp_path, settings, straight, rate, old):
-    runs.check_what_may_change(MAIN, tmp_path, settings, straight, rate, old)
+    checks.check_what_may_change(MAIN, tmp_path, settings, straight, rate, old)
 
 
 def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings):
-    runs.check_nan(MAIN, tmp_path, settings, "synthetic-safety-train-", model, "sequence_logprobs")
+    checks.check_nan(MAIN, tmp_path, settings, "synthetic-safety-train-", model, "sequence_logprobs")
 
 
 def watched(main, argv):
@@ -97,7 +97,7 @@ def watched(main, argv):
         return real(net, *more)
 
     pairs.reference_logprobs = reference_logprobs
-    runs.call(main, argv)
+    processes.call(main, argv)
     after = tensors(seen["net"])
     assert after.keys() == seen["before"].keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in seen["before"].items())

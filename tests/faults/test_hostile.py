@@ -21,7 +21,7 @@ from common import model, rewards
 from common.human import sheets
 from common.log import command
 from common.runtime import base
-from tests import runs
+from tests import processes
 from tests.faults import trainers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,16 +72,20 @@ def test_S1_a_hostile_folder_is_neither_resumed_nor_a_model(tmp_path, tiny_folde
         (evil / name).write_bytes(pickle.dumps(Evil(marker)))
     argv = trainers.settings("sft", tiny_folder, trainers.write_data(tmp_path / "data", "sft"))
     main = train_sft.main
-    runs.refused(main, tmp_path, argv(tmp_path, "--training.resume", evil), "MANIFEST.json", str(evil))
-    runs.refused(main, tmp_path, argv(tmp_path, "--model.base_checkpoint", evil), "no config.json", str(evil))
-    runs.refused(main, tmp_path, argv(tmp_path, "--model.adapter", evil), "model.adapter", str(evil))
+    processes.refused(main, tmp_path, argv(tmp_path, "--training.resume", evil), "MANIFEST.json", str(evil))
+    processes.refused(main, tmp_path, argv(tmp_path, "--model.base_checkpoint", evil), "no config.json", str(evil))
+    processes.refused(main, tmp_path, argv(tmp_path, "--model.adapter", evil), "model.adapter", str(evil))
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny_folder / name, evil / name)
-    runs.refused(main, tmp_path, argv(tmp_path, "--model.base_checkpoint", evil), "truncated or not a safetensors file")
+    processes.refused(
+        main, tmp_path, argv(tmp_path, "--model.base_checkpoint", evil), "truncated or not a safetensors file"
+    )
     (evil / "optimizer.safetensors").unlink()
-    runs.refused(main, tmp_path, argv(tmp_path, "--model.base_checkpoint", evil), "pickled .bin/.pt weights are never")
-    runs.refused(evaluate.main, tmp_path, ["--debug", "--checkpoints", f"evil={evil}"], str(evil))
-    status, out, err = runs.run(main, tmp_path, argv(tmp_path, "--training.max_steps", 1))
+    processes.refused(
+        main, tmp_path, argv(tmp_path, "--model.base_checkpoint", evil), "pickled .bin/.pt weights are never"
+    )
+    processes.refused(evaluate.main, tmp_path, ["--debug", "--checkpoints", f"evil={evil}"], str(evil))
+    status, out, err = processes.run(main, tmp_path, argv(tmp_path, "--training.max_steps", 1))
     assert status == 0 and "checkpoint skipped" in err and "resuming" not in out, err
     assert not marker.exists()
 
@@ -183,7 +187,7 @@ def test_S2_a_hostile_config_costs_no_memory_and_no_network(folder, tmp_path):
         assert set(sys.modules) == modules
 
     load = command(lambda argv: model.load(argv, CPU, torch.float32))
-    status, _, err = runs.run(load, tmp_path, [], body)
+    status, _, err = processes.run(load, tmp_path, [], body)
     assert status == 0 and err.count("error: ") == len(ABSURD) == err.count("\n"), err
 
 

@@ -7,13 +7,13 @@ import shutil
 import pytest
 
 import train_rl
-from tests import runs
+from tests import checks, inputs, processes
+from tests.checks import lines, samples
 from tests.faults import trainers
-from tests.runs import lines, samples
 
 MAIN = train_rl.main
 BOTH = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 few, settings, straight = trainers.fixtures("online")
 judge = trainers.judge
 
@@ -21,14 +21,14 @@ judge = trainers.judge
 @BOTH
 def test_R01_R13_R14_crash_behind_a_save_then_sigterm(tmp_path, settings, straight, algorithm):
     """One run meets both, each resumed."""
-    runs.crash(MAIN, tmp_path, settings(algorithm)(tmp_path))
-    runs.check_sigterm(MAIN, tmp_path, settings(algorithm), straight(algorithm))
+    checks.crash(MAIN, tmp_path, settings(algorithm)(tmp_path))
+    checks.check_sigterm(MAIN, tmp_path, settings(algorithm), straight(algorithm))
     trainers.same_files(tmp_path / "run", straight(algorithm)())
 
 
 @BOTH
 def test_R03_kills_at_random_moments(tmp_path, settings, straight, algorithm):
-    runs.check_kills(MAIN, tmp_path, settings(algorithm), straight(algorithm), 1 if algorithm == "grpo" else 2)
+    checks.check_kills(MAIN, tmp_path, settings(algorithm), straight(algorithm), 1 if algorithm == "grpo" else 2)
     trainers.same_files(tmp_path / "run", straight(algorithm)())
 
 
@@ -39,30 +39,30 @@ def test_R04_kills_at_what_is_written(tmp_path, settings, algorithm):
         sizes += ["--rl.num_ppo_epochs", 2]  # as many updates as it takes for a best step to be published
         return settings(algorithm)(folder, *sizes)
 
-    runs.check_kill_points(MAIN, tmp_path, argv, 13 if algorithm == "ppo" else 22)
+    checks.check_kill_points(MAIN, tmp_path, argv, 13 if algorithm == "ppo" else 22)
 
 
 def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
     shutil.copytree(straight("grpo")(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "report.json").unlink()
-    assert train(tmp_path, settings("grpo")(tmp_path))["step"] == runs.STEPS
-    runs.assert_same_run(tmp_path / "run", straight("grpo")())
+    assert train(tmp_path, settings("grpo")(tmp_path))["step"] == inputs.STEPS
+    checks.assert_same_run(tmp_path / "run", straight("grpo")())
     trainers.same_files(tmp_path / "run", straight("grpo")())
 
 
 def test_R01_resume_under_another_name_has_the_first_evaluation(tmp_path, settings, straight):
-    start = straight("grpo")() / f"step-{runs.STEPS:06d}"
-    flags = ["--training.resume", start, "--logging.run_name", "other", "--training.max_steps", runs.STEPS + 2]
+    start = straight("grpo")() / f"step-{inputs.STEPS:06d}"
+    flags = ["--training.resume", start, "--logging.run_name", "other", "--training.max_steps", inputs.STEPS + 2]
     train(tmp_path, settings("grpo")(tmp_path, *flags))
     report = json.loads((tmp_path / "other" / "report.json").read_text())
-    assert report["steps"] == [0, runs.STEPS + 2]
+    assert report["steps"] == [0, inputs.STEPS + 2]
 
 
 def test_R09_resume_refusals(tmp_path, settings, straight, few, judge):
     other = shutil.copytree(few, tmp_path / "other")
     shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
-    runs.check_refusals(
+    checks.check_refusals(
         MAIN, tmp_path, settings("ppo"), straight("ppo"),
         (["--dataset_path", other], "dataset_path", "data "),
         (["--rl.gamma", 0.5], "rl.gamma 1.0 -> 0.5"),
@@ -76,9 +76,9 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, judge):
 @pytest.mark.parametrize(("rate", "old"), [("training.learning_rate", 0.001), ("rl.critic_learning_rate", 0.001)])
 def test_R09_what_may_change(tmp_path, settings, straight, rate, old):
     if rate.startswith("training"):
-        return runs.check_what_may_change(MAIN, tmp_path, settings("grpo"), straight("grpo"), rate, old, "reward")
+        return checks.check_what_may_change(MAIN, tmp_path, settings("grpo"), straight("grpo"), rate, old, "reward")
     shutil.copytree(straight("ppo")(), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / f"step-{runs.STEPS:06d}")
+    shutil.rmtree(tmp_path / "run" / f"step-{inputs.STEPS:06d}")
     argv = settings("ppo")(tmp_path, f"--{rate}", 5e-4)
     refused(tmp_path, argv, f"{rate} {old} -> 0.0005; add --training.resume_changed true")
     status, out, err = run(tmp_path, [*argv, "--training.resume_changed", "true"])
@@ -89,7 +89,7 @@ def test_R09_what_may_change(tmp_path, settings, straight, rate, old):
 def test_R02_R13_b1_b38_two_ranks_stop_resume_and_equal_one(tmp_path, settings, algorithm):
     keep = ["--training.keep_last", 10, "--training.save_interval", 1]
     keep += ["--rl.num_ppo_epochs", 2 if algorithm == "grpo" else 1]
-    whole = runs.check_two_ranks(MAIN, tmp_path, lambda *args: settings(algorithm)(*args, *keep))
+    whole = checks.check_two_ranks(MAIN, tmp_path, lambda *args: settings(algorithm)(*args, *keep))
     one = tmp_path / "one"
     begin = ["--training.max_steps", 2, "--training.eval_interval", 3]  # as many as the critic's warm-up leaves one of
     train(tmp_path, settings(algorithm)(one, *begin, *keep))
@@ -98,5 +98,5 @@ def test_R02_R13_b1_b38_two_ranks_stop_resume_and_equal_one(tmp_path, settings, 
     for name in ("step", "row", "id", "completion", "tokens"):  # the same prompts and numbers, whoever draws them
         assert [row[name] for row in mine[:8]] == [row[name] for row in theirs[:8]], name
     now, then = lines(one / "run")[0], lines(whole)[0]
-    for key in now.keys() - runs.CLOCK - {"peak_memory_gb", "sampler_mean", "sampler_max"}:
+    for key in now.keys() - checks.CLOCK - {"peak_memory_gb", "sampler_mean", "sampler_max"}:
         assert then[key] == pytest.approx(now[key], rel=1e-4, abs=1e-6), key

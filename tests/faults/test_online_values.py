@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 
 import train_rl
 from common import chat, data, model, reward_model, rollouts
-from tests import runs
+from tests import checks, processes
+from tests.checks import lines
 from tests.faults import trainers
-from tests.runs import lines, mine, spying
+from tests.faults.inject import spying
+from tests.inputs import mine
 
 MAIN = train_rl.main
 BOTH = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 few, settings, _ = trainers.fixtures("online")
 judge, start = trainers.judge, trainers.start
 
@@ -56,7 +58,7 @@ def test_R19_b4_b34_ratio_is_1_and_kl_is_0_to_the_bit_at_first(tmp_path, setting
 @BOTH
 def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings, algorithm):
     """In the passes before the updates, and, where there is but one update, in that one."""
-    names, check = "synthetic-safety-train-", functools.partial(runs.check_nan, MAIN)
+    names, check = "synthetic-safety-train-", functools.partial(checks.check_nan, MAIN)
     flags = settings(algorithm, "--rl.minibatches", 1)
     check(tmp_path / "a", flags, names, model, "sequence_logprobs", "log-probs or values are not", 8)
     if algorithm == "grpo":  # a group of equals is not computed, so not all eight have to be named
@@ -92,7 +94,7 @@ def test_R18_a_reward_file_that_exits_when_imported_is_named(tmp_path, settings)
 def test_R18_a_reward_that_exits_on_one_rank_ends_both(tmp_path, settings, pairs):
     code = "import os; os.environ['RANK'] == '1' and exit(); return len(completion)"
     flags = settings("grpo")(tmp_path, *mine(tmp_path, code), *pairs)
-    for status, _, err in runs.ranks(MAIN, tmp_path, flags):
+    for status, _, err in processes.ranks(MAIN, tmp_path, flags):
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (status, err)
         assert "reward.function called exit() on synthetic-safety-" in err, err
     assert not (tmp_path / "run" / "final").exists()
@@ -108,7 +110,7 @@ def test_R18_a_reward_model_that_fails_is_named_with_its_sample(tmp_path, settin
             return found
 
         reward_model.score_completions = score
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     flags = ["--reward.type", "trainable", "--reward.checkpoint", judge]
     status, _, err = run(tmp_path, settings("ppo")(tmp_path, *flags), body)
@@ -126,7 +128,7 @@ def test_R18_equal_rewards_cost_no_update(tmp_path, settings, start, dynamic):
             raise AssertionError("a backward was run")
 
         torch.Tensor.backward = never
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     train(tmp_path, settings("grpo")(tmp_path, *flags), body)
     log = lines(tmp_path / "run")
@@ -151,7 +153,7 @@ def test_R17_completions_that_are_empty(tmp_path, settings, algorithm):
             return tokens, logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0]
 
         rollouts.draw = stop_at_once
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     train(tmp_path, settings(algorithm)(tmp_path, "--training.max_steps", 3, "--training.eval_interval", 10), body)
     log = lines(tmp_path / "run")

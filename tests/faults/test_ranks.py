@@ -17,7 +17,8 @@ import evaluate
 import train_sft
 from common import dist, rewards
 from common.log import UserError
-from tests import runs
+from tests import checks, inputs, processes
+from tests.faults import inject
 
 TIMEOUT = 2  # training.timeout
 SLACK = 6  # seconds more that a busy machine may need, of which 3 pass until a hung rank has heard of it
@@ -25,28 +26,28 @@ SLACK = 6  # seconds more that a busy machine may need, of which 3 pass until a 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    return runs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=12, val=4, test=4)
+    return inputs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=12, val=4, test=4)
 
 
 @pytest.fixture(scope="module")
 def settings(few, tiny_folder):
-    return runs.settings(tiny_folder, few, "--training.timeout", TIMEOUT)
+    return inputs.settings(tiny_folder, few, "--training.timeout", TIMEOUT)
 
 
 def together(main, folder, argv, bodies, limit):
     """Two ranks that must both have ended `limit` seconds after one did `act` -> [(status, out, err), ...]."""
-    pids = runs.start_ranks(main, folder, argv, bodies)
+    pids = processes.start_ranks(main, folder, argv, bodies)
     mark, end = folder / "mark", time.monotonic() + 60
     while not mark.exists():
-        assert time.monotonic() < end, [runs.finish(folder, kill(pid)) for pid in pids]
+        assert time.monotonic() < end, [processes.finish(folder, kill(pid)) for pid in pids]
         time.sleep(0.02)
     end, done = time.monotonic() + limit, {}
     while len(done) < len(pids) and time.monotonic() < end:
         for pid in set(pids) - set(done):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                done[pid] = runs.finish(folder, pid)
+                done[pid] = processes.finish(folder, pid)
         time.sleep(0.02)
-    late = {pid: runs.finish(folder, kill(pid)) for pid in pids if pid not in done}
+    late = {pid: processes.finish(folder, kill(pid)) for pid in pids if pid not in done}
     assert not late, (late, done)
     return [done[pid] for pid in pids]
 
@@ -75,7 +76,7 @@ def leave():
 
 def check_hang(folder, argv, number, body):
     bodies = [body, body]
-    bodies[number] = lambda main, argv: runs.at_step(2, marked(folder, hang))(lambda argv: body(main, argv), argv)
+    bodies[number] = lambda main, argv: inject.at_step(2, marked(folder, hang))(lambda argv: body(main, argv), argv)
     for status, _, err in together(train_sft.main, folder, argv, bodies, TIMEOUT + SLACK):
         assert status == 1 and err.count("\n") == 1, err
         assert f"rank {number} hangs or is busy: the others have waited for 2 s (training.timeout)" in err, err
@@ -102,8 +103,8 @@ def test_R12_a_backend_that_goes_on_waiting_is_ended(tmp_path, settings):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_R12_a_rank_that_leaves_ends_the_run_at_once(tmp_path, settings, number):
-    bodies = [runs.call, runs.call]
-    bodies[number] = runs.at_step(2, marked(tmp_path, leave))
+    bodies = [processes.call, processes.call]
+    bodies[number] = inject.at_step(2, marked(tmp_path, leave))
     argv = settings(tmp_path, "--training.timeout", 120)
     found = together(train_sft.main, tmp_path, argv, bodies, SLACK)
     status, _, err = found[1 - number]
@@ -117,27 +118,31 @@ def test_a_rank_that_never_comes_ends_the_start(tmp_path, settings):
         (tmp_path / "mark").touch()
 
     argv = settings(tmp_path)
-    (status, _, err), _ = together(train_sft.main, tmp_path, argv, (runs.call, absent), 2 * TIMEOUT + SLACK)
+    (status, _, err), _ = together(train_sft.main, tmp_path, argv, (processes.call, absent), 2 * TIMEOUT + SLACK)
     assert status == 1 and "not all of 2 ranks joined within training.timeout, 2 s" in err, err
 
 
 def test_R10_started_again_in_the_store_of_the_dead(tmp_path, settings):
     """As --max-restarts does: the agent's store outlives the workers, one of which was killed between two saves."""
-    port, short = runs.free_port(), ["--training.max_steps", 6, "--training.save_interval", 2]
-    keeper = runs.start(lambda argv: None, tmp_path, [], lambda *_: keep_store(port))
+    port, short = processes.free_port(), ["--training.max_steps", 6, "--training.save_interval", 2]
+    keeper = processes.start(lambda argv: None, tmp_path, [], lambda *_: keep_store(port))
     agent = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    killed = runs.at_step(3, lambda: kill(os.getpid()))
+    killed = inject.at_step(3, lambda: kill(os.getpid()))
     try:
-        pids = runs.start_ranks(train_sft.main, tmp_path, settings(tmp_path, *short), (runs.call, killed), agent)
-        (status, _, err), dead = (runs.finish(tmp_path, pid) for pid in pids)
+        pids = processes.start_ranks(
+            train_sft.main, tmp_path, settings(tmp_path, *short), (processes.call, killed), agent
+        )
+        (status, _, err), dead = (processes.finish(tmp_path, pid) for pid in pids)
         assert dead[0] == -signal.SIGKILL and status == 1 and err == "error: rank 1 has ended: see what it said\n", err
-        pids = runs.start_ranks(train_sft.main, tmp_path, settings(tmp_path, *short), (runs.call, runs.call), agent)
-        done = [runs.finish(tmp_path, pid) for pid in pids]
+        pids = processes.start_ranks(
+            train_sft.main, tmp_path, settings(tmp_path, *short), (processes.call, processes.call), agent
+        )
+        done = [processes.finish(tmp_path, pid) for pid in pids]
     finally:
-        runs.finish(tmp_path, kill(keeper))
+        processes.finish(tmp_path, kill(keeper))
     assert [status for status, *_ in done] == [0, 0] and "at step 2 of 6" in done[0][1], done
-    runs.ranks(train_sft.main, tmp_path, settings(tmp_path / "whole", *short))
-    runs.assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
+    processes.ranks(train_sft.main, tmp_path, settings(tmp_path / "whole", *short))
+    checks.assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
 
 
 def keep_store(port):
@@ -150,8 +155,8 @@ def test_a_bug_on_one_rank_is_told_to_the_others(tmp_path, settings):
     def act():
         raise ValueError("a bug")
 
-    body = runs.at_step(2, marked(tmp_path, act))
-    first, second = together(train_sft.main, tmp_path, settings(tmp_path), (runs.call, body), SLACK)
+    body = inject.at_step(2, marked(tmp_path, act))
+    first, second = together(train_sft.main, tmp_path, settings(tmp_path), (processes.call, body), SLACK)
     assert first[0] == 1 and first[2] == "error: another rank failed: ValueError: a bug\n", first
     assert "Traceback" in second[2], second
 
@@ -170,7 +175,7 @@ def test_a_score_that_fails_on_one_rank_ends_the_evaluation(tmp_path, few, tiny_
             return score
 
         rewards.scorer = scorer
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     argv = ["--debug", "--model.base_checkpoint", tiny_folder, "--dataset_path", few, "--reward.type", "heuristic"]
     argv += ["--evaluation.max_new_tokens", 8, "--evaluation.draws", 100, "--logging.output_dir", tmp_path]
@@ -182,16 +187,16 @@ def test_a_score_that_fails_on_one_rank_ends_the_evaluation(tmp_path, few, tiny_
 def test_machines_without_a_shared_folder_may_not_resume(tmp_path, settings):
     def elsewhere(main, argv):
         at = argv.index("--logging.output_dir") + 1
-        runs.call(main, [*argv[:at], tmp_path / "elsewhere", *argv[at + 1 :]])
+        processes.call(main, [*argv[:at], tmp_path / "elsewhere", *argv[at + 1 :]])
 
     argv = settings(tmp_path, "--training.save_interval", 1, "--training.max_steps")
-    done = runs.ranks(train_sft.main, tmp_path, [*argv, 2], (runs.call, elsewhere))
+    done = processes.ranks(train_sft.main, tmp_path, [*argv, 2], (processes.call, elsewhere))
     assert [status for status, *_ in done] == [0, 0] and not (tmp_path / "elsewhere").exists(), done
-    before = runs.snapshot(tmp_path / "run")
-    for status, _, err in runs.ranks(train_sft.main, tmp_path, [*argv, 4], (runs.call, elsewhere)):
+    before = checks.snapshot(tmp_path / "run")
+    for status, _, err in processes.ranks(train_sft.main, tmp_path, [*argv, 4], (processes.call, elsewhere)):
         assert status == 2 and err.count("\n") == 1, err
         assert "training.resume is step-000002 on rank 0, None on rank 1" in err and "logging.output_dir" in err, err
-    assert runs.snapshot(tmp_path / "run") == before
+    assert checks.snapshot(tmp_path / "run") == before
 
 
 def test_machines_with_other_data_do_not_train(tmp_path, settings, few):
@@ -200,7 +205,7 @@ def test_machines_with_other_data_do_not_train(tmp_path, settings, few):
 
     def another(main, argv):
         at = argv.index("--dataset_path") + 1
-        runs.call(main, [*argv[:at], other, *argv[at + 1 :]])
+        processes.call(main, [*argv[:at], other, *argv[at + 1 :]])
 
-    for status, _, err in runs.ranks(train_sft.main, tmp_path, settings(tmp_path), (runs.call, another)):
+    for status, _, err in processes.ranks(train_sft.main, tmp_path, settings(tmp_path), (processes.call, another)):
         assert status == 2 and "the ranks would not train the same: dataset_path is" in err and "; data is" in err, err

@@ -6,22 +6,22 @@ import shutil
 
 import train_reward
 from common import reward_model
-from tests import runs
+from tests import checks, inputs, processes
 from tests.faults import trainers
 
 MAIN = train_reward.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 few, settings, straight = trainers.fixtures("reward")
 
 
 def test_R01_R13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):
-    runs.check_sigterm(MAIN, tmp_path, settings, straight)
+    checks.check_sigterm(MAIN, tmp_path, settings, straight)
     reports = [(run_dir / "report.json").read_bytes() for run_dir in (tmp_path / "run", straight())]
     assert reports[0] == reports[1]
 
 
 def test_R01_R14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
-    runs.check_crash(MAIN, tmp_path, settings, straight)
+    checks.check_crash(MAIN, tmp_path, settings, straight)
 
 
 def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
@@ -29,13 +29,13 @@ def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "report.json").unlink()
     result = train(tmp_path, settings(tmp_path))
-    runs.assert_same_run(tmp_path / "run", straight())
+    checks.assert_same_run(tmp_path / "run", straight())
     assert (tmp_path / "run" / "report.json").read_bytes() == (straight() / "report.json").read_bytes()
-    assert result["step"] == runs.STEPS
+    assert result["step"] == inputs.STEPS
 
 
 def test_R02_R13_two_ranks_stop_together_and_resume(tmp_path, settings):
-    runs.check_two_ranks(MAIN, tmp_path, settings)
+    checks.check_two_ranks(MAIN, tmp_path, settings)
 
 
 def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
@@ -43,8 +43,8 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     lines = (few / "train.jsonl").read_text().splitlines(True)
     first = json.dumps(json.loads(lines[0]) | {"margin": 0.5}) + "\n"
     (other / "train.jsonl").write_text("".join([first, *lines[1:]]))
-    changed = runs.another_base(tmp_path / "base", tiny_folder)
-    runs.check_refusals(
+    changed = inputs.another_base(tmp_path / "base", tiny_folder)
+    checks.check_refusals(
         MAIN, tmp_path, settings, straight,
         (["--dataset_path", other], "dataset_path", "data "),
         (["--model.base_checkpoint", changed], "model.base_checkpoint", "model "),
@@ -53,8 +53,8 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
 
 
 def test_R09_what_may_change(tmp_path, settings, straight):
-    runs.check_what_may_change(MAIN, tmp_path, settings, straight)
+    checks.check_what_may_change(MAIN, tmp_path, settings, straight)
 
 
 def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings):
-    runs.check_nan(MAIN, tmp_path, settings, "synthetic-safety-train-", reward_model, "scores")
+    checks.check_nan(MAIN, tmp_path, settings, "synthetic-safety-train-", reward_model, "scores")

@@ -20,44 +20,44 @@ import train_sft
 from common import data, log, lora, model
 from common.log import UserError
 from common.runtime import base, checkpoint, resume, watch
-from tests import runs
-from tests.faults import trainers
+from tests import checks, inputs, processes
+from tests.checks import lines
+from tests.faults import inject, trainers
 from tests.faults.children import save_step, wait_for
-from tests.runs import lines
 
 MAIN = train_sft.main
-train, run, refused = (functools.partial(each, MAIN) for each in (runs.train, runs.run, runs.refused))
+train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 few, settings, straight = trainers.fixtures("sft")
 
 
 def test_R01_R13_sigterm_at_an_evaluation_and_resume(tmp_path, settings, straight):
-    runs.check_sigterm(MAIN, tmp_path, settings, straight)
+    checks.check_sigterm(MAIN, tmp_path, settings, straight)
 
 
 def test_R01_R14_crash_behind_a_save_and_resume(tmp_path, settings, straight):
-    runs.check_crash(MAIN, tmp_path, settings, straight, "none")
+    checks.check_crash(MAIN, tmp_path, settings, straight, "none")
 
 
 def test_R03_kills_at_random_moments(tmp_path, settings, straight):
-    runs.check_kills(MAIN, tmp_path, settings, straight, 4)
+    checks.check_kills(MAIN, tmp_path, settings, straight, 4)
 
 
 def test_R02_R13_two_ranks_stop_together_and_resume(tmp_path, settings):
-    runs.check_two_ranks(MAIN, tmp_path, settings)
+    checks.check_two_ranks(MAIN, tmp_path, settings)
 
 
 def test_R11_second_start_is_refused(tmp_path, settings):
     argv, run_dir = settings(tmp_path, "--training.max_steps", 4), tmp_path / "run"
-    pid = runs.start(MAIN, tmp_path, argv, runs.at_step(2, lambda: time.sleep(60)))
+    pid = processes.start(MAIN, tmp_path, argv, inject.at_step(2, lambda: time.sleep(60)))
     end = time.monotonic() + 20
     while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 2:
         assert time.monotonic() < end
         time.sleep(0.02)
-    before = runs.snapshot(run_dir)
+    before = checks.snapshot(run_dir)
     refused(tmp_path, argv, f"locked by pid {pid}")
-    assert runs.snapshot(run_dir) == before
+    assert checks.snapshot(run_dir) == before
     os.kill(pid, signal.SIGKILL)
-    runs.finish(tmp_path, pid)
+    processes.finish(tmp_path, pid)
     assert train(tmp_path, argv)["step"] == 4
 
 
@@ -75,7 +75,7 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     spoken = Path(shutil.copytree(tiny_folder, tmp_path / "spoken"))  # the same tokens, another file
     text = json.loads((spoken / "tokenizer.json").read_text())
     (spoken / "tokenizer.json").write_text(json.dumps(text, indent=1))
-    runs.check_refusals(
+    checks.check_refusals(
         MAIN, tmp_path, settings, straight,
         (["--dataset_path", other], "dataset_path", "data "),
         (["--model.peft_rank", 4], "model.peft_rank 8 -> 4"),
@@ -86,29 +86,29 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
 
 
 def test_R09_what_may_change(tmp_path, settings, straight):
-    runs.check_what_may_change(MAIN, tmp_path, settings, straight)
+    checks.check_what_may_change(MAIN, tmp_path, settings, straight)
 
 
 def test_R09_a_run_begun_before_there_was_a_history_goes_on(tmp_path, settings, straight):
     """Its run.json is damaged, then lost: neither is needed. What spares memory may change unasked."""
     run_dir, last = tmp_path / "run", tmp_path / "run" / "step-000009"
     shutil.copytree(straight(), run_dir)
-    shutil.rmtree(run_dir / f"step-{runs.STEPS:06d}")
+    shutil.rmtree(run_dir / f"step-{inputs.STEPS:06d}")
     state, manifest = json.loads((last / "state.json").read_text()), checkpoint.verify(last)
     del state["history"], state["facts"]["training.resume_changed"]
     (last / "state.json").write_text(json.dumps(state))
     (last / "MANIFEST.json").unlink()
     checkpoint._seal(last, {"step": manifest["step"], "tensors": manifest["tensors"]})
     (run_dir / "run.json").write_text('{"command"')
-    status, _, err = run(tmp_path, settings(tmp_path), runs.at_step(10, runs.terminate))
+    status, _, err = run(tmp_path, settings(tmp_path), inject.at_step(10, processes.terminate))
     assert status == 1 and "stopped at step 11" in err, err
-    (first,) = runs.history(run_dir)
+    (first,) = checks.history(run_dir)
     assert first["step"] == 0 and first["source"] == "step-000009/state.json"
     assert first["settings"]["training.learning_rate"] == 0.001
     (run_dir / "run.json").unlink()
     train(tmp_path, settings(tmp_path, "--training.micro_batch_tokens", 64))
-    assert runs.history(run_dir) == [first, {"step": 11, "settings": {"training.micro_batch_tokens": 64}}]
-    assert len(lines(run_dir)) == runs.STEPS + 1
+    assert checks.history(run_dir) == [first, {"step": 11, "settings": {"training.micro_batch_tokens": 64}}]
+    assert len(lines(run_dir)) == inputs.STEPS + 1
 
 
 def test_R09_the_history_survives_a_kill_and_follows_the_run(tmp_path, settings):
@@ -121,24 +121,24 @@ def test_R09_the_history_survives_a_kill_and_follows_the_run(tmp_path, settings)
         os.kill(os.getpid(), signal.SIGKILL)
 
     train(tmp_path, argv(3, 1e-3))
-    (first,) = runs.history(run_dir)
+    (first,) = checks.history(run_dir)
     changed = {"training.learning_rate": 5e-4, "training.max_steps": 6}
-    for act in (kill, runs.terminate):  # the first leaves no checkpoint with the new settings
-        assert run(tmp_path, argv(6, 5e-4, "--training.resume_changed", "true"), runs.at_step(4, act))[0]
-        assert runs.history(run_dir) == [first, {"step": 3, "settings": changed}]
+    for act in (kill, processes.terminate):  # the first leaves no checkpoint with the new settings
+        assert run(tmp_path, argv(6, 5e-4, "--training.resume_changed", "true"), inject.at_step(4, act))[0]
+        assert checks.history(run_dir) == [first, {"step": 3, "settings": changed}]
     train(tmp_path, argv(6, 5e-4))  # as it was saved: nothing is asked for
-    assert runs.history(run_dir) == [first, {"step": 3, "settings": changed}]
+    assert checks.history(run_dir) == [first, {"step": 3, "settings": changed}]
     assert [line["lr"] > 0 for line in lines(run_dir)[:6]].count(True) >= 5
     shutil.rmtree(run_dir / "step-000006")
     refused(tmp_path, argv(6, 1e-3), "training.learning_rate 0.0005 -> 0.001; add --training.resume_changed true")
     train(tmp_path, argv(6, 1e-4, "--training.resume_changed", "true"))
     step = checkpoint.verify(run_dir / "final")["step"]
-    assert step == 6 and runs.history(run_dir)[:2] == [first, {"step": 3, "settings": changed}]
-    assert runs.history(run_dir)[2] == {"step": 5, "settings": {"training.learning_rate": 1e-4}}
+    assert step == 6 and checks.history(run_dir)[:2] == [first, {"step": 3, "settings": changed}]
+    assert checks.history(run_dir)[2] == {"step": 5, "settings": {"training.learning_rate": 1e-4}}
 
 
 def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings):
-    runs.check_nan(MAIN, tmp_path, settings, "synthetic-conala-train-", model, "sequence_logprobs")
+    checks.check_nan(MAIN, tmp_path, settings, "synthetic-conala-train-", model, "sequence_logprobs")
 
 
 # ---------------------------------------------------------------- disks and damage
@@ -151,7 +151,7 @@ def limited(number, size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    return runs.at_step(number, full)
+    return inject.at_step(number, full)
 
 
 @pytest.mark.parametrize(("size", "words"), [(100_000, "cannot save"), (1_000, "cannot write")], ids=["save", "log"])
@@ -164,17 +164,17 @@ def test_R05_a_full_disk_ends_the_run_in_one_line(tmp_path, settings, straight, 
     assert "step-000004" in names and "step-000006" not in names and not {n for n in names if n.startswith(".tmp-")}
     checkpoint.load_state(tmp_path / "run" / "step-000004")  # of the evaluation in step 4, the best so far
     train(tmp_path, settings(tmp_path))
-    runs.assert_same_run(tmp_path / "run", straight())
+    checks.assert_same_run(tmp_path / "run", straight())
 
 
 def test_R06_R07_a_damaged_checkpoint_is_passed_over(tmp_path, settings, straight):
     """Cut or flipped, by itself with a warning, by its path with an error; then the run ends as if nothing had been."""
-    last, before = (tmp_path / "run" / f"step-{step:06d}" for step in (runs.STEPS, runs.STEPS - 3))
+    last, before = (tmp_path / "run" / f"step-{step:06d}" for step in (inputs.STEPS, inputs.STEPS - 3))
     shutil.copytree(straight(), tmp_path / "run")
     whole = {path.name: path.read_bytes() for path in last.iterdir()}
-    assert {"MANIFEST.json", "state.json", "optimizer.safetensors", runs.WEIGHTS["lora"]} < whole.keys()
+    assert {"MANIFEST.json", "state.json", "optimizer.safetensors", inputs.WEIGHTS["lora"]} < whole.keys()
     for name, good in whole.items():
-        for content in (good[:-4096], runs.flipped(good)):
+        for content in (good[:-4096], inputs.flipped(good)):
             (last / name).write_bytes(content)
             with pytest.raises(UserError, match=re.escape(name)):
                 resume.find(tmp_path / "run", str(last))
@@ -184,21 +184,21 @@ def test_R06_R07_a_damaged_checkpoint_is_passed_over(tmp_path, settings, straigh
     refused(tmp_path, settings(tmp_path, "--training.resume", last), "optimizer.safetensors is damaged")
     status, out, err = run(tmp_path, settings(tmp_path))
     assert status == 0 and err.count("\n") == 1 and "checkpoint skipped" in err and "optimizer.safetensors" in err, err
-    assert f"at step {runs.STEPS - 3} of" in out
-    runs.assert_same_run(tmp_path / "run", straight())
+    assert f"at step {inputs.STEPS - 3} of" in out
+    checks.assert_same_run(tmp_path / "run", straight())
 
 
 def test_R07_what_a_run_published_is_verified_where_it_is_used(tmp_path, settings, straight, tiny_folder):
     """One flipped bit in final/ as an adapter, in a base with a manifest, in a reward model: refused by name."""
     final = Path(shutil.copytree(straight() / "final", tmp_path / "final"))
-    adapter = final / runs.WEIGHTS["lora"]
-    adapter.write_bytes(runs.flipped(adapter.read_bytes()))
+    adapter = final / inputs.WEIGHTS["lora"]
+    adapter.write_bytes(inputs.flipped(adapter.read_bytes()))
     refused(tmp_path, settings(tmp_path, "--model.adapter", final), f"{adapter} is damaged")
     net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
     step = save_step(tmp_path / "whole", 1, {}, {}, functools.partial(model.save_model, net, tokenizer))
     weights = step / "model.safetensors"
     assert base.resolve(str(step)) == step
-    weights.write_bytes(runs.flipped(weights.read_bytes()))
+    weights.write_bytes(inputs.flipped(weights.read_bytes()))
     refused(tmp_path, settings(tmp_path, "--model.base_checkpoint", step), f"{weights} is damaged")
 
 
@@ -208,13 +208,13 @@ def test_R07_what_a_run_published_is_verified_where_it_is_used(tmp_path, setting
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_R13_the_second_signal_ends_a_long_step_at_once(tmp_path, settings, number):
     argv, marker = settings(tmp_path), tmp_path / "marker"
-    pid = runs.start(MAIN, tmp_path, argv, runs.at_step(4, lambda: (marker.touch(), time.sleep(60))))
+    pid = processes.start(MAIN, tmp_path, argv, inject.at_step(4, lambda: (marker.touch(), time.sleep(60))))
     wait_for(marker, 60)
     os.kill(pid, signal.SIGINT)
     time.sleep(0.1)
     os.kill(pid, number)
     started = time.monotonic()
-    status, _, err = runs.finish(tmp_path, pid)
+    status, _, err = processes.finish(tmp_path, pid)
     assert status == 128 + number and time.monotonic() - started < 1, (status, err)
     assert checkpoint.newest(tmp_path / "run").name == "step-000004"  # of the evaluation in it
 
@@ -244,7 +244,7 @@ def spiked(factor):
                 save_file(kept, folder / "behind.safetensors")
 
         resume.seed_step, model.sequence_logprobs, log.write_record = remember, enlarged, write_record
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     return body
 
@@ -287,9 +287,9 @@ def test_R16_the_running_median_survives_a_crash(tmp_path, settings):
     flags = ["--training.max_steps", 8, "--training.save_interval", 3, "--training.eval_interval", 100]
     argv = [settings(tmp_path / name, *flags) for name in ("whole", "cut")]
     train(tmp_path, argv[0], spiked_at_resume)
-    assert run(tmp_path, argv[1], runs.crash_behind_save(6))[0] == 9
+    assert run(tmp_path, argv[1], inject.crash_behind_save(6))[0] == 9
     train(tmp_path, argv[1], spiked_at_resume)  # of its own steps it would know too few
-    runs.assert_same_records(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
+    checks.assert_same_records(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
     assert [line["step"] for line in lines(tmp_path / "cut" / "run") if "warning" in line] == [6]
 
 
@@ -302,7 +302,7 @@ def spiked_at_resume(main, argv):
 
     resume.seed_step = remember
     model.sequence_logprobs = lambda *args: logprobs(*args) * (1e6 if step[0] == 6 else 1)
-    runs.call(main, argv)
+    processes.call(main, argv)
 
 
 # ---------------------------------------------------------------- R17: nothing to learn from

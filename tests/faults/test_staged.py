@@ -10,11 +10,11 @@ import pytest
 
 import train_staged
 from common.runtime import checkpoint
-from tests import runs
+from tests import checks, processes
 from tests.faults import trainers
 
 MAIN = train_staged.main
-train, run = (functools.partial(each, MAIN) for each in (runs.train, runs.run))
+train, run = (functools.partial(each, MAIN) for each in (processes.train, processes.run))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def in_stage(name, act):
                 act()
 
         checkpoint.commit = commit
-        runs.call(main, argv)
+        processes.call(main, argv)
 
     return body
 
@@ -53,7 +53,7 @@ def before_the_note(main, argv):
         real(source, target)
 
     os.replace = replace
-    runs.call(main, argv)
+    processes.call(main, argv)
 
 
 def test_R01_R03_R13_stopped_and_killed_in_every_stage(tmp_path, settings):
@@ -62,7 +62,7 @@ def test_R01_R03_R13_stopped_and_killed_in_every_stage(tmp_path, settings):
         folder.mkdir()
     train(whole, settings(whole))
     argv = settings(cut)
-    status, _, err = run(cut, argv, in_stage("sft", runs.terminate))
+    status, _, err = run(cut, argv, in_stage("sft", processes.terminate))
     assert status == 1 and "run the same command again" in err, err
     assert run(cut, argv, in_stage("sft", lambda: os.kill(os.getpid(), signal.SIGKILL)))[0] == -signal.SIGKILL
     assert run(cut, argv, before_the_note)[0] == 9
@@ -71,7 +71,7 @@ def test_R01_R03_R13_stopped_and_killed_in_every_stage(tmp_path, settings):
     status, out, err = run(cut, argv)
     assert status == 0 and not err and out.count("finished before") == 1, (out, err)
     for name in ("sft", "rl"):
-        runs.assert_same_run(cut / "run" / name, whole / "run" / name)
+        checks.assert_same_run(cut / "run" / name, whole / "run" / name)
         assert "resuming" in out or name == "sft"
     trainers.same_files(cut / "run" / "rl", whole / "run" / "rl")
     assert not [*(cut / "run").rglob("*.tmp*")]
@@ -80,14 +80,14 @@ def test_R01_R03_R13_stopped_and_killed_in_every_stage(tmp_path, settings):
 def test_R09_a_finished_stage_takes_no_other_settings(tmp_path, settings):
     out, argv = tmp_path / "run", settings(tmp_path)
     train(tmp_path, argv)
-    before = runs.snapshot(out)
+    before = checks.snapshot(out)
     words = f"{out}/sft finished with training.learning_rate ", ", now 1e-05: choose another --logging.run_name"
-    runs.refused(MAIN, tmp_path, [*argv, "--training.learning_rate", 1e-5], *words)
-    assert runs.snapshot(out) == before
+    processes.refused(MAIN, tmp_path, [*argv, "--training.learning_rate", 1e-5], *words)
+    assert checks.snapshot(out) == before
     status, text, err = run(tmp_path, [*argv, "--training.resume_changed", "true"])  # free, and nothing to do
     assert status == 0 and text.count("finished before") == 2, (text, err)
-    before, text = runs.snapshot(out / "rl"), (out / "config.yml").read_text()
+    before, text = checks.snapshot(out / "rl"), (out / "config.yml").read_text()
     status, _, err = run(tmp_path, [*argv, "--rl.learning_rate", 1e-5])
     assert status == 2 and f"error: {out}/rl finished with rl.learning_rate " in err and err.count("\n") == 1, err
-    assert runs.snapshot(out / "rl") == before and (out / "config.yml").read_text() == text
+    assert checks.snapshot(out / "rl") == before and (out / "config.yml").read_text() == text
     assert not [*out.glob(".tmp*")]

@@ -8,7 +8,7 @@ import train_reward
 import train_rl
 import train_sft
 import train_staged
-from tests import runs
+from tests import inputs
 
 KINDS = ("sft", "reward", "dpo", "grpo", "ppo")
 MAINS = {"sft": train_sft.main, "reward": train_reward.main, "staged": train_staged.main}
@@ -25,20 +25,20 @@ def main_of(kind):
 
 def write_data(folder, kind):
     """Twenty records: with four a step, epochs begin at steps 5, 10, 15."""
-    return runs.write_data(folder, "conala" if kind == "sft" else "safety", train=20, val=6)
+    return inputs.write_data(folder, "conala" if kind == "sft" else "safety", train=20, val=6)
 
 
 def settings(kind, base_folder, source, *more):
-    """A function (output folder, *flags) -> the flags of a short run of a trainer, see runs.settings."""
+    """A function (output folder, *flags) -> the flags of a short run of a trainer, see inputs.settings."""
     if kind == "sft":
-        return runs.settings(base_folder, source, *more)
+        return inputs.settings(base_folder, source, *more)
     if kind == "staged":
         return staged_settings(base_folder, source)
     if kind == "reward":
-        return runs.settings(base_folder, source, "--training.mode", "reward", *PAIRS, *more)
+        return inputs.settings(base_folder, source, "--training.mode", "reward", *PAIRS, *more)
     flags = ["--training.mode", "rl", "--rl.algorithm", kind, *RATES]
     online = [*SIZES, "--rl.critic_learning_rate", 1e-3]
-    return runs.settings(base_folder, source, *flags, *(PAIRS if kind == "dpo" else online), *more)
+    return inputs.settings(base_folder, source, *flags, *(PAIRS if kind == "dpo" else online), *more)
 
 
 def fixtures(kind):
@@ -62,8 +62,8 @@ def fixtures(kind):
     def straight(request, tmp_path_factory):
         made = request.getfixturevalue("settings")
         if kind == "online":
-            return functools.cache(lambda algorithm: runs.straight(main_of(kind), tmp_path_factory, made(algorithm)))
-        return runs.straight(main_of(kind), tmp_path_factory, made)
+            return functools.cache(lambda algorithm: inputs.straight(main_of(kind), tmp_path_factory, made(algorithm)))
+        return inputs.straight(main_of(kind), tmp_path_factory, made)
 
     return few, flags, straight
 
@@ -79,12 +79,12 @@ def cache(tmp_path_factory, tiny_folder):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory, tiny_folder):
-    return runs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
+    return inputs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, tiny_folder):
-    return runs.random_start(tmp_path_factory.mktemp("start") / "final", tiny_folder)
+    return inputs.random_start(tmp_path_factory.mktemp("start") / "final", tiny_folder)
 
 
 def staged_settings(base_folder, source):

@@ -1,0 +1,109 @@
+"""A script's main in a child: start it, wait for it, stop it, on one rank or two.
+
+Every run is a forked child of the warmed parent: locks, signal handlers and patches of one end with it. What a child
+does is a body(main, argv), `call` if nothing is to go wrong; `main` is a script's.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+
+import torch
+
+from common import log
+from common.evaluation import pictures as pictures_of_a_report
+
+
+def call(main, argv):
+    print("RESULT " + json.dumps(main([str(word) for word in argv])))
+
+
+def start(main, folder, argv, body=call, environment=(), pictures=False):
+    """Fork a child that runs body(main, argv) as a script would and prints to files in `folder`; returns its pid.
+
+    Curves are drawn only with `pictures`: they take longer than a short run.
+    """
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(folder / f"{name}-{os.getpid()}", os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
+            os.environ.update(environment)
+            if not pictures:
+                log.plot_curves = log.plot_reliability = lambda *what: what[-1].write_bytes(b"")
+                pictures_of_a_report.save = lambda *what: []
+            body(main, argv)
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+            sys.stderr.write("" if isinstance(error.code, int) else f"{error.code}\n")
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
+
+
+def finish(folder, pid):
+    """Wait for a child of `start` -> (exit status, stdout, stderr)."""
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    files = [folder / f"{name}-{pid}" for name in ("out", "err")]
+    return status, *(file.read_text() if file.exists() else "" for file in files)  # none yet where it died at once
+
+
+def run(main, folder, argv, body=call, **options):
+    return finish(folder, start(main, folder, argv, body, **options))
+
+
+def train(main, folder, argv, body=call, **options):
+    """A run that must end well; returns what main returned."""
+    status, out, err = run(main, folder, argv, body, **options)
+    assert status == 0, err
+    return json.loads(out.partition("RESULT ")[2])
+
+
+def refused(main, folder, argv, *words):
+    """A run that must end with status 2 and one line that has all `words`."""
+    status, out, err = run(main, folder, argv)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (status, out[-500:], err)
+    assert all(word in err for word in words), err
+    assert "step 0 " not in out and "RESULT" not in out, out
+    return err
+
+
+def start_ranks(main, folder, argv, bodies=(call, call), environment=()):
+    """Two ranks as torchrun would start them, forked; returns their pids."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **dict(environment)}
+    places = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return [start(main, folder, argv, body, place) for body, place in zip(bodies, places)]
+
+
+def ranks(main, folder, argv, bodies=(call, call)):
+    """[(status, stdout, stderr), ...] of start_ranks."""
+    return [finish(folder, pid) for pid in start_ranks(main, folder, argv, bodies)]
+
+
+def train_ranks(main, folder, argv):
+    """Two ranks that must end well, of which one speaks."""
+    done = ranks(main, folder, argv)
+    assert [status for status, *_ in done] == [0, 0], done
+    assert ["step 5 " in out for _, out, _ in done] == [True, False], done
+
+
+def free_port():
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return door.getsockname()[1]
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
