@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from common import chat, data, dist
+from common.log import UserError
+from common.tasks import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -267,3 +269,12 @@ def test_a_margin_is_read(tmp_path, tokenizer):
     rows = [record(0, response="good", rejected="bad", margin=1.5), record(1, response="good", rejected="bad")]
     pairs, _ = data.encode_pairs(data.load_split(write(tmp_path, *rows), "train"), tokenizer, 64)
     assert [pair["margin"] for pair in pairs] == [1.5, 0.0]
+
+
+@pytest.mark.parametrize("ids", ["text", [1.5], {"x": [1]}])
+def test_answer_ids_that_are_no_lists_of_ids(tmp_path, ids):
+    record = synthetic.records("safety", "train", 1)[0]
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(record | {"answer_ids": {"response": ids} if isinstance(ids, list) else ids}) + "\n")
+    with pytest.raises(UserError, match=r"train.jsonl:1: answer_ids"):
+        data.load_split(tmp_path, "train")

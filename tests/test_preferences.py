@@ -167,3 +167,28 @@ def test_a_function_s_body_and_a_missing_reference(tmp_path, tokenizer):
     with pytest.raises(UserError, match="a: the heuristic reward of conala needs a reference"):
         rewards.scorer("conala", settings(), str)([{"id": "a", "prompt": [], "reference": None}], ["x"])
     assert json.dumps(first)
+
+
+def test_pairs_train_on_the_very_ids_that_were_sampled(tiny_model):
+    net, tokenizer = tiny_model
+    records = synthetic.records("conala", "train", 40)
+    answers = preferences.sample(net, tokenizer, records, SAMPLING | {"temperature": 2.0})
+    sides = preferences.best_and_worst(records, answers, tokenizer, by_length)
+    made = [preferences.pair_record(record, *pair) for record, pair in zip(records, sides, strict=True)]
+    pairs, counts = data.encode_pairs(made, tokenizer, 256)
+    assert counts["kept"] > 20
+    samples = {record["id"]: answers[i] for i, record in enumerate(records)}
+    other_ids = 0
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            answer = [token for token, m in zip(pair[side]["ids"], pair[side]["mask"], strict=True) if m]
+            assert answer in samples[pair["id"]]
+            again = chat.encode_text(tokenizer, chat.decode(tokenizer, answer))
+            other_ids += again != [token for token in answer if token != chat.END_OF_TURN]
+    assert other_ids > 0  # else the text would have done
+
+
+def test_answer_ids_of_another_tokenizer_are_refused(tokenizer):
+    record = synthetic.records("safety", "train", 1)[0] | {"answer_ids": {"response": [300, 301]}}
+    with pytest.raises(UserError, match="answer_ids do not decode to the answer"):
+        data.encode_pairs([record], tokenizer, 256)

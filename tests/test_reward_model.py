@@ -1,16 +1,21 @@
 """The scalar head: initialisation, the position it reads, PEFT's file format, and refusals."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import data, lora, reward_model
+import train_reward
+import train_rl
+from common import data, lora, reward_model, rewards
 from common.log import UserError
 from common.runtime import base
 from common.tasks import synthetic
+from tests import checks, inputs, processes
+from tests.faults import trainers
 
 
 @pytest.fixture
@@ -164,3 +169,22 @@ def test_values_are_those_of_the_states_before_each_token(judge, pairs):
     zero = torch.zeros_like(head)
     assert not reward_model.values(net, zero, tokens, mask).any()
     assert reward_model.values(net, head, tokens, torch.zeros_like(mask)).shape == mask.shape
+
+
+def test_a_deviation_of_zero_divides_by_one():
+    assert rewards.normalise(torch.tensor([0.3]), 0.0, 0.0).item() == pytest.approx(0.3)
+    assert rewards.normalise(torch.tensor([0.3]), 0.1, 0.5).item() == pytest.approx(0.4)
+
+
+def test_a_reward_model_of_one_held_out_pair(tmp_path, tiny_folder):
+    source = inputs.write_data(tmp_path / "data", "safety", train=12, val=1)
+    argv = trainers.settings("reward", tiny_folder, source)(tmp_path, "--training.max_steps", 2)
+    status, out, err = processes.run(train_reward.main, tmp_path, argv)
+    assert status == 0 and reward_model.ALIKE in out, (out, err)
+    argv = trainers.settings("grpo", tiny_folder, source, "--reward.type", "trainable")(tmp_path / "rl")
+    argv += ["--reward.checkpoint", tmp_path / "run" / "final", "--evaluation.max_items", 1, "--rl.max_steps", 2]
+    (tmp_path / "rl").mkdir()
+    status, out, err = processes.run(train_rl.main, tmp_path / "rl", argv)
+    assert status == 0 and reward_model.ALIKE in out, (out, err)
+    values = [row["reward"] for row in checks.samples(tmp_path / "rl" / "run")]
+    assert all(math.isfinite(value) and abs(value) < 100 for value in values), values
