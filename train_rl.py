@@ -1,19 +1,20 @@
 """Reinforcement learning: PPO, GRPO and DPO for Gemma 3 with LoRA, QLoRA or all weights.
 
-    r     pi(token) / pi_old(token);  L(A) = max(-A r, -A clip(r, 1 - low, 1 + high))       rl.ppo_clip, rl.clip_high
-    ppo   L(A) - c H for each token, A = whitened GAE of -k log(pi_old / ref), the score added to the last token
-          critic: max((V - R)^2, (clip(V) - R)^2) / 2                                   rl.value_clip, rl.value_coeff
-    grpo  L(A) + k KL(pi || ref) - c H for each token, A = (score - mean of its group) / standard deviation of its group
+    r     pi(token) / pi_old(token);  L(A) = max(-A r, -A clip(r, 1 - rl.ppo_clip, 1 + rl.clip_high)) for each token
+    ppo   L(A) - c H;  A = whitened GAE of -k log(pi_old / ref) on each token, plus the score on the last one
+          critic: v max((V - R)^2, (clip(V) - R)^2) / 2,  R = GAE + V
+    grpo  L(A) + k KL(pi || ref) - c H;  A = (score - mean of its group) / deviation of its group [rl.baseline]
     dpo   -(1 - e) log sigmoid(b h) - e log sigmoid(-b h) for each pair, h = log pi / ref (chosen) - the same (rejected)
-          + s times the mean of -log pi over the tokens of chosen answers               rl.dpo_loss, rl.dpo_sft_coeff
+          + s times the mean of -log pi over the tokens of chosen answers
+    H entropy; of rl: k kl_coef, c entropy_coeff, v value_coeff, b dpo_beta, e dpo_label_smoothing, s dpo_sft_coeff
 
 Read grpo_step, ppo_step or dpo_step: each is its algorithm from top to bottom, its objective right above it. For
-another one copy the nearest, change it, and add its name to ONLINE and to configs/defaults.yml.
-
-Policy, reference (the policy at the start), critic and reward model are adapters on one frozen base; full fine-tuning
-holds a second copy. Dropout is off. Left out, compared with TRL: samplers on other machines and the corrections for
-them, updates of the reference, tools. Hinge, SimPO, ORPO, GSPO, CISPO, dual clip and the soft overlong penalty are
-functions to put at `edit here`. rl.dynamic_sampling leaves groups of equal rewards out; DAPO samples again for them.
+another one copy the nearest, change it, and add its name to ONLINE and to the choices of rl.algorithm in
+configs/defaults.yml. Ready in common/, to put at `edit here`: hinge, SimPO, ORPO for pairs; GSPO, CISPO, dual clip for
+tokens; the soft overlong penalty for rewards. Policy, reference (the policy at the start), critic and reward model are
+adapters on one frozen base; full fine-tuning holds a second copy. Dropout is off. Left out, compared with TRL: samplers
+on other machines and the corrections for them, updates of the reference, tools; rl.dynamic_sampling leaves groups of
+equal rewards out, DAPO samples again for them.
 
     python train_rl.py --config configs/grpo_rl_270m.yml --debug                two cores, nothing to download
     python train_rl.py --config configs/ppo_rl_270m.yml --explain               what would be sampled and trained
@@ -62,7 +63,9 @@ def check(rl, online):
     if rl.algorithm == "grpo" and rl.group_size < 2:
         raise UserError("rl.group_size: grpo compares a completion with others of its prompt, take 2 or more")
     if rl.algorithm == "grpo" and kl_estimator == "k1":
-        raise UserError("rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2 or k3 times the ratio")
+        raise UserError(
+            "rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2, or k3 weighted by the ratio"
+        )
     if rl.algorithm == "ppo" and kl_estimator in ("k2", "k3"):
         raise UserError("rl.kl_estimator: ppo has the KL in its reward, where only k1 gives its gradient")
     if online and rl.minibatches > rl.rollout_size:
@@ -79,21 +82,23 @@ def sample_and_score(run, models, dataset, score, step):
     sizes = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     with run.autocast:
         rollout = experience.collect(models.net, mine, score, run.cfg.seed, step, **sizes)
-    # >>> edit here: the reward of a completion
+    # >>> edit here: the reward of each completion (B,), for GRPO and PPO
     rollout.rewards = advantages.missing_stop(rollout.rewards, rollout.stopped, rl.missing_stop_penalty)
     return rollout
 
 
 def make_minibatches(run, rollout, has_gradient, step):
-    """The minibatches of all updates of a rollout, and rollout.weight, that of each token's loss -> [Minibatch].
+    """Set rollout.weight, each token's weight in the loss; return the minibatches of all updates.
 
-    An update's loss is the sum of weight * loss over its rows, divided by minibatch.divisor: what the rows of all ranks
-    add up to, by rl.loss_aggregation (token: their tokens; sequence: their number). Rows that are not computed count.
+    An update's loss is sum(weight * token_loss) / minibatch.divisor. Over all ranks, the divisor counts the minibatch's
+    tokens (rl.loss_aggregation token) or rows (sequence; constant, whose weight is 1 / max_new_tokens). Excluded rows
+    are not in it; rows that are only skipped, as their gradient is zero, are.
     """
     cfg, rl = run.cfg, run.cfg.rl
     rollout.weight, row_divisor = experience.loss_weights(rollout.mask, rl.loss_aggregation, rl.max_new_tokens)
-    sizes = rl.rollout_size, rl.num_ppo_epochs, rl.minibatches, cfg.training.micro_batch_tokens
-    return experience.minibatches(rollout, has_gradient, row_divisor, *sizes, f"{cfg.seed}/{step}")
+    passes, count, budget = rl.num_ppo_epochs, rl.minibatches, cfg.training.micro_batch_tokens
+    key = f"{cfg.seed}/{step}"
+    return experience.minibatches(rollout, has_gradient, row_divisor, rl.rollout_size, passes, count, budget, key)
 
 
 def policy_logprobs(net, micro, rl):
@@ -108,8 +113,8 @@ def clip_range(rl):
     return rl.ppo_clip, rl.ppo_clip if rl.clip_high is None else rl.clip_high
 
 
-def trust_region(logprobs, micro, rl):
-    """How far the policy has moved from the one that sampled: {metric: (tokens,)}."""
+def policy_shift(logprobs, micro, rl):
+    """How far the policy has moved from the one that sampled: {metric: (tokens,)}. rl.target_kl bounds policy_kl."""
     logprobs, mask = logprobs.detach(), micro.mask.bool()
     clipped = losses.clipped(logprobs, micro.old_logprobs, micro.advantages, *clip_range(rl))
     kl = losses.kl_estimate(micro.old_logprobs, logprobs)  # KL(old || pi) on samples of old
@@ -127,16 +132,13 @@ def grpo_objective(logprobs, entropy, micro, rl):
         loss = loss - rl.entropy_coeff * entropy
     if rl.kl_coef and rl.kl_estimator == "k2":
         loss = loss + rl.kl_coef * losses.kl_estimate(logprobs, micro.ref_logprobs, "k2")
-    elif rl.kl_coef:
+    elif rl.kl_coef:  # k3
         loss = loss + rl.kl_coef * losses.kl_loss_unbiased(logprobs, micro.old_logprobs, micro.ref_logprobs)
     return loss
 
 
 def grpo_step(run, models, dataset, score, optimizer, step):
-    """GRPO: Shao et al. 2024, algorithm 1 -> (metrics, tokens of all ranks).
-
-    No critic: a completion is compared with the others of its prompt.
-    """
+    """GRPO, Shao et al. 2024, algorithm 1: no critic, a group is its own baseline -> (metrics, tokens of all ranks)."""
     rl, training, net = run.cfg.rl, run.cfg.training, models.net
 
     # --- sample a group of completions for each prompt, and score them
@@ -150,7 +152,7 @@ def grpo_step(run, models, dataset, score, optimizer, step):
         advantage = advantages.group_advantages(rollout.rewards, rl.group_size, rl.scale_rewards)
     rollout.advantages = advantage[:, None] * rollout.mask
 
-    # --- rows: a group of equal rewards has no advantage; without KL and entropy its rows count, but are not computed
+    # --- rows: excluded ones are out of loss and divisor; a zero gradient (equal rewards) is only not computed
     rollout.zero_advantage = experience.zero_advantage_groups(rollout.advantages, rl.group_size)
     excluded = rollout.zero_advantage & rl.dynamic_sampling
     if rl.mask_truncated:
@@ -159,10 +161,10 @@ def grpo_step(run, models, dataset, score, optimizer, step):
     has_gradient = ~excluded if rl.kl_coef or rl.entropy_coeff else ~excluded & ~rollout.zero_advantage
     minibatches = make_minibatches(run, rollout, has_gradient, step)
 
-    # --- old and reference log-probs, in the very micro-batches of the first pass
+    # --- old and reference log-probs, in the micro-batches of the first pass: the first ratio is 1 to the bit
     first_pass = experience.first_pass(minibatches)
     with run.autocast:
-        if len(minibatches) > 1:  # a single update's own log-probs are the old ones: no pass is spent on them
+        if len(minibatches) > 1:  # a single update's own log-probs are the old ones: no forward is spent on them
             rollout.old_logprobs = experience.logprobs(net, "policy", rollout, first_pass, rl.temperature)
         if rl.kl_coef:
             rollout.ref_logprobs = experience.logprobs(models.frozen, "reference", rollout, first_pass, rl.temperature)
@@ -184,7 +186,7 @@ def grpo_step(run, models, dataset, score, optimizer, step):
             token_loss = grpo_objective(logprobs, entropy, micro, rl)
             loss = (token_loss * micro.weight).sum() / minibatch.divisor
             loss.backward()
-            update.add(micro.ids, loss, **trust_region(logprobs, micro, rl))
+            update.add(micro.ids, loss, **policy_shift(logprobs, micro, rl))
         if not optimizer_step(optimizer, parameters, update, step, training.max_grad_norm, rl.target_kl):
             break  # target_kl: far enough from the policy that sampled
     return step_metrics(rollout, minibatches, updates, started)
@@ -198,10 +200,7 @@ def ppo_objective(logprobs, entropy, micro, rl):
 
 
 def ppo_step(run, models, dataset, score, optimizer, step):
-    """PPO: Schulman et al. 2017, with a critic -> (metrics, tokens of all ranks).
-
-    The KL to the reference is in the reward (Ouyang et al. 2022, eq. 2).
-    """
+    """PPO, Schulman et al. 2017; KL in the reward, Ouyang et al. 2022, eq. 2 -> (metrics, tokens of all ranks)."""
     rl, training, net, frozen = run.cfg.rl, run.cfg.training, models.net, models.frozen
 
     # --- sample completions, and score them
@@ -213,7 +212,7 @@ def ppo_step(run, models, dataset, score, optimizer, step):
     rollout.exclude(excluded)
     minibatches = make_minibatches(run, rollout, ~excluded, step)
 
-    # --- old and reference log-probs and values, in the very micro-batches of the first pass
+    # --- old and reference log-probs and values, in the micro-batches of the first pass: the first ratio is 1
     first_pass = experience.first_pass(minibatches)
     with run.autocast:
         rollout.old_logprobs = experience.logprobs(net, "policy", rollout, first_pass, rl.temperature)
@@ -222,7 +221,7 @@ def ppo_step(run, models, dataset, score, optimizer, step):
         rollout.values = experience.values(frozen, models.head, rollout, first_pass)
     experience.check_finite(rollout, step)
 
-    # --- advantages: GAE of -k KL on each token and the score on the last; whitened over the rollouts of all ranks
+    # --- advantages: GAE of -kl_coef * KL on each token, plus the score on the last; whitened over all ranks
     kl = torch.zeros_like(rollout.mask)
     if rl.kl_coef:
         kl = losses.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, "k1")
@@ -231,7 +230,7 @@ def ppo_step(run, models, dataset, score, optimizer, step):
     rollout.advantages = advantages.whiten(advantage, rollout.mask)
     experience.fill(minibatches, rollout)
 
-    # --- updates: rl.num_ppo_epochs passes over rl.minibatches minibatches; in the first steps of the critic alone
+    # --- updates: rl.num_ppo_epochs passes over rl.minibatches minibatches; the critic alone in its warm-up
     parameters = {"critic": models.parameters["critic"]}
     if step >= rl.critic_warmup:
         parameters["policy"] = models.parameters["policy"]
@@ -254,7 +253,7 @@ def ppo_step(run, models, dataset, score, optimizer, step):
                 token_loss = ppo_objective(logprobs, entropy, micro, rl)
                 loss = (token_loss * micro.weight).sum() / minibatch.divisor
                 loss.backward()
-                update.add(micro.ids, loss, **trust_region(logprobs, micro, rl))
+                update.add(micro.ids, loss, **policy_shift(logprobs, micro, rl))
         if not optimizer_step(optimizer, parameters, update, step, training.max_grad_norm, rl.target_kl):
             break  # target_kl: far enough from the policy that sampled
     return step_metrics(rollout, minibatches, updates, started)
@@ -469,7 +468,7 @@ def main(argv=None):
     # --- config, device, process group, run folder
     cfg, job = config.parse_args("train_rl.py", __doc__, SECTIONS, ("rl",), argv, JOBS)
     training, rl, peft = cfg.training, cfg.rl, cfg.model
-    online = rl.algorithm in ONLINE
+    online = rl.algorithm != "dpo"
     check(rl, online)
     if training.packing or training.last_turn_only:
         raise UserError("training.packing and last_turn_only belong to train_sft.py: leave them out")

@@ -103,7 +103,7 @@ def test_grpos_objective_equals_trls_in_value_and_gradient(kind, theirs, kl_coef
     weight, row_divisor = experience.loss_weights(mask, kind, 16)
     micro = experience.MicroBatch([], None, mask, weight, a * mask, None, old, reference)
     loss = train_rl.grpo_objective(logprobs, None, micro, rl)
-    metrics = train_rl.trust_region(logprobs, micro, rl)
+    metrics = train_rl.policy_shift(logprobs, micro, rl)
     value = (loss * weight).sum() / row_divisor.sum()
     assert value.item() == pytest.approx(expected.item(), abs=1e-12)
     found, right = (torch.autograd.grad(each, logprobs, retain_graph=True)[0] for each in (value, expected))

@@ -45,7 +45,7 @@ def without_critic(step):
             token_loss = ppo_objective(logprobs, entropy, micro, rl)
             loss = (token_loss * micro.weight).sum() / minibatch.divisor
             loss.backward()
-            update.add(micro.ids, loss, **trust_region(logprobs, micro, rl))
+            update.add(micro.ids, loss, **policy_shift(logprobs, micro, rl))
 """
     warmup = between(step, '    parameters = {"critic": ', "    started, updates = ")
     for old, new in (
