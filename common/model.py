@@ -131,6 +131,8 @@ def sequence_logprobs(model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, te
     tokens (B, T) int64 right-padded with anything; mask (B, T-1), 1 on supervised targets. Gradients reach whatever
     is trainable. What comes after a row's last supervised target is never computed, nor is any logit of another token.
     """
+    if not mask.any():
+        return torch.zeros(mask.shape, device=tokens.device)
     hidden, targets = target_states(model, tokens, mask)
     return spread(losses.token_logprobs(hidden, model.lm_head.weight, targets, temperature), mask)
 

@@ -216,7 +216,7 @@ def test_one_that_waits_is_not_overtaken(tokenizer, start, monkeypatch):
     """A long prompt enters before the shorter ones behind it, although these would fit beside the first."""
     machine = start(rows=4, slots=1200)
     order, real = [], Decoder.prefill
-    monkeypatch.setattr(Decoder, "admit", lambda self, prompts, *more: (order.extend(map(len, prompts)),
+    monkeypatch.setattr(Decoder, "prefill", lambda self, prompts, *more: (order.extend(map(len, prompts)),
                                                                        real(self, prompts, *more))[1])  # fmt: skip
     boxes = ask(machine, [([7] * n, "base", {"max_tokens": 3}) for n in (20, engine.PREFILL + 200, 21, 22)])
     assert all(box.tokens() for box in boxes)
