@@ -86,12 +86,16 @@ def repetition(completion: str) -> float:
 
 def overlap(completion: str, reference: str) -> float:
     """ROUGE-L F1 without stemming, from rouge-score, on at most WORDS words of each."""
-    from rouge_score import rouge_scorer
+    from rouge_score import rouge_scorer, scoring
 
-    ours, right = (
-        " ".join(re.findall(r"[a-z0-9]+", text[:LONGEST].lower())[:WORDS]) for text in (completion, reference)
-    )
-    return rouge_scorer.RougeScorer(["rougeL"]).score(right, ours)["rougeL"].fmeasure
+    ours, right = (re.findall(r"[a-z0-9]+", text[:LONGEST].lower())[:WORDS] for text in (completion, reference))
+    common = set(ours) & set(right)  # no other word can be in a common subsequence
+    if not common:
+        return 0.0
+    ours_common, right_common = ([word for word in words if word in common] for words in (ours, right))
+    score = rouge_scorer.RougeScorer(["rougeL"]).score(" ".join(right_common), " ".join(ours_common))["rougeL"]
+    longest = round(score.precision * len(ours_common))
+    return scoring.fmeasure(longest / len(ours), longest / len(right))
 
 
 def facts(completion: str, reference: str) -> float:
