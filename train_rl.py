@@ -64,7 +64,7 @@ def check(rl, online):
         raise UserError("rl.group_size: grpo compares a completion with others of its prompt, take 2 or more")
     if rl.algorithm == "grpo" and kl_estimator == "k1":
         raise UserError(
-            "rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2, or k3 weighted by the ratio"
+            "rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2 or k3 (k3 times the ratio)"
         )
     if rl.algorithm == "ppo" and kl_estimator in ("k2", "k3"):
         raise UserError("rl.kl_estimator: ppo has the KL in its reward, where only k1 gives its gradient")

@@ -9,6 +9,7 @@ parsed but never executed. The heuristic reward is the weighted mean of the task
 """
 
 import ast
+import collections
 import importlib.util
 import math
 import re
@@ -27,7 +28,7 @@ from common.runtime import checkpoint
 SMALLEST_STD = 1e-6  # of rewards of reference answers; below it they are all alike
 SHOWN = 200  # characters of a sample in an error message
 LONGEST = 20_000  # characters that are looked at
-WORDS = 410  # words that ROUGE-L compares (MTS-Dialog's longest reference has 403); its time grows with their square
+WORDS = 410  # words that ROUGE-L compares (MTS-Dialog's longest reference has 403)
 CODE = 5_000  # characters of code that are looked at; CoNaLa's longest snippet has under 500
 # Insults, slurs' milder kin and threats that the speaker makes; words that a refusal needs (harm, kill, drug) are no
 # insult and stand only in THREATS, as phrases aimed at the reader.
@@ -85,17 +86,28 @@ def repetition(completion: str) -> float:
 
 
 def overlap(completion: str, reference: str) -> float:
-    """ROUGE-L F1 without stemming, from rouge-score, on at most WORDS words of each."""
-    from rouge_score import rouge_scorer, scoring
-
+    """ROUGE-L F1 without stemming, as rouge-score counts it, on at most WORDS words of each."""
     ours, right = (re.findall(r"[a-z0-9]+", text[:LONGEST].lower())[:WORDS] for text in (completion, reference))
-    common = set(ours) & set(right)  # no other word can be in a common subsequence
-    if not common:
+    longest = longest_common_subsequence(ours, right)
+    if not longest:
         return 0.0
-    ours_common, right_common = ([word for word in words if word in common] for words in (ours, right))
-    score = rouge_scorer.RougeScorer(["rougeL"]).score(" ".join(right_common), " ".join(ours_common))["rougeL"]
-    longest = round(score.precision * len(ours_common))
-    return scoring.fmeasure(longest / len(ours), longest / len(right))
+    precision, recall = longest / len(ours), longest / len(right)
+    return 2 * precision * recall / (precision + recall)
+
+
+def longest_common_subsequence(ours: list[str], right: list[str]) -> int:
+    """Its length in words, by bit-parallel dynamic programming (Hyyro 2004): a row of the table is one integer.
+
+    rouge-score fills the table cell by cell, which took 25 to 80 ms for one hostile completion.
+    """
+    places = collections.defaultdict(int)  # word -> bits of its places in `ours`
+    for i, word in enumerate(ours):
+        places[word] |= 1 << i
+    row = full = (1 << len(ours)) - 1
+    for word in right:
+        matches = row & places.get(word, 0)
+        row = ((row + matches) | (row - matches)) & full
+    return len(ours) - row.bit_count()
 
 
 def facts(completion: str, reference: str) -> float:
@@ -110,7 +122,7 @@ def facts(completion: str, reference: str) -> float:
 
 def code_tokens(text: str, limit: int | None = CODE) -> list[str]:
     """CoNaLa's `tokenize_for_bleu_eval`: every non-alphanumeric apart, camelCase split, quotes as one kind."""
-    text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text[:limit])
+    text = re.sub(r"[^A-Za-z0-9_]", lambda match: f" {match[0]} ", text[:limit])
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)
     return re.sub(r"\s+", " ", text).replace('"', "`").replace("'", "`").split()
 

@@ -1,5 +1,6 @@
 """Heuristic rewards: hand cases, official tokens, hostile texts, and any function of the user's."""
 
+import random
 import sys
 
 import pytest
@@ -38,6 +39,15 @@ def test_components_by_hand():
     plain = rouge_scorer.RougeScorer(["rougeL"]).score(texts[1], texts[0])["rougeL"].fmeasure
     assert rewards.overlap(*texts) == pytest.approx(plain) and 0.2 < plain < 0.9
     assert rewards.parses("x = [i for i in y]") == 1.0 and rewards.parses("x = [") == 0.0
+
+
+def test_overlap_equals_rouge_score_on_random_texts():
+    from rouge_score import rouge_scorer
+
+    scorer, random_texts = rouge_scorer.RougeScorer(["rougeL"]), random.Random(0)
+    for _ in range(200):
+        ours, right = (" ".join(random_texts.choices("abcdefg", k=random_texts.randint(0, 60))) for _ in range(2))
+        assert rewards.overlap(ours, right) == scorer.score(right, ours)["rougeL"].fmeasure
 
 
 def test_conala_tokens_are_the_official_ones():
