@@ -39,6 +39,18 @@ def auto_model(tiny_folder):
     return AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (8, 32), (48, 16)])
+def test_orthogonalised_equals_torch_muon(shape):
+    """One step of torch.optim.Muon, up to its bfloat16."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = torch.randn(shape)
+    muon = torch.optim.Muon([p], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, ns_steps=3)
+    muon.step()
+    ours = tiny.orthogonalised(p.grad) * max(1, shape[0] / shape[1]) ** 0.5
+    assert torch.allclose(-p.detach(), ours, atol=0.02) and ours.norm() > 2
+
+
 def test_specials_sit_at_gemmas_ids(auto_tokenizer):
     expected = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<start_of_turn>": 105}
     expected["<end_of_turn>"] = 106
