@@ -20,6 +20,7 @@ Run the same command again to go on: systems whose answers are there already are
 import functools
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ from common import (
 from common.evaluation import comparison, export, measure, metrics, report
 from common.human import manifest
 from common.log import UserError, command, say
-from common.runtime import base, checkpoint, resume
+from common.runtime import base, cache, checkpoint, resume
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
 JOBS = (
@@ -61,6 +62,44 @@ SHOWN = 6  # items side by side in the report
 HEADLINES = {"safety": ("judge", "reward", "loss_per_byte"), "clinical": ("rougeL",), "conala": ("bleu",)}
 SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
 SOURCES += (products, rewards, rollouts)  # what decides an answer and its scores
+
+
+@dataclass
+class System:
+    """A checkpoint to measure; several seeds of one system have the same name."""
+
+    name: str
+    seed: int  # 0, 1, ...
+    folder: Path  # of the base it stands on, or of the whole model
+    adapter: Path | None
+    runs: list  # the run folders that led to it, the first stage first
+    is_whole: bool  # has weights of its own, not the base's
+    four_bit: bool  # was trained on a base in 4 bits
+    rl_start: SimpleNamespace | None  # if its last stage was RL: the model that this started from and was held to
+    ref_folder: Path  # the base of rl_start
+    weights_key: list  # what decides its weights and those of rl_start
+
+
+@dataclass
+class Base:
+    """The base that adapters and judges share, in memory once; once more in 4 bits where one was trained so."""
+
+    folder: Path
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+    net: torch.nn.Module
+    tokenizer: object
+    in_4_bits: torch.nn.Module | None = None  # filled by for_adapter
+
+    def for_adapter(self, folder):
+        """The base as the adapter in `folder` saw it in training; without one, unquantised."""
+        if not folder or not model.trained_quantised(folder):
+            return self.net
+        if self.in_4_bits is None:
+            self.in_4_bits, _ = model.load(self.folder, self.device, self.dtype, quantize=True)
+            lora.wrap(self.in_4_bits)
+        return self.in_4_bits
 
 
 def parse_systems(arguments):
@@ -107,30 +146,13 @@ def sampling(cfg):
             "top_p": evaluation.top_p}  # fmt: skip
 
 
-def cached(path, key, make):
-    """What make() returns, (lines, speed or None), from `path` where it was left under the same key.
-
-    JSON lines, written whole or not at all. Their head calls the speed "about".
-    """
-    kept = None
-    if dist.is_main() and path.is_file():
-        try:
-            lines = log.read_records(path)
-            kept = lines if lines and lines[0].get("key") == key else None
-        except (ValueError, AttributeError):
-            say(f"{path} is damaged: asking anew")
-    if dist.any_rank(kept is not None):
-        head, *lines = dist.gather_rows(kept or [])
+def kept_answers(path, key, make):
+    """The records that make() returns, from `path` where an earlier call left them under the same key."""
+    asked = []
+    records = cache.records(path, key, lambda: asked.append(True) or make())
+    if not asked:
         say(f"{path.stem}: answered before")
-        return lines, head["about"]
-    lines, speed = make()
-    if dist.is_main():
-        path.parent.mkdir(exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.unlink(missing_ok=True)
-        log.write_records(draft, [{"key": key, "about": speed}, *lines])
-        os.replace(draft, path)
-    return lines, speed
+    return records
 
 
 def best_of(base_model, tokenizer, items, cfg, scorers):
@@ -161,13 +183,118 @@ def task_reads_references(cfg):
     return cfg.reward.function is not None or (cfg.task != "safety" and cfg.reward.type != "trainable")
 
 
+def locate(named, cfg):
+    """{name: [checkpoint of each seed]} -> (the base's folder, [System]). UserError where one does not fit the base."""
+    places = {(name, k): base.locate(source) for name, sources in named.items() for k, source in enumerate(sources)}
+    base_folder = places["base", 0][0] if "base" in named else base.resolve(cfg.model.base_checkpoint)
+    tokenizer_sha256, fingerprints, systems = checkpoint.sha256(base_folder / "tokenizer.json"), {}, []
+    for (name, k), (folder, adapter) in places.items():
+        if checkpoint.sha256(folder / "tokenizer.json") != tokenizer_sha256:
+            raise UserError(f"--checkpoints: {name} has another tokenizer than the base: not the same items")
+        if folder not in fingerprints:
+            fingerprints[folder] = base.fingerprint(folder)
+        if adapter:  # before hours of answers
+            base.check_record(adapter, f"--checkpoints {name}", folder, fingerprints[folder], None)
+        runs = comparison.history(named[name][k])
+        last_config = config.load_config(runs[-1] / "config.yml") if runs else None
+        rl_start = last_config.model if last_config is not None and last_config.training.mode == "rl" else None
+        is_whole = folder.resolve() != base_folder.resolve()
+        whole_start = rl_start and is_whole and not adapter  # then what RL started from is a whole model too
+        ref_folder = base.resolve(rl_start.base_checkpoint) if whole_start else base_folder
+        four_bit = adapter is not None and model.trained_quantised(adapter)
+        weights_key = [
+            fingerprints[folder] if is_whole else None,
+            model.adapter_fingerprint(adapter),
+            four_bit,
+            base.fingerprint(ref_folder) if ref_folder != base_folder else None,
+            rl_start is not None,
+            model.adapter_fingerprint(rl_start.adapter if rl_start else None),
+        ]
+        systems.append(System(name, k, folder, adapter, runs, is_whole, four_bit, rl_start, ref_folder, weights_key))
+    return base_folder, systems
+
+
+def load_base(folder, cfg, device):
+    """The base with room for adapters, none of which is active."""
+    dtype = model.pick_dtype(cfg.model.dtype, device)
+    net, tokenizer = model.load(folder, device, dtype)
+    lora.wrap(net)
+    lora.use(net, None)
+    return Base(folder, base.fingerprint(folder), device, dtype, net, tokenizer)
+
+
+def make_scorers(cfg, bare):
+    """({"judge", "reward": function (records, answers as ids) -> (n,)}, what decides their scores, notes)."""
+    scorers, facts, notes, judge = {}, {}, [], cfg.evaluation.reward_checkpoint
+    if judge:
+        chosen = cfg.reward.checkpoint
+        if chosen and model.adapter_fingerprint(judge) == model.adapter_fingerprint(chosen):
+            raise UserError(
+                "evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one"
+            )
+        settings = SimpleNamespace(checkpoint=judge, normalize_rewards=True)
+        scorers["judge"] = trained_scorer(bare, settings, "judge")
+        facts["judge"] = model.adapter_fingerprint(judge)
+    wants_model = rewards.wants_model(cfg.reward)
+    if wants_model and cfg.reward.checkpoint is None:
+        notes.append(f"The optimised reward was not measured: reward.type {cfg.reward.type} needs --reward.checkpoint.")
+        say(notes[-1])
+    else:
+        trained = trained_scorer(bare, cfg.reward) if wants_model else None
+        score = rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(bare.tokenizer, ids), trained)
+        scorers["reward"] = lambda records, answers: score(records, answers)[0]
+        facts["reward"] = [rewards.fingerprint(cfg.reward), config.plain(cfg.reward)]
+    lora.use(bare.net, None)
+    return scorers, facts, notes
+
+
+def trained_scorer(bare, settings, *name):
+    """The scores of the reward model in settings.checkpoint, on the base as it was trained on."""
+    net = bare.for_adapter(settings.checkpoint)
+    return reward_model.scorer(net, bare.tokenizer, settings, bare.fingerprint, measure.TOKENS_PER_PASS, *name)
+
+
+def answer(system, bare, items, cfg, scorers):
+    """The lines of a system: its answers with all statistics, and how fast they were sampled."""
+    if system.is_whole:
+        net = model.load(system.folder, bare.device, bare.dtype, quantize=system.four_bit)[0]
+    else:
+        net = bare.for_adapter(system.adapter)
+    others = {"kl_base": (bare.net, None)}
+    if system.rl_start:  # what RL started from and was held to
+        frozen = net if system.adapter else bare.net  # an adapter's reference is one beside it, on the same base
+        if system.ref_folder != bare.folder:
+            frozen = model.load(system.ref_folder, bare.device, bare.dtype)[0]
+        reference = f"reference-{system.name}-{system.seed}" if system.rl_start.adapter else None
+        if reference:
+            model.load_adapter(frozen, reference, system.rl_start.adapter, trainable=False)
+        others["kl_reference"] = (frozen, reference)
+    adapter = f"{system.name}-{system.seed}" if system.adapter else None
+    if adapter:
+        model.load_adapter(net, adapter, system.adapter, trainable=False)
+    with lora.using(net, adapter):
+        lines, speed = ask(net, bare.tokenizer, items, cfg, scorers, others)
+    return [line | {"tokens_per_second": speed} for line in lines]
+
+
+def measure_floors(bare, items, cfg, scorers, has_base, path, key):
+    """{name: lines} of what needs no training: fixed answers, and the best of several answers of the base."""
+    floors = {}
+    for name, texts in metrics.floors(cfg.task, [item.record for item in items]).items():
+        answers = [[*chat.encode_text(bare.tokenizer, text), chat.END_OF_TURN] for text in texts]
+        floors[name] = measure.merge(measure.text_lines(cfg.task, items, answers, bare.tokenizer, scorers), {})
+    if has_base and "reward" in scorers:
+        best = functools.partial(best_of, bare.net, bare.tokenizer, items, cfg, scorers)
+        floors |= dict(kept_answers(path, key, lambda: list(best().items())))
+    return floors
+
+
 @command
 def main(argv=None):
     # --- config
     cfg, job = config.parse_args("evaluate.py", __doc__, SECTIONS, (), argv, JOBS)
-    out = Path(cfg.logging.output_dir) / (
-        cfg.logging.run_name or config.run_name(cfg, job.config, "checkpoints") + "-evaluation"
-    )
+    name = cfg.logging.run_name or config.run_name(cfg, job.config, "checkpoints") + "-evaluation"
+    out = Path(cfg.logging.output_dir) / name
     if job.export:
         return write_export(cfg, job)
     if job.human_results:
@@ -175,145 +302,71 @@ def main(argv=None):
     if not job.checkpoints:
         raise UserError("--checkpoints: name what to compare, as base=CHECKPOINT sft=CHECKPOINT ...")
     metrics.require(cfg.task)
-    systems, task, sheet = parse_systems(job.checkpoints), cfg.task, out / "human_eval.csv"
-    if job.human_eval and not 2 <= len(systems) <= 4:
-        raise UserError(f"--human_eval: raters compare 2 to 4 systems, these are {len(systems)}")
+    named, task, sheet = parse_systems(job.checkpoints), cfg.task, out / "human_eval.csv"
+    if job.human_eval and not 2 <= len(named) <= 4:
+        raise UserError(f"--human_eval: raters compare 2 to 4 systems, these are {len(named)}")
     if job.human_eval and sheet.exists() and manifest.key_path(sheet).exists():
         manifest.check_pair(sheet, manifest.read_manifest(sheet))
     device = model.pick_device(cfg.device)
-    dtype = model.pick_dtype(cfg.model.dtype, device)
     resume.prepare(device)
-    places = {(name, k): base.locate(source) for name, sources in systems.items() for k, source in enumerate(sources)}
-    base_folder = places["base", 0][0] if "base" in systems else base.resolve(cfg.model.base_checkpoint)
-    tokenizer_sha256, base_sha256 = checkpoint.sha256(base_folder / "tokenizer.json"), base.fingerprint(base_folder)
-    fingerprints, four_bit = {base_folder: base_sha256}, {}
-    for (name, k), (folder, adapter) in places.items():
-        if checkpoint.sha256(folder / "tokenizer.json") != tokenizer_sha256:
-            raise UserError(f"--checkpoints: {name} has another tokenizer than the base: not the same items")
-        fingerprints[folder] = fingerprints.get(folder) or base.fingerprint(folder)
-        four_bit[name, k] = adapter is not None and model.trained_quantised(adapter)
-        if adapter:  # before hours of answers
-            base.check_record(adapter, f"--checkpoints {name}", folder, fingerprints[folder], None)
+    base_folder, systems = locate(named, cfg)
     dist.init(device, cfg.training.timeout)
 
     # --- the base in memory, its judges, the items
-    base_model, tokenizer = model.load(base_folder, device, dtype)
-    lora.wrap(base_model)
-    lora.use(base_model, None)
-
-    @functools.cache
-    def base_in_4_bits():
-        """The base once more, for what was trained on it with qlora. The system `base` is the unquantised one."""
-        net = model.load(base_folder, device, dtype, quantize=True)[0]
-        lora.wrap(net)
-        return net
-
-    def base_for(folder):
-        """The base as the reward model in `folder` saw it."""
-        return base_in_4_bits() if model.trained_quantised(folder) else base_model
-
+    bare = load_base(base_folder, cfg, device)
     records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
-    items, counts = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
+    items, counts = measure.items(records, bare.tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     log.say_counts("test", counts)
-    scorers, judge, notes, scorer_fingerprints = {}, cfg.evaluation.reward_checkpoint, [], {}
-    if judge:
-        if cfg.reward.checkpoint and model.adapter_fingerprint(judge) == model.adapter_fingerprint(
-            cfg.reward.checkpoint
-        ):
-            raise UserError(
-                "evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one"
-            )
-        settings = SimpleNamespace(checkpoint=judge, normalize_rewards=True)
-        scorers["judge"] = reward_model.scorer(
-            base_for(judge), tokenizer, settings, base_sha256, measure.TOKENS_PER_PASS, "judge"
-        )
-        scorer_fingerprints["judge"] = model.adapter_fingerprint(judge)
-    if rewards.wants_model(cfg.reward) and cfg.reward.checkpoint is None:
-        notes.append(f"The optimised reward was not measured: reward.type {cfg.reward.type} needs --reward.checkpoint.")
-        say(notes[-1])
-    else:
-        wanted = rewards.wants_model(cfg.reward)
-        trained = wanted and reward_model.scorer(
-            base_for(cfg.reward.checkpoint), tokenizer, cfg.reward, base_sha256, measure.TOKENS_PER_PASS
-        )
-        scored = rewards.scorer(task, cfg.reward, functools.partial(chat.decode, tokenizer), trained)
-        scorers["reward"] = lambda *answers: scored(*answers)[0]
-        scorer_fingerprints["reward"] = [rewards.fingerprint(cfg.reward), config.plain(cfg.reward)]
-    lora.use(base_model, None)
+    scorers, scorer_facts, notes = make_scorers(cfg, bare)
     if dist.is_main():
         log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
     dist.barrier()
+
+    # --- the answers of every system, one at a time, and of what needs no training
     decoding = vars(cfg.evaluation) | {"draws": None}
-    shared = [base_sha256, tokenizer_sha256, scorer_fingerprints, task, decoding, cfg.seed,
-              cfg.training.max_seq_length, str(dtype),
-              resume.fingerprint([item.record for item in items]),
-              [checkpoint.sha256(file) for file in (__file__, *(module.__file__ for module in SOURCES))]]  # fmt: skip
-
-    # --- every system, one at a time
-    runs_by_system, speed, runs = {}, {}, {}
-    for (name, k), (folder, adapter) in places.items():
-        runs[name, k] = comparison.history(systems[name][k])
-        last_config = config.load_config(runs[name, k][-1] / "config.yml") if runs[name, k] else None
-        is_whole = folder.resolve() != base_folder.resolve()  # with weights of its own, not the base's
-        by_rl = last_config is not None and last_config.training.mode == "rl"
-        rl_start = last_config.model if by_rl else None
-        full = by_rl and is_whole and not adapter  # then what RL started from is a whole model too
-        ref_folder = base.resolve(rl_start.base_checkpoint) if full else base_folder
-        key = resume.fingerprint([*shared, fingerprints[folder] if is_whole else None, by_rl,
-                                  base.fingerprint(ref_folder) if ref_folder != base_folder else None,
-                                  model.adapter_fingerprint(adapter), four_bit[name, k],
-                                  model.adapter_fingerprint(rl_start.adapter if by_rl else None)])  # fmt: skip
-
-        def answer(
-            name=name, k=k, folder=folder, adapter=adapter, rl_start=rl_start, is_whole=is_whole, ref_folder=ref_folder
-        ):
-            if is_whole:
-                net = model.load(folder, device, dtype, quantize=four_bit[name, k])[0]
-            else:
-                net = base_in_4_bits() if four_bit[name, k] else base_model
-            others = {"kl_base": (base_model, None)}
-            if rl_start:  # what RL started from and was held to
-                frozen = net if adapter else base_model  # an adapter's reference is one beside it, on the same base
-                frozen = frozen if ref_folder == base_folder else model.load(ref_folder, device, dtype)[0]
-                if rl_start.adapter:
-                    model.load_adapter(frozen, f"reference-{name}-{k}", rl_start.adapter, trainable=False)
-                others["kl_reference"] = (frozen, f"reference-{name}-{k}" if rl_start.adapter else None)
-            if adapter:
-                model.load_adapter(net, f"{name}-{k}", adapter, trainable=False)
-            with lora.using(net, f"{name}-{k}" if adapter else None):
-                return ask(net, tokenizer, items, cfg, scorers, others)
-
-        lines, speed[name] = cached(out / "items" / f"{name}-{k}.jsonl", key, answer)
-        runs_by_system.setdefault(name, []).append(lines)
-
-    # --- what needs no training: floors, and the best of several answers of the base
-    floors = {}
-    for name, texts in metrics.floors(task, [item.record for item in items]).items():
-        answers = [[*chat.encode_text(tokenizer, text), chat.END_OF_TURN] for text in texts]
-        floors[name] = measure.merge(measure.text_lines(task, items, answers, tokenizer, scorers), {})
-    if places.get(("base", 0), (None, True))[1] is None and "reward" in scorers:
-        key = resume.fingerprint([*shared, "best", BEST_OF])
-        make = functools.partial(best_of, base_model, tokenizer, items, cfg, scorers)
-        lines, _ = cached(out / "items" / "base-best.jsonl", key, lambda: (list(make().items()), None))
-        floors |= dict(lines)
+    item_records = [item.record for item in items]
+    shared = [
+        bare.fingerprint,
+        checkpoint.sha256(base_folder / "tokenizer.json"),
+        scorer_facts,
+        task,
+        decoding,
+        cfg.seed,
+        cfg.training.max_seq_length,
+        str(bare.dtype),
+        resume.fingerprint(item_records),
+    ]
+    runs_by_system, speed = {}, {}
+    for system in systems:
+        path = out / "items" / f"{system.name}-{system.seed}.jsonl"
+        key = cache.key([shared, system.weights_key], sys.modules[__name__], *SOURCES)
+        make = functools.partial(answer, system, bare, items, cfg, scorers)
+        lines = kept_answers(path, key, make)
+        runs_by_system.setdefault(system.name, []).append(lines)
+        speed[system.name] = lines[0]["tokens_per_second"]
+    has_base = any((system.name, system.adapter) == ("base", None) for system in systems)
+    key = cache.key([shared, BEST_OF], sys.modules[__name__], *SOURCES)
+    floors = measure_floors(bare, items, cfg, scorers, has_base, out / "items" / "base-best.jsonl", key)
 
     # --- tables
-    draws, all_runs = cfg.evaluation.draws, runs_by_system | {name: [lines] for name, lines in floors.items()}
+    draws, judge = cfg.evaluation.draws, cfg.evaluation.reward_checkpoint
+    all_runs = runs_by_system | {name: [lines] for name, lines in floors.items()}
     table = comparison.cells(all_runs, draws)
     headline = next((name for name in HEADLINES[task] if name in table), next(iter(table)))
     order = [headline, *(name for name in table if name != headline)]
-    costs = {name: comparison.cost(runs[name, 0]) for name in systems}
-    notes += remarks(cfg, systems, costs, floors, judge)
-    if any(four_bit.values()):
-        names = ", ".join(dict.fromkeys(name for (name, _), quantised in four_bit.items() if quantised))
+    runs = {system.name: system.runs for system in systems if system.seed == 0}
+    costs = {name: comparison.cost(folders) for name, folders in runs.items()}
+    notes += remarks(cfg, named, costs, floors, judge)
+    if any(system.four_bit for system in systems):
+        names = ", ".join(dict.fromkeys(system.name for system in systems if system.four_bit))
         notes.append(
             f"Trained on a 4-bit base and measured on it: {names}. The KL to the base, which is not quantised, "
             "counts what the 4 bits change, too."
         )
     results = {
-        "task": task, "items": len(items), "draws": draws, "systems": list(systems), "headline": headline,
-        "seeds": {name: len(sources) for name, sources in systems.items()},
+        "task": task, "items": len(items), "draws": draws, "systems": list(named), "headline": headline,
+        "seeds": {name: len(sources) for name, sources in named.items()},
         "metrics": {name: vars(metrics.METRICS[name]) for name in order},
         "cells": {name: table[name] for name in order},
         "floors": list(floors),
@@ -327,7 +380,7 @@ def main(argv=None):
         ],
         "by_seed": {
             m: {name: [comparison.value(lines, m) for lines in runs_by_system[name]]
-                for name in systems if name in table[m]} for m in order
+                for name in named if name in table[m]} for m in order
         },
         "cost": costs,
         "extra_cost": {
@@ -336,7 +389,7 @@ def main(argv=None):
             if folder and comparison.history(folder)
         },
         "speed": speed,
-        "judge": judge_accuracy(scorers["judge"], items, tokenizer) if judge else None,
+        "judge": judge_accuracy(scorers["judge"], items, bare.tokenizer) if judge else None,
         "decoding": f"temperature {cfg.evaluation.temperature:g}, top_p {cfg.evaluation.top_p:g}, at most "
                     f"{cfg.evaluation.max_new_tokens} tokens, seed {cfg.seed}",
         "left_out": counts, "notes": notes, "command": " ".join(["python", *sys.argv]),
@@ -346,7 +399,7 @@ def main(argv=None):
     # --- report
     if dist.is_main():
         log.write_json(out / "results.json", results)
-        report.write(out, results, {name: comparison.curve(runs[name, 0]) for name in systems if runs[name, 0]})
+        report.write(out, results, {name: comparison.curve(folders) for name, folders in runs.items() if folders})
         if job.human_eval and sheet.exists() and manifest.key_path(sheet).exists():
             say(f"{sheet} is there already and may have been rated: kept")
         elif job.human_eval:
