@@ -142,8 +142,12 @@ def ask(net, tokenizer, items, cfg, scorers, others):
 
 def sampling(cfg):
     evaluation = cfg.evaluation
-    return {"seed": cfg.seed, "max_new_tokens": evaluation.max_new_tokens, "temperature": evaluation.temperature,
-            "top_p": evaluation.top_p}  # fmt: skip
+    return {
+        "seed": cfg.seed,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "temperature": evaluation.temperature,
+        "top_p": evaluation.top_p,
+    }
 
 
 def kept_answers(path, key, make):
@@ -365,7 +369,11 @@ def main(argv=None):
             "counts what the 4 bits change, too."
         )
     results = {
-        "task": task, "items": len(items), "draws": draws, "systems": list(named), "headline": headline,
+        "task": task,
+        "items": len(items),
+        "draws": draws,
+        "systems": list(named),
+        "headline": headline,
         "seeds": {name: len(sources) for name, sources in named.items()},
         "metrics": {name: vars(metrics.METRICS[name]) for name in order},
         "cells": {name: table[name] for name in order},
@@ -375,12 +383,17 @@ def main(argv=None):
         "frontier": [
             {"system": name, "seed": k, "kl": comparison.value(lines, "kl_base_sequence")}
             | {m: comparison.value(lines, m) for m in ("reward", "judge") if m in table}
-            for name, seeds in all_runs.items() for k, lines in enumerate(seeds)
+            for name, seeds in all_runs.items()
+            for k, lines in enumerate(seeds)
             if comparison.value(lines, "kl_base_sequence") is not None
         ],
         "by_seed": {
-            m: {name: [comparison.value(lines, m) for lines in runs_by_system[name]]
-                for name in named if name in table[m]} for m in order
+            m: {
+                name: [comparison.value(lines, m) for lines in runs_by_system[name]]
+                for name in named
+                if name in table[m]
+            }
+            for m in order
         },
         "cost": costs,
         "extra_cost": {
@@ -391,10 +404,12 @@ def main(argv=None):
         "speed": speed,
         "judge": judge_accuracy(scorers["judge"], items, bare.tokenizer) if judge else None,
         "decoding": f"temperature {cfg.evaluation.temperature:g}, top_p {cfg.evaluation.top_p:g}, at most "
-                    f"{cfg.evaluation.max_new_tokens} tokens, seed {cfg.seed}",
-        "left_out": counts, "notes": notes, "command": " ".join(["python", *sys.argv]),
+        f"{cfg.evaluation.max_new_tokens} tokens, seed {cfg.seed}",
+        "left_out": counts,
+        "notes": notes,
+        "command": " ".join(["python", *sys.argv]),
         **examples(runs_by_system, headline, cfg.seed),
-    }  # fmt: skip
+    }
 
     # --- report
     if dist.is_main():
@@ -461,8 +476,12 @@ def write_export(cfg, job):
         raise UserError("--export: needs --checkpoints NAME=CHECKPOINT with one checkpoint, and does nothing beside it")
     ((source,),) = systems.values()
     how = model.pick_device(cfg.device), torch.bfloat16 if cfg.model.dtype == "bfloat16" else torch.float32
-    sizes = {"row": cfg.training.max_seq_length, "answer": cfg.evaluation.max_new_tokens, "seed": cfg.seed,
-             "items": min(cfg.evaluation.max_items or export.PROBES, export.PROBES)}  # fmt: skip
+    sizes = {
+        "row": cfg.training.max_seq_length,
+        "answer": cfg.evaluation.max_new_tokens,
+        "seed": cfg.seed,
+        "items": min(cfg.evaluation.max_items or export.PROBES, export.PROBES),
+    }
     records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
     return export.run(source, job.export, how, records, sizes)
 

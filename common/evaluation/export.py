@@ -53,13 +53,21 @@ def run(source, target, how, records, sizes):
             figures["unquantised"] = gap(right["logprobs"], score(other, asked["examples"], model.sequence_logprobs))
         tell(figures)
         refuse(figures, dtype, target)
-        log.write_json(temp / "export.json", {
-            "source": str(source), "base": str(folder), "base_sha256": base.fingerprint(folder),
-            "adapter_sha256": model.adapter_fingerprint(adapter),
-            "merged_into": "the 4-bit base, dequantised" if quantized else "the base" if adapter else None,
-            "dtype": str(dtype).removeprefix("torch."), "model_sha256": checkpoint.sha256(temp / "model.safetensors"),
-            "check": figures, "limits": LIMITS[dtype] | {"survives": SURVIVES, "noise": NOISE}, **log.provenance(),
-        })  # fmt: skip
+        log.write_json(
+            temp / "export.json",
+            {
+                "source": str(source),
+                "base": str(folder),
+                "base_sha256": base.fingerprint(folder),
+                "adapter_sha256": model.adapter_fingerprint(adapter),
+                "merged_into": "the 4-bit base, dequantised" if quantized else "the base" if adapter else None,
+                "dtype": str(dtype).removeprefix("torch."),
+                "model_sha256": checkpoint.sha256(temp / "model.safetensors"),
+                "check": figures,
+                "limits": LIMITS[dtype] | {"survives": SURVIVES, "noise": NOISE},
+                **log.provenance(),
+            },
+        )
     say(f"wrote {target}: opens with transformers' AutoModelForCausalLM and AutoTokenizer")
     return figures
 
@@ -142,34 +150,47 @@ def compare(net, adapter, asked, right, folder):
     plain = plain.to(net.device).eval().requires_grad_(False)
     figures = gap(right["logprobs"], score(plain, asked["examples"], by_transformers))
     texts = greedy(plain, asked)
-    parted = [(i, next(t for t, (a, b) in enumerate(zip(*pair)) if a != b))
-              for i, pair in enumerate(zip(right["texts"], texts)) if pair[0] != pair[1]]  # fmt: skip
+    parted = [
+        (i, next(t for t, (a, b) in enumerate(zip(*pair)) if a != b))
+        for i, pair in enumerate(zip(right["texts"], texts))
+        if pair[0] != pair[1]
+    ]
     ties = []
     for i, t in parted:  # how much more likely the adapter finds its own word than the merged model's
         rows = [[*asked["prompts"][i], *right["texts"][i][:t], ids[i][t]] for ids in (right["texts"], texts)]
-        ours, theirs = score(net, [{"ids": row, "mask": [0] * (len(row) - 1) + [1]} for row in rows],
-                             model.sequence_logprobs).tolist()  # fmt: skip
+        ours, theirs = score(
+            net, [{"ids": row, "mask": [0] * (len(row) - 1) + [1]} for row in rows], model.sequence_logprobs
+        ).tolist()
         ties.append(ours - theirs)
     moved = (right["logprobs"] - right["base"]).abs().mean().item() if adapter else None
     return figures | {
-        "tokens": len(right["logprobs"]), "adapter_moves": moved, "texts": len(texts),
-        "equal_texts": len(texts) - len(parted), "first_difference": min((t for _, t in parted), default=None),
+        "tokens": len(right["logprobs"]),
+        "adapter_moves": moved,
+        "texts": len(texts),
+        "equal_texts": len(texts) - len(parted),
+        "first_difference": min((t for _, t in parted), default=None),
         "tie": max(ties, default=0.0),
-    }  # fmt: skip
+    }
 
 
 def gap(adapter, merged):
     """{"mean", "largest": of |merged - adapter|, "loss", "loss_merged": -mean log-prob of each} in nats per token."""
     apart = (merged - adapter).abs()
-    return {"mean": apart.mean().item(), "largest": apart.max().item(), "loss": -adapter.mean().item(),
-            "loss_merged": -merged.mean().item()}  # fmt: skip
+    return {
+        "mean": apart.mean().item(),
+        "largest": apart.max().item(),
+        "loss": -adapter.mean().item(),
+        "loss_merged": -merged.mean().item(),
+    }
 
 
 def tell(figures):
     """The figures as lines on the console."""
     moves = f"; the adapter moves them by {figures['adapter_moves']:.2g}" if figures["adapter_moves"] else ""
-    say(f"log-probs of {figures['tokens']} tokens, merged against adapter: mean |difference| {figures['mean']:.2g}, "
-        f"largest {figures['largest']:.2g} nats{moves}")  # fmt: skip
+    say(
+        f"log-probs of {figures['tokens']} tokens, merged against adapter: mean |difference| {figures['mean']:.2g}, "
+        f"largest {figures['largest']:.2g} nats{moves}"
+    )
     apart = figures["first_difference"]
     rest = "" if apart is None else f"; the others part at token {apart} or later, between words "
     rest += "" if apart is None else f"that the adapter finds at most {figures['tie']:.2g} nats apart"
@@ -177,17 +198,25 @@ def tell(figures):
     if figures["survives"] is not None:
         say(f"share of the adapter that survives rounding: {figures['survives']:.1%}")
     if other := figures.get("unquantised"):
-        say(f"QLoRA: merged into the dequantised 4-bit base (loss {figures['loss_merged']:.4f}); the unquantised base "
+        say(
+            f"QLoRA: merged into the dequantised 4-bit base (loss {figures['loss_merged']:.4f}); the unquantised base "
             f"would move log-probs by {other['mean']:.2g}, at most {other['largest']:.2g} nats "
-            f"(loss {other['loss_merged']:.4f})")  # fmt: skip
+            f"(loss {other['loss_merged']:.4f})"
+        )
 
 
 def refuse(figures, dtype, target):
     """UserError that names the first figure beyond its limit; a nan is beyond every limit."""
-    labels = {"mean": "mean |difference| of log-probs", "largest": "largest |difference| of a log-prob",
-              "tie": "greedy texts part between words that differ by"}  # fmt: skip
-    faults = [f"{labels[name]} {figures[name]:.3g} nats, limit {limit:g}" for name, limit in LIMITS[dtype].items()
-              if not figures[name] <= limit]  # fmt: skip
+    labels = {
+        "mean": "mean |difference| of log-probs",
+        "largest": "largest |difference| of a log-prob",
+        "tie": "greedy texts part between words that differ by",
+    }
+    faults = [
+        f"{labels[name]} {figures[name]:.3g} nats, limit {limit:g}"
+        for name, limit in LIMITS[dtype].items()
+        if not figures[name] <= limit
+    ]
     if figures["survives"] is not None and not figures["survives"] >= SURVIVES:
         faults.append(f"only {figures['survives']:.1%} of the adapter survives rounding, limit {SURVIVES:.0%}")
     moves = figures["adapter_moves"] if dtype != torch.float32 else None

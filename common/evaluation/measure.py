@@ -26,8 +26,10 @@ def items(records, tokenizer, longest, most, seed):
     order = sorted(data.shuffled(len(encoded), f"items/{seed}")[:most])
     counts["not_drawn"] = len(encoded) - len(order)
     if not order:
-        raise UserError(f"test: none of {len(records)} prompts has at most {longest} tokens (training.max_seq_length "
-                        "minus evaluation.max_new_tokens)")  # fmt: skip
+        raise UserError(
+            f"test: none of {len(records)} prompts has at most {longest} tokens (training.max_seq_length "
+            "minus evaluation.max_new_tokens)"
+        )
     return [encoded[i] for i in order], counts | {"kept": len(order)}
 
 
@@ -43,9 +45,15 @@ def generate(net, items, sampling, group=1):
     if rows:
         uniforms = rollouts.uniforms(sampling["seed"], f"test/{group}", rows, sampling["max_new_tokens"])
         completions = rollouts.sample(
-            net, [items[i].ids for i in mine], group, sampling["max_new_tokens"], temperature or 1.0, uniforms,
-            greedy=temperature == 0, top_p=sampling["top_p"],
-        )["completions"]  # fmt: skip
+            net,
+            [items[i].ids for i in mine],
+            group,
+            sampling["max_new_tokens"],
+            temperature or 1.0,
+            uniforms,
+            greedy=temperature == 0,
+            top_p=sampling["top_p"],
+        )["completions"]
     speed = sum(map(len, completions)) / (time.perf_counter() - started)
     by_row = dict(dist.gather_rows([[row, ids] for row, ids in zip(rows, completions)]))
     return [[by_row[i * group + g] for g in range(group)] for i in range(len(items))], speed
@@ -66,11 +74,16 @@ def text_lines(task, items, answers, tokenizer, scorers):
     stats["length"] = values_and_counts([len(ids) for ids in answers])
     stats["stops"] = values_and_counts([bool(ids) and ids[-1] in chat.STOP_TOKENS for ids in answers])
     return [
-        {"id": record["id"], "prompt": dialogue(record["prompt"]), "answer": text, "tokens": len(ids),
-         "stopped": bool(ids) and ids[-1] in chat.STOP_TOKENS,
-         "stats": {name: [float(x) for x in stats[name][i]] for name in metrics.METRICS if name in stats}}
+        {
+            "id": record["id"],
+            "prompt": dialogue(record["prompt"]),
+            "answer": text,
+            "tokens": len(ids),
+            "stopped": bool(ids) and ids[-1] in chat.STOP_TOKENS,
+            "stats": {name: [float(x) for x in stats[name][i]] for name in metrics.METRICS if name in stats},
+        }
         for i, (record, text, ids) in enumerate(zip(records, texts, answers))
-    ]  # fmt: skip
+    ]
 
 
 def dialogue(turns):
@@ -93,8 +106,9 @@ def model_stats(net, others, items, answers, tokenizer, limit):
     """
     records = [item.record for item in items]
     stats = _preferences(net, records, tokenizer, limit)
-    examples = [{"ids": [*item.ids, *ids], "mask": [0] * len(item.ids) + [1] * len(ids)}
-                for item, ids in zip(items, answers)]  # fmt: skip
+    examples = [
+        {"ids": [*item.ids, *ids], "mask": [0] * len(item.ids) + [1] * len(ids)} for item, ids in zip(items, answers)
+    ]
     sizes = [len(example["ids"]) for example in examples]
     cuts = data.micro_batches(range(dist.rank(), len(items), dist.world_size()), sizes, TOKENS_PER_PASS)
     for name, (frozen, adapter) in others.items():
@@ -118,9 +132,11 @@ def _preferences(net, records, tokenizer, limit):
     if not rows:
         return {}
     rows_per_item = len(rows) // len(names)
-    cuts = data.micro_batches(range(dist.rank(), len(names), dist.world_size()),
-                              [sum(len(row["ids"]) for row in rows[i * rows_per_item : (i + 1) * rows_per_item])
-                               for i in range(len(names))], TOKENS_PER_PASS)  # fmt: skip
+    cuts = data.micro_batches(
+        range(dist.rank(), len(names), dist.world_size()),
+        [sum(len(row["ids"]) for row in rows[i * rows_per_item : (i + 1) * rows_per_item]) for i in range(len(names))],
+        TOKENS_PER_PASS,
+    )
     totals = dist.sum_tensor(_logprobs(net, rows, rows_per_item, cuts)).view(-1, rows_per_item).numpy()
     tokens = np.array([sum(row["mask"]) for row in rows], dtype=np.float64).reshape(-1, rows_per_item)
     place = {record["id"]: i for i, record in enumerate(records)}

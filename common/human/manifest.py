@@ -35,8 +35,17 @@ from common.human.ratings import mark_of, parse_rating, read_ratings
 from common.human.report import report
 from common.log import UserError, say
 
-__all__ = ["analyse", "generate_manifest", "key_path", "parse_rating", "read_key", "read_manifest", "read_ratings",
-           "report", "write"]  # fmt: skip
+__all__ = [
+    "analyse",
+    "generate_manifest",
+    "key_path",
+    "parse_rating",
+    "read_key",
+    "read_manifest",
+    "read_ratings",
+    "report",
+    "write",
+]
 SLOTS, WIDTHS = "ABCD", ("AB", "ABC", "ABCD")
 KINDS = ("item", "duplicate", "check")
 KEY = ("item_id", "slot", "system", "kind", "trap", "original", "source", "characters", "digest", "seed")
@@ -101,9 +110,10 @@ def read_manifest(path):
         if not row["item_id"] or row["item_id"] in items:
             raise UserError(f"{path}, line {line}: item_id {row['item_id']!r} is empty or stands twice")
         items[row["item_id"]] = {
-            "slots": slots, **{name: row[name] for name in ("task", "prompt", "reference") if name in row},
+            "slots": slots,
+            **{name: row[name] for name in ("task", "prompt", "reference") if name in row},
             "answers": {slot: row[f"response_{slot}"] for slot in slots},
-        }  # fmt: skip
+        }
     _check_marks(path, items)
     return items
 
@@ -208,8 +218,10 @@ def _plan(systems, count, rng):
         _, source, order = plans[index]
         shift = rng.integers(1, len(names))  # every system moves
         plans.append(("duplicate", source, (*order[shift:], *order[:shift])))
-    rows = [{"kind": kind, "source": source, "answers": [(name, systems[name][source], False) for name in order]}
-            for kind, source, order in plans]  # fmt: skip
+    rows = [
+        {"kind": kind, "source": source, "answers": [(name, systems[name][source], False) for name in order]}
+        for kind, source, order in plans
+    ]
     checks = (_check(systems, int(source), rng) for source in pool[::-1])  # first those that are no items
     rows += itertools.islice((row for row in checks if row), _checks(count))
     rows = [rows[i] for i in rng.permutation(len(rows))]
