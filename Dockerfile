@@ -11,7 +11,7 @@
 #   of your own:  mkdir -p outputs && docker run --user "$(id -u):$(id -g)" ...   writes files that are yours.
 # Several GPUs: --shm-size 1g --entrypoint torchrun gemma-alignment --nproc-per-node 8 train_staged.py --config ...
 
-# torch 2.13 from PyPI is built for CUDA 13.0 and brings its libraries as wheels; `base` adds what the driver needs to
+# torch 2.13's wheels are built for CUDA 13.0 and bring its libraries as wheels; `base` adds what the driver needs to
 # find the GPU, while `runtime` would hold the same libraries a second time.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 
