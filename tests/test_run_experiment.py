@@ -55,11 +55,17 @@ def start(checkout, *words, cwd=None, **environment):
     """-> (exit status, [words of each call of a stand-in], what it printed)."""
     log = checkout.parent / "log"
     log.unlink(missing_ok=True)
-    kept = {key: value for key, value in os.environ.items()
-            if key not in ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PYTHON")}  # fmt: skip
+    dropped = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PYTHON")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
     path = f"{checkout.parent / 'bin'}:/usr/bin:/bin"
-    done = subprocess.run([checkout / "run_experiment.sh", *words], cwd=cwd or checkout, check=False, text=True,
-                          env=kept | {"PATH": path, "LOG": str(log)} | environment, capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [checkout / "run_experiment.sh", *words],
+        cwd=cwd or checkout,
+        check=False,
+        text=True,
+        env=kept | {"PATH": path, "LOG": str(log)} | environment,
+        capture_output=True,
+    )
     calls = log.read_text().split("\0\n")[:-1] if log.exists() else []
     return done.returncode, [call.split("\0") for call in calls], done.stdout + done.stderr
 
@@ -191,3 +197,21 @@ def test_its_scripts_exist_and_it_may_be_executed():
         assert name in text and (ROOT / name).is_file()
     assert os.access(SCRIPT, os.X_OK)
     assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
+
+
+def test_a_clone_with_autocrlf_has_scripts_that_bash_reads(tmp_path):
+    names = ("run_experiment.sh", ".ci/run", ".ci/skips", "Dockerfile", "requirements.txt", ".gitattributes")
+    for name in names:
+        (tmp_path / "old" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "old" / name)
+
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *identity, *words], check=True, capture_output=True)
+
+    git("init", str(tmp_path / "old"))
+    git("-C", str(tmp_path / "old"), "add", ".")
+    git("-C", str(tmp_path / "old"), "commit", "-m", "all")
+    git("clone", "-c", "core.autocrlf=true", str(tmp_path / "old"), str(tmp_path / "new"))
+    assert b"\r" in (tmp_path / "new" / ".gitattributes").read_bytes()  # the setting does change other files
+    assert not [name for name in names[:-1] if b"\r" in (tmp_path / "new" / name).read_bytes()]
