@@ -60,8 +60,9 @@ def assert_same_run(run_dir, straight):
         assert now["step"] == then["step"], name
         odd = [file for file, facts in then["files"].items() if now["files"].get(file) != facts]
         assert odd in ([], ["state.json"]), (name, odd)
-    optimizers = [folder / f"step-{len(lines(straight)) - 1:06d}" / "optimizer.safetensors"
-                  for folder in (run_dir, straight)]  # fmt: skip
+    optimizers = [
+        folder / f"step-{len(lines(straight)) - 1:06d}" / "optimizer.safetensors" for folder in (run_dir, straight)
+    ]
     assert checkpoint.sha256(optimizers[0]) == checkpoint.sha256(optimizers[1])
     assert not list(run_dir.glob(".tmp-*"))
 

@@ -15,6 +15,7 @@ import torch
 
 import serve
 from common import chat
+from common.decoder import Decoder
 from common.serving import engine
 from tests import processes
 
@@ -98,10 +99,16 @@ def ask(one, method, path, body=None, headers=()):
     text = reply.read().decode()
     line.close()
     with contextlib.suppress(ValueError):
-        return SimpleNamespace(status=reply.status, headers=reply.headers, text=text, json=json.loads(text),
-                               seconds=time.monotonic() - began)  # fmt: skip
-    return SimpleNamespace(status=reply.status, headers=reply.headers, text=text, json=None,
-                           seconds=time.monotonic() - began)  # fmt: skip
+        return SimpleNamespace(
+            status=reply.status,
+            headers=reply.headers,
+            text=text,
+            json=json.loads(text),
+            seconds=time.monotonic() - began,
+        )
+    return SimpleNamespace(
+        status=reply.status, headers=reply.headers, text=text, json=None, seconds=time.monotonic() - began
+    )
 
 
 def raw(one, *pieces, wait=WAIT):
@@ -153,6 +160,23 @@ def endless(seconds=0.005, stop=False):
 
         engine._draw = draw
         serve.CONTEXT = 12000
+
+    return change
+
+
+def dying(sign):
+    """A change after which the worker dies at its next token once the file `sign` exists."""
+
+    def change():
+        real = Decoder.step
+
+        def step(self, tokens):
+            if sign.exists():
+                raise SystemExit("killed")
+            time.sleep(0.01)
+            return real(self, tokens)
+
+        Decoder.step = step
 
     return change
 

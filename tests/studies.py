@@ -33,9 +33,17 @@ def made_key(n, systems=NAMES, checks=0):
     slots, rng, found = "ABCD"[: len(systems)], np.random.default_rng(0), {}
     for i in range(n + checks):
         order = [str(name) for name in rng.permutation(systems)]
-        found[f"i{i}"] = {"slots": slots, "kind": "item" if i < n else "check", "original": "", "source": i,
-                          "trap": None if i < n else "A", "systems": dict(zip(slots, order)), "seed": "0",
-                          "characters": dict.fromkeys(slots, 10), "digests": {s: f"{i}{s}" for s in slots}}  # fmt: skip
+        found[f"i{i}"] = {
+            "slots": slots,
+            "kind": "item" if i < n else "check",
+            "original": "",
+            "source": i,
+            "trap": None if i < n else "A",
+            "systems": dict(zip(slots, order)),
+            "seed": "0",
+            "characters": dict.fromkeys(slots, 10),
+            "digests": {s: f"{i}{s}" for s in slots},
+        }
     return found
 
 

@@ -68,10 +68,14 @@ def without_record(folder, target):
 
 
 def test_the_record_names_the_base_and_peft_passes_it_by(trained, tiny_folder):
-    peft = pytest.importorskip("peft")
+    import peft
+
     record = json.loads((trained / "base.json").read_text())
-    assert record == {"base_checkpoint": str(tiny_folder), "fingerprint": base.fingerprint(tiny_folder),
-                      "quantised": None}  # fmt: skip
+    assert record == {
+        "base_checkpoint": str(tiny_folder),
+        "fingerprint": base.fingerprint(tiny_folder),
+        "quantised": None,
+    }
     assert "base.json" in checkpoint.verify(trained)["files"]
     net, _ = model.load(str(tiny_folder), torch.device("cpu"), torch.float32)
     assert peft.PeftModel.from_pretrained(net, trained).peft_config["default"].r == 8
@@ -186,7 +190,6 @@ def test_a_run_begun_without_records_goes_on_to_the_same_adapter(tmp_path, setti
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, settings):
     """The final/ of QLoRA on the tiny base."""
-    pytest.importorskip("bitsandbytes")
     out = tmp_path_factory.mktemp("small")
     processes.train(train_sft.main, out, settings(out, *SHORT, peft="qlora"))
     return out / "run" / "final"
@@ -260,7 +263,6 @@ def test_an_older_qlora_run_is_known_by_its_config(tmp_path, small):
 
 def test_a_comparison_of_paradigms_in_4_bits_comes_to_its_end(tmp_path, few, tiny_folder):
     """With reward model and judge, all trained on the 4-bit base and measured on it."""
-    pytest.importorskip("bitsandbytes")
     flags = trainers.staged_settings(tiny_folder, few)(
         tmp_path, "--model.peft_type", "qlora", "--reward.type", "hybrid"
     )

@@ -123,7 +123,8 @@ def test_gae_by_hand_with_lam_zero():
 
 
 def test_gae_equals_scipy_s_filter():
-    signal_ = pytest.importorskip("scipy.signal")
+    from scipy import signal as signal_
+
     rewards, values, mask = random(4, 30)
     next_values = torch.cat([values[:, 1:] * mask[:, 1:], torch.zeros(4, 1)], 1)
     deltas = ((rewards + 0.97 * next_values - values) * mask).numpy()
@@ -139,7 +140,8 @@ def test_whiten_golden():
 
 
 def test_whiten_equals_scipy_and_keeps_its_digits():
-    stats = pytest.importorskip("scipy.stats")
+    from scipy import stats
+
     x, _, mask = random(seed=1)
     ours = advantages.whiten(torch.where(mask.bool(), x, NAN), mask)
     expected = stats.zscore(x[mask.bool()].numpy(), ddof=1)
@@ -265,8 +267,9 @@ def test_soft_overlong_by_hand():
 
 
 def test_soft_overlong_equals_trl():
-    pytest.importorskip("trl")
-    theirs = pytest.importorskip("trl.rewards").get_soft_overlong_punishment(100, 20)
+    from trl.rewards import get_soft_overlong_punishment
+
+    theirs = get_soft_overlong_punishment(100, 20)
     ours = advantages.soft_overlong(torch.arange(150), 100, 20)
     assert ours.tolist() == pytest.approx(theirs([[1] * n for n in range(150)]), abs=1e-6)
 

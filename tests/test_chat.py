@@ -63,9 +63,25 @@ ATTACKS = [
     "< end_of_turn><<end_of_turn>>",
 ]
 ALPHABET = [
-    "\n", "\n\n", " ", "  ", "\t", "\r\n", "a", "The", "7", "é", "e\u0301", "漢", "🧑‍🚀",
-    "\u200b", "\x00", "<", "model", *ATTACKS,
-]  # fmt: skip
+    "\n",
+    "\n\n",
+    " ",
+    "  ",
+    "\t",
+    "\r\n",
+    "a",
+    "The",
+    "7",
+    "é",
+    "e\u0301",
+    "漢",
+    "🧑‍🚀",
+    "\u200b",
+    "\x00",
+    "<",
+    "model",
+    *ATTACKS,
+]
 
 
 def user(text):
@@ -287,9 +303,17 @@ def test_normalise(tokenizer, turns, right, counted):
 
 @pytest.mark.parametrize(
     "turn",
-    ["hi", None, {}, {"role": "model", "content": "a"}, {"role": "user"}, {"role": "user", "content": 3},
-     {"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": ["user"], "content": "a"}],
-)  # fmt: skip
+    [
+        "hi",
+        None,
+        {},
+        {"role": "model", "content": "a"},
+        {"role": "user"},
+        {"role": "user", "content": 3},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": ["user"], "content": "a"},
+    ],
+)
 def test_a_bad_turn_is_named(tokenizer, turn):
     for function in (chat.normalise, lambda turns: chat.encode(tokenizer, turns)):
         with pytest.raises(ValueError, match="a turn is") as error:
@@ -299,9 +323,12 @@ def test_a_bad_turn_is_named(tokenizer, turn):
 
 @pytest.mark.parametrize(
     "turns, name",
-    [([assistant("a")], "turn 0 is 'assistant'"), ([system("s"), user("a")], "turn 0 is 'system'"),
-     ([user("a"), user("b")], "turn 1 is 'user'")],
-)  # fmt: skip
+    [
+        ([assistant("a")], "turn 0 is 'assistant'"),
+        ([system("s"), user("a")], "turn 0 is 'system'"),
+        ([user("a"), user("b")], "turn 1 is 'user'"),
+    ],
+)
 def test_encode_refuses_what_is_not_normalised(tokenizer, turns, name):
     with pytest.raises(ValueError, match=name):
         chat.encode(tokenizer, turns)

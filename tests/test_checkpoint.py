@@ -54,8 +54,12 @@ def test_publish(fresh):
     run_dir = fresh(200)
     best = checkpoint.publish(run_dir / "step-000100", run_dir, "best")
     assert {p.name for p in best.iterdir()} == {
-        "MANIFEST.json", "adapter_config.json", "adapter_model.safetensors", "rng.safetensors", "state.json",
-    }  # fmt: skip
+        "MANIFEST.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "rng.safetensors",
+        "state.json",
+    }
     assert checkpoint.verify(checkpoint.publish(run_dir / "step-000200", run_dir, "best"))["step"] == 200
     with pytest.raises(UserError, match="published copy"):
         load_step(best)

@@ -66,8 +66,18 @@ def test_counts(tokenizer):
     ]
     examples, report = data.encode_records(rows, tokenizer, max_length=48)
     assert [e["id"] for e in examples] == ["r0", "r4", "r5", "r6"]
-    assert report == {"records": 7, "empty_response": 1, "no_user_turn": 1, "no_target": 1, "truncated": 2,
-                      "empty": 1, "system_folded": 1, "merged": 1, "leading_assistant": 3, "kept": 4}  # fmt: skip
+    assert report == {
+        "records": 7,
+        "empty_response": 1,
+        "no_user_turn": 1,
+        "no_target": 1,
+        "truncated": 2,
+        "empty": 1,
+        "system_folded": 1,
+        "merged": 1,
+        "leading_assistant": 3,
+        "kept": 4,
+    }
 
 
 def test_truncation_keeps_the_start_and_the_length(tokenizer):
@@ -252,16 +262,31 @@ def test_pairs_share_their_prompt_by_tokens(tokenizer):
 
 def test_pairs_that_teach_nothing_are_counted(tokenizer):
     long = "word " * 200
-    texts = [("good", "bad"), ("good", None), ("good", " \n"), (" ", "bad"), ("same", "same"), ("good", "bad"),
-             ("good", "bad"), (long + "a", long + "b"), (long, "bad")]  # fmt: skip
+    texts = [
+        ("good", "bad"),
+        ("good", None),
+        ("good", " \n"),
+        (" ", "bad"),
+        ("same", "same"),
+        ("good", "bad"),
+        ("good", "bad"),
+        (long + "a", long + "b"),
+        (long, "bad"),
+    ]
     rows = [record(i, response=good, rejected=bad) for i, (good, bad) in enumerate(texts)]
     rows[5]["prompt"], rows[6]["prompt"] = [user(long)], [assistant("hello")]
     pairs, report = data.encode_pairs(rows, tokenizer, 64)
     assert [pair["id"] for pair in pairs] == ["r0", "r8"]
     assert {key: report[key] for key in (*data.PAIR_SKIPS, "truncated", "kept", "records")} == {
-        "no_rejected": 1, "empty_answer": 2, "equal_answers": 2, "no_user_turn": 1, "prompt_too_long": 1,
-        "truncated": 3, "kept": 2, "records": 9,
-    }  # fmt: skip
+        "no_rejected": 1,
+        "empty_answer": 2,
+        "equal_answers": 2,
+        "no_user_turn": 1,
+        "prompt_too_long": 1,
+        "truncated": 3,
+        "kept": 2,
+        "records": 9,
+    }
     assert len(pairs[1]["chosen"]["ids"]) == 64 and pairs[1]["chosen"]["mask"][-1] == 1
 
 

@@ -109,7 +109,6 @@ def test_the_active_adapter_merged_and_beside_the_weights(targets):
 
 
 def test_a_4_bit_base_is_dequantised_once(tiny_model):
-    pytest.importorskip("bitsandbytes")
     net, _ = tiny_model
     model.quantise(net)
     torch.manual_seed(0)

@@ -138,10 +138,13 @@ def test_a_rank_without_rows_waits_for_nobody(tmp_path, settings, case):
     assert len(lines(two / "run")) == 3
 
 
-@pytest.mark.parametrize(("flags", "steps"), [
-    (["--training.patience", 2, "--training.eval_interval", 1, "--training.learning_rate", 1], range(2, 19)),
-    (["--training.budget_tokens", 1500], range(2, 19)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (["--training.patience", 2, "--training.eval_interval", 1, "--training.learning_rate", 1], range(2, 19)),
+        (["--training.budget_tokens", 1500], range(2, 19)),
+    ],
+)
 def test_patience_and_budget_end_one_rank_and_two_alike(tmp_path, settings, flags, steps):
     one, two = one_and_two(tmp_path, settings, "sft", "--training.max_steps", 20, *flags)
     ends = [lines(folder / "run")[-1]["step"] for folder in (one, two)]

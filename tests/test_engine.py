@@ -62,8 +62,9 @@ class Inbox:
 def ask(machine, jobs):
     """Submit [(ids, model, settings)] at once -> their inboxes."""
     boxes = [Inbox() for _ in jobs]
-    machine.submit([engine.request(ids, {"model": name, **ASKED, **more}, box)
-                    for (ids, name, more), box in zip(jobs, boxes)])  # fmt: skip
+    machine.submit(
+        [engine.request(ids, {"model": name, **ASKED, **more}, box) for (ids, name, more), box in zip(jobs, boxes)]
+    )
     return boxes
 
 
@@ -73,8 +74,10 @@ def jobs_of(tokenizer, count, max_tokens=24):
     prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in words]
     kinds = [{"temperature": 0}, {"temperature": 1.0, "top_p": 1.0}, {"temperature": 0.7, "top_p": 0.9}]
     names = ("base", "x", "y")
-    return [(prompts[i % 4], names[i % 3], {**kinds[i // 3 % 3], "seed": i, "max_tokens": max_tokens - i % 5})
-            for i in range(count)]  # fmt: skip
+    return [
+        (prompts[i % 4], names[i % 3], {**kinds[i // 3 % 3], "seed": i, "max_tokens": max_tokens - i % 5})
+        for i in range(count)
+    ]
 
 
 def alone(net, ids, name, max_tokens, seed, temperature=0.7, top_p=0.9):
@@ -216,8 +219,11 @@ def test_one_that_waits_is_not_overtaken(tokenizer, start, monkeypatch):
     """A long prompt enters before the shorter ones behind it, although these would fit beside the first."""
     machine = start(rows=4, slots=1200)
     order, real = [], Decoder.prefill
-    monkeypatch.setattr(Decoder, "prefill", lambda self, prompts, *more: (order.extend(map(len, prompts)),
-                                                                       real(self, prompts, *more))[1])  # fmt: skip
+    monkeypatch.setattr(
+        Decoder,
+        "prefill",
+        lambda self, prompts, *more: (order.extend(map(len, prompts)), real(self, prompts, *more))[1],
+    )
     boxes = ask(machine, [([7] * n, "base", {"max_tokens": 3}) for n in (20, engine.PREFILL + 200, 21, 22)])
     assert all(box.tokens() for box in boxes)
     assert order == [20, engine.PREFILL + 200, 21, 22]
@@ -249,9 +255,14 @@ def test_broken_characters_are_shown_in_the_end(tokenizer):
 
 @pytest.mark.parametrize(
     "stops, shown, found",
-    [(["STOP"], "one ST two S three ", True), (["nowhere", "three"], "one ST two S ", True), (["four"], None, False),
-     (["o", "one"], "", True), (["STOP!!"], None, False)],
-)  # fmt: skip
+    [
+        (["STOP"], "one ST two S three ", True),
+        (["nowhere", "three"], "one ST two S ", True),
+        (["four"], None, False),
+        (["o", "one"], "", True),
+        (["STOP!!"], None, False),
+    ],
+)
 def test_stop_texts_are_never_shown_nor_their_beginnings(tokenizer, stops, shown, found):
     text = "one ST two S three STOP!"
     ids, push, out = chat.encode_text(tokenizer, text), chat.streamer(tokenizer, stops), ""

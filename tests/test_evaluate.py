@@ -54,8 +54,16 @@ def done(tmp_path_factory, settings, adapters, tiny_folder):
     """The folder of a finished comparison with a judge, and its command."""
     out = tmp_path_factory.mktemp("done")
     judge = random_reward_model(out / "judge", tiny_folder)
-    argv = settings(out, "--checkpoints", f"base={tiny_folder}", f"sft={adapters[0]}", f"rl={adapters[1]}",
-                    "--evaluation.reward_checkpoint", judge, "--human_eval")  # fmt: skip
+    argv = settings(
+        out,
+        "--checkpoints",
+        f"base={tiny_folder}",
+        f"sft={adapters[0]}",
+        f"rl={adapters[1]}",
+        "--evaluation.reward_checkpoint",
+        judge,
+        "--human_eval",
+    )
     result = train(out, argv, pictures=True)
     return out / "run", argv, result
 
@@ -81,8 +89,11 @@ def test_its_files_hold_what_it_says(done):
             assert cell["low"] <= cell["value"] <= cell["high"]
     assert results["cells"]["kl_base"]["base"]["value"] == 0 < results["cells"]["kl_base"]["sft"]["value"]
     best = [results["cells"]["reward"][f"base, best of {n}"]["value"] for n in (2, 4)]
-    assert best[0] <= best[1] and results["floors"] == ["always refuse", "data's answer", *(
-        f"base, best of {n}" for n in (2, 4))]  # fmt: skip
+    assert best[0] <= best[1] and results["floors"] == [
+        "always refuse",
+        "data's answer",
+        *(f"base, best of {n}" for n in (2, 4)),
+    ]
     assert results["cells"]["kl_base_sequence"]["base, best of 4"]["value"] == pytest.approx(np.log(4) - 3 / 4)
     assert "always refuse" in results["cells"]["judge"] and "always refuse" not in results["cells"]["loss_per_byte"]
     assert results["judge"]["pairs"] == 12 and 0 <= results["judge"]["accuracy"] <= 1
@@ -208,8 +219,12 @@ def test_bad_input_is_one_line(tmp_path, settings, adapters, tiny_folder, monkey
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, f"sft={judge}"), "is a reward model")
     both = ["--evaluation.reward_checkpoint", judge, "--reward.type", "hybrid", "--reward.checkpoint", judge]
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, *both), "evaluation.reward_checkpoint")
-    refused(tmp_path, settings(tmp_path, "--checkpoints", base, "--evaluation.reward_checkpoint", adapters[0]),
-            "evaluation.reward_checkpoint", str(adapters[0]))  # fmt: skip
+    refused(
+        tmp_path,
+        settings(tmp_path, "--checkpoints", base, "--evaluation.reward_checkpoint", adapters[0]),
+        "evaluation.reward_checkpoint",
+        str(adapters[0]),
+    )
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, "--evaluation.max_new_tokens", 127), "max_seq_length")
     foreign = inputs.another_base(tmp_path / "foreign", tiny_folder)
     other = ["--checkpoints", f"base={foreign}", "--evaluation.reward_checkpoint", judge]

@@ -307,7 +307,8 @@ def test_what_cannot_be_exported(tmp_path, flags, adapter, tiny_folder):
 
 
 def test_a_qlora_adapter_is_merged_into_its_own_base(tmp_path, flags, few, tiny_folder):
-    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes import functional
+
     settings = inputs.settings(tiny_folder, few, rate=1e-2)
     processes.train(train_sft.main, tmp_path, settings(tmp_path, "--training.max_steps", 6, peft="qlora"))
     final = tmp_path / "run" / "final"
@@ -341,7 +342,8 @@ def test_a_qlora_adapter_is_merged_into_its_own_base(tmp_path, flags, few, tiny_
 
 def test_the_gguf_of_docs_holds_the_export(tmp_path, monkeypatch, rounded, tokenizer):
     """The program of docs/export.md, read back by the way that a .gguf base takes."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     config = json.loads((rounded / "config.json").read_text())
     writer, size = gguf.GGUFWriter(tmp_path / "base.gguf", "gemma3"), config["vocab_size"]
     writer.add_context_length(config["max_position_embeddings"])
@@ -359,8 +361,12 @@ def test_the_gguf_of_docs_holds_the_export(tmp_path, monkeypatch, rounded, token
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(size)))
     writer.add_token_scores([0.0] * size)
     writer.add_token_types([3 if i in chat.CONTROL_TOKENS else 1 for i in range(size)])
-    for add, token in ((writer.add_bos_token_id, 2), (writer.add_eos_token_id, 1), (writer.add_unk_token_id, 3),
-                       (writer.add_pad_token_id, 0)):  # fmt: skip
+    for add, token in (
+        (writer.add_bos_token_id, 2),
+        (writer.add_eos_token_id, 1),
+        (writer.add_unk_token_id, 3),
+        (writer.add_pad_token_id, 0),
+    ):
         add(token)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

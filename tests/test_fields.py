@@ -22,29 +22,47 @@ def server(tmp_path_factory):
 
 WRONG = [
     *((body, None) for body in (b"[]", b'""', b"null", b"{", b"\xff{}", b"", b'{"prompt": NaN}')),
-    (b'{"prompt": "a", "prompt": "b"}', None), (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", None),
-    (b'{"a": ' + b"[" * 200_000, None), ({}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": " \n"}, "prompt"),
-    ({"prompt": ["a"]}, "prompt"), ({"prompt": 3}, "prompt"), ({"prompt": None}, "prompt"),
-    (b'{"prompt": "\\ud800"}', "prompt"), ({"prompt": "a", "max_new_tokens": 3}, "max_new_tokens"),
+    (b'{"prompt": "a", "prompt": "b"}', None),
+    (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", None),
+    (b'{"a": ' + b"[" * 200_000, None),
+    ({}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": " \n"}, "prompt"),
+    ({"prompt": ["a"]}, "prompt"),
+    ({"prompt": 3}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    (b'{"prompt": "\\ud800"}', "prompt"),
+    ({"prompt": "a", "max_new_tokens": 3}, "max_new_tokens"),
     *(({"prompt": "a", "temperature": t}, "temperature") for t in (-1, 1e9, "1", True, 1e-300, [1])),
     (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
     *(({"prompt": "a", "top_p": p}, "top_p") for p in (0, 2, -0.1, "0.9", False)),
     *(({"prompt": "a", "max_tokens": n}, "max_tokens") for n in (0, -1, 10**9, True, 1.5, "9")),
     *(({"prompt": "a", "seed": s}, "seed") for s in (1.5, 2**63, "1", True)),
     *(({"prompt": "a", "model": m}, "model") for m in ("none", 3, ["base"], {})),
-]  # fmt: skip
+]
 WRONG_CHAT = [
-    ({}, "messages"), ({"messages": []}, "messages"), ({"messages": "a"}, "messages"),
+    ({}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "a"}, "messages"),
     *(({"messages": [m]}, "messages[0]") for m in (1, {"role": "robot", "content": "a"}, {"role": "user"})),
     ({"messages": [*USER, {"role": "assistant", "content": "b"}]}, "messages"),
     ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0]"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
     *(({"messages": USER, "stop": s}, "stop") for s in (["a"] * 1000, [""], [3], "", {"a": 1}, ["a" * 101])),
     *(({"messages": USER, "stream": s}, "stream") for s in ("true", 1)),
-    *(({"messages": USER, name: value}, name) for name, value in (
-        ("n", 2), ("logprobs", True), ("tools", [{}]), ("stream_options", 3), ("presence_penalty", 1), ("best_of", 2))),
+    *(
+        ({"messages": USER, name: value}, name)
+        for name, value in (
+            ("n", 2),
+            ("logprobs", True),
+            ("tools", [{}]),
+            ("stream_options", 3),
+            ("presence_penalty", 1),
+            ("best_of", 2),
+        )
+    ),
     ({"messages": USER, "max_completion_tokens": 0}, "max_tokens"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("path, cases", [("/generate", WRONG), ("/v1/chat/completions", WRONG_CHAT)])

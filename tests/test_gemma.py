@@ -9,9 +9,18 @@ from common import gemma, model
 
 def random_gemma(seed=0, **changes):
     """A small Gemma 3 with large random weights, so that differences show; window 16, both kinds of layer."""
-    settings = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 16,
-                "query_pre_attn_scalar": 12, "max_position_embeddings": 512}  # fmt: skip
+    settings = {
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 12,
+        "max_position_embeddings": 512,
+    }
     torch.manual_seed(seed)
     net = Gemma3ForCausalLM(Gemma3TextConfig(**settings | changes)).eval()
     with torch.no_grad():

@@ -28,7 +28,7 @@ def server(tmp_path_factory):
         (framed(f"Content-Length: {httpd.BODY_BYTES + 1}", body=b" " * (httpd.BODY_BYTES + 1)), 413),
     ],
     ids=["large headers", "many headers", "long path", "endless body", "one byte too many"],
-)  # fmt: skip
+)
 def test_H3_sizes_are_bounded_before_anything_is_read(server, data, status):
     before = process(server.pid)[0]
     said = raw(server, data)
@@ -63,7 +63,7 @@ def test_H3_sizes_are_bounded_before_anything_is_read(server, data, status):
         (START + b"Content-Length: 2\r\n\r\n{}", {400}),
         (START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", {400}),
     ],
-)  # fmt: skip
+)
 def test_H4_framing_is_strict(server, data, allowed):
     """Each is one answer with a JSON body and a closed connection; what follows on it is never looked at."""
     before = number(server, "engine_finished_total")

@@ -105,7 +105,7 @@ def test_dropout_only_while_training():
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], list(lora.TARGETS)])
 def test_plain_peft_opens_the_files_and_agrees(tmp_path, targets, tiny_model):
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForCausalLM
 
     net, tokenizer = tiny_model
@@ -178,7 +178,6 @@ def test_damaged_or_foreign_adapter_files_are_refused(tmp_path, tiny_model):
 
 def test_qlora_matches_its_dequantised_self_and_trains(tiny_model):
     """The 4-bit base: outputs and adapter gradients equal those of a plain model holding the dequantised weights."""
-    pytest.importorskip("bitsandbytes")
     net, _ = tiny_model
     model.quantise(net)
     torch.manual_seed(1)

@@ -66,12 +66,12 @@ def test_loss_and_preferences_are_those_of_plain_transformers(tiny, items):
     with lora.using(net, "policy"):
         stats = measure.model_stats(net, {}, items, [[5, 6]] * len(items), tokenizer, 512)
         assert {name: values.shape for name, values in stats.items()} == dict.fromkeys(
-            ("loss_per_byte", "preference", "preference_per_token"), (10, 2))  # fmt: skip
+            ("loss_per_byte", "preference", "preference_per_token"), (10, 2)
+        )
         for i, item in enumerate(items):
             sums = []
             for side in ("response", "rejected"):
-                turns, _ = chat.normalise([*item.record["prompt"],
-                                           {"role": "assistant", "content": item.record[side]}])  # fmt: skip
+                turns, _ = chat.normalise([*item.record["prompt"], {"role": "assistant", "content": item.record[side]}])
                 ids, mask = chat.encode(tokenizer, turns, last_turn_only=True)
                 logits = net(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
                 each = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] * torch.tensor(mask[1:])

@@ -153,8 +153,14 @@ def test_an_answer_arrives_in_pieces_and_is_that_of_the_server(browser, site):
     assert len(sizes) >= 2 and len(pieces) >= 2 and note.endswith(" s"), (sizes, len(pieces), note)
     assert browser.run("said") == [f"base answered: {text}"]  # once, at the end
     (body,) = sent(browser, "/v1/chat/completions")
-    assert body == {"model": "base", "messages": [{"role": "user", "content": "How do I rest well?"}],
-                    "max_tokens": 256, "temperature": 0, "top_p": 0.9, "stream": True}  # fmt: skip
+    assert body == {
+        "model": "base",
+        "messages": [{"role": "user", "content": "How do I rest well?"}],
+        "max_tokens": 256,
+        "temperature": 0,
+        "top_p": 0.9,
+        "stream": True,
+    }
     data = json.dumps(body | {"stream": False}).encode()
     asked = urllib.request.Request(f"{site.url}/v1/chat/completions", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(asked, timeout=60) as answer:
@@ -227,10 +233,13 @@ def test_refusals_stand_in_the_answer_and_give_the_prompt_back(browser, site):
     assert prompts == ["word", "How ", "How "]
 
 
-@pytest.mark.parametrize("tail, words", [
-    ('data: {"error": {"message": "the worker has stopped"}}\n\n', "the worker has stopped"),
-    ("", "The connection broke before the answer was complete."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tail, words",
+    [
+        ('data: {"error": {"message": "the worker has stopped"}}\n\n', "the worker has stopped"),
+        ("", "The connection broke before the answer was complete."),
+    ],
+)
 def test_what_fails_midway_keeps_its_text_but_is_no_history(browser, site, tail, words):
     open_chat(browser, site, second="twin", temperature=0)
     chunk = json.dumps({"choices": [{"delta": {"content": EVIL}, "finish_reason": None}]})
@@ -450,8 +459,20 @@ def test_each_rater_has_an_order_and_nothing_tells_the_systems(browser, site):
 
 # ---------------------------------------------------------------- access, in every state of both pages
 
-CONTROLS = {"button", "textbox", "combobox", "checkbox", "radio", "link", "spinbutton", "progressbar", "dialog",
-            "DisclosureTriangle", "progressIndicator", "radiogroup"}  # fmt: skip
+CONTROLS = {
+    "button",
+    "textbox",
+    "combobox",
+    "checkbox",
+    "radio",
+    "link",
+    "spinbutton",
+    "progressbar",
+    "dialog",
+    "DisclosureTriangle",
+    "progressIndicator",
+    "radiogroup",
+}
 CONTRASTS = """(() => {
     const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
     const luminance = (rgb) => rgb.reduce((sum, v, i) => sum + linear(v / 255) * [0.2126, 0.7152, 0.0722][i], 0);

@@ -1,4 +1,4 @@
-"""Policy, value and KL losses: numbers of other code bases, exact enumeration, TRL's own GRPO loss where installed."""
+"""Policy, value and KL losses: numbers of other code bases, exact enumeration, TRL's own GRPO loss."""
 
 import math
 from collections import defaultdict
@@ -283,7 +283,8 @@ def test_inputs_are_left_alone():
 
 def trl_loss(logprobs, old, reference, advantages, mask, **settings):
     """TRL's GRPOTrainer._compute_loss on given log-probs, called as a method of a stub."""
-    grpo = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
     args = {name: settings.pop(name, value) for name, value in (("delta", None), ("use_bias_correction_kl", False))}
     stub = SimpleNamespace(
         args=SimpleNamespace(steps_per_generation=1, **args),
@@ -311,7 +312,7 @@ def trl_loss(logprobs, old, reference, advantages, mask, **settings):
         "ref_per_token_logps": reference,
         "num_items_in_batch": mask.sum(),
     }
-    return grpo._compute_loss(stub, None, inputs)
+    return GRPOTrainer._compute_loss(stub, None, inputs)
 
 
 def policy(logprobs, old, advantages, mask):

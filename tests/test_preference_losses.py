@@ -1,4 +1,4 @@
-"""Reward and preference losses: numbers of other code bases, hand cases, TRL's own methods where it is installed."""
+"""Reward and preference losses: numbers of other code bases, hand cases, TRL's own methods called with a stub."""
 
 import math
 from collections import defaultdict
@@ -59,12 +59,11 @@ def test_hinge_simpo_orpo_by_hand():
 
 
 def test_orpo_and_simpo_equal_trl():
-    trl = pytest.importorskip("trl")
-    assert trl
-    orpo = pytest.importorskip("trl.experimental.orpo").ORPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
     chosen, rejected = torch.tensor([-0.3, -1.2]), torch.tensor([-0.9, -0.4])
     stub = SimpleNamespace(beta=1.0, accelerator=SimpleNamespace(device="cpu"))
-    theirs = orpo.odds_ratio_loss(stub, chosen, rejected)[0]
+    theirs = ORPOTrainer.odds_ratio_loss(stub, chosen, rejected)[0]
     assert torch.allclose(losses.orpo_loss(chosen, rejected), -theirs, atol=1e-6)
 
 
@@ -75,12 +74,18 @@ MASK = torch.tensor(
 )  # chosen, chosen, rejected, ...
 
 
-def dpo_by_trl(trl, logprobs, ref_logprobs, beta, kind, smoothing=0.0):
+def dpo_by_trl(logprobs, ref_logprobs, beta, kind, smoothing=0.0):
     """DPOTrainer's loss of rows (chosen 0, chosen 1, rejected 0, rejected 1), per-token log-probs (4, 4)."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
     gather = SimpleNamespace(gather=lambda t: t, gather_for_metrics=lambda t: t, device=torch.device("cpu"))
     shape = logprobs.shape
-    out = SimpleNamespace(log_probs=logprobs, entropy=torch.zeros(shape), mean_logits=torch.zeros(shape),
-                          is_top1=torch.zeros(shape, dtype=torch.bool))  # fmt: skip
+    out = SimpleNamespace(
+        log_probs=logprobs,
+        entropy=torch.zeros(shape),
+        mean_logits=torch.zeros(shape),
+        is_top1=torch.zeros(shape, dtype=torch.bool),
+    )
 
     def model(**_):
         return out
@@ -88,22 +93,43 @@ def dpo_by_trl(trl, logprobs, ref_logprobs, beta, kind, smoothing=0.0):
     model.training = True
     ref = ref_logprobs.sum(1)
     stub = SimpleNamespace(
-        model=model, accelerator=gather, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, beta=beta,
-        f_divergence_type="reverse_kl", loss_types=[kind], loss_weights=[1.0], label_smoothing=smoothing,
-        use_weighting=False, _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
+        model=model,
+        accelerator=gather,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        beta=beta,
+        f_divergence_type="reverse_kl",
+        loss_types=[kind],
+        loss_weights=[1.0],
+        label_smoothing=smoothing,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
         _tp_size=1,
-    )  # fmt: skip
-    inputs = {"input_ids": torch.ones(4, 5, dtype=torch.long), "attention_mask": torch.ones(4, 5),
-              "completion_mask": MASK, "ref_chosen_logps": ref[:2], "ref_rejected_logps": ref[2:]}  # fmt: skip
-    return trl.trainer.dpo_trainer.DPOTrainer._compute_loss(stub, model, inputs, False)
+    )
+    inputs = {
+        "input_ids": torch.ones(4, 5, dtype=torch.long),
+        "attention_mask": torch.ones(4, 5),
+        "completion_mask": MASK,
+        "ref_chosen_logps": ref[:2],
+        "ref_rejected_logps": ref[2:],
+    }
+    return DPOTrainer._compute_loss(stub, model, inputs, False)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), {"sigmoid": "sigmoid", "ipo": "ipo", "length_normalised": "sigmoid_norm",
-                                              "hinge": "hinge", "smoothed": "robust"}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    {
+        "sigmoid": "sigmoid",
+        "ipo": "ipo",
+        "length_normalised": "sigmoid_norm",
+        "hinge": "hinge",
+        "smoothed": "robust",
+    }.items(),
+)
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 def test_dpo_equals_trl_in_value_and_gradient(ours, theirs, beta):
-    trl = pytest.importorskip("trl")
-    pytest.importorskip("trl.trainer.dpo_trainer")
     generator = torch.Generator().manual_seed(3)
     mask = MASK[:, 1:].float()
     logprobs, ref = (-3 * torch.rand(4, 4, generator=generator, dtype=torch.float64) * mask for _ in range(2))
@@ -111,7 +137,7 @@ def test_dpo_equals_trl_in_value_and_gradient(ours, theirs, beta):
     for side in ("ours", "theirs"):
         leaf = logprobs.clone().requires_grad_()
         if side == "theirs":
-            loss = dpo_by_trl(trl, leaf * mask, ref, beta, theirs, 0.1 if ours == "smoothed" else 0.0)
+            loss = dpo_by_trl(leaf * mask, ref, beta, theirs, 0.1 if ours == "smoothed" else 0.0)
         else:
             scale = 1 if ours in ("sigmoid", "hinge", "smoothed") else 1 / mask.sum(1)
             sums, ref_sums = (leaf * mask).sum(1) * scale, ref.sum(1) * scale
@@ -133,8 +159,8 @@ def test_dpo_equals_trl_in_value_and_gradient(ours, theirs, beta):
 @pytest.mark.parametrize("margin", [False, True])
 @pytest.mark.parametrize("centre", [None, 0.01])
 def test_reward_equals_trl_in_value_and_gradient(margin, centre):
-    pytest.importorskip("trl")
-    trainer = pytest.importorskip("trl.trainer.reward_trainer").RewardTrainer
+    from trl.trainer.reward_trainer import RewardTrainer
+
     scores = torch.tensor([1.0, 0.2, -0.7, 0.5, 0.3, 0.9])  # three chosen, three rejected
     margins = torch.tensor([0.0, 0.5, 2.0])
     grads, values = [], []
@@ -142,21 +168,26 @@ def test_reward_equals_trl_in_value_and_gradient(margin, centre):
         leaf = scores.clone().requires_grad_()
         if side == "ours":
             extra = margins if margin else 0.0
-            loss = (losses.reward_loss(leaf[:3], leaf[3:], extra)
-                    + (centre or 0) * losses.centering_loss(leaf[:3], leaf[3:])).mean()  # fmt: skip
+            loss = (
+                losses.reward_loss(leaf[:3], leaf[3:], extra)
+                + (centre or 0) * losses.centering_loss(leaf[:3], leaf[3:])
+            ).mean()
         else:
             stub = SimpleNamespace(
-                model=SimpleNamespace(training=True), args=SimpleNamespace(center_rewards_coefficient=centre),
-                accelerator=SimpleNamespace(gather=lambda t: t, gather_for_metrics=lambda t: t), _total_train_tokens=0,
-                _metrics={"train": defaultdict(list)}, _tp_size=1,
-            )  # fmt: skip
+                model=SimpleNamespace(training=True),
+                args=SimpleNamespace(center_rewards_coefficient=centre),
+                accelerator=SimpleNamespace(gather=lambda t: t, gather_for_metrics=lambda t: t),
+                _total_train_tokens=0,
+                _metrics={"train": defaultdict(list)},
+                _tp_size=1,
+            )
             inputs = {"attention_mask": torch.ones(6, 2)} | ({"margin": margins} if margin else {})
 
             def model(attention_mask, use_cache, leaf=leaf, **_):
                 return SimpleNamespace(logits=leaf[:, None])
 
             model.training = True
-            loss = trainer.compute_loss(stub, model, inputs)
+            loss = RewardTrainer.compute_loss(stub, model, inputs)
         loss.backward()
         values.append(loss.item())
         grads.append(leaf.grad)

@@ -71,7 +71,9 @@ def test_best_against_worst_with_what_decided(tiny_model, cache, capsys):
     assert made_by(tiny_model, records, never, "key") == made  # and the files are records
     (folder,) = (path for path in cache.iterdir() if path.is_dir())  # beside its lock
     assert data.load_split(folder, "train") == made["train"] and sorted(p.name for p in folder.iterdir()) == [
-        "train.jsonl", "val.jsonl"]  # fmt: skip
+        "train.jsonl",
+        "val.jsonl",
+    ]
     with pytest.raises(AssertionError):
         made_by(tiny_model, records, never, "another key")
 
@@ -105,10 +107,19 @@ def test_equal_scores_and_bad_scores(tiny_model, cache):
 
 
 def settings(**changes):
-    weights = SimpleNamespace(toxicity=1.0, length=0.2, repetition=0.5, refusal=0.5, overlap=1.0, facts=0.5, bleu=1.0,
-                              exact=0.5, parse=0.5)  # fmt: skip
-    plain = {"type": "heuristic", "alpha": 2.0, "beta": 0.5, "checkpoint": None, "function": None, "clip_rewards": None,
-             "normalize_rewards": True, "heuristic": weights}  # fmt: skip
+    weights = SimpleNamespace(
+        toxicity=1.0, length=0.2, repetition=0.5, refusal=0.5, overlap=1.0, facts=0.5, bleu=1.0, exact=0.5, parse=0.5
+    )
+    plain = {
+        "type": "heuristic",
+        "alpha": 2.0,
+        "beta": 0.5,
+        "checkpoint": None,
+        "function": None,
+        "clip_rewards": None,
+        "normalize_rewards": True,
+        "heuristic": weights,
+    }
     return SimpleNamespace(**plain | changes)
 
 
@@ -132,8 +143,9 @@ def test_reward_types_and_components(tiny_model, tmp_path, tiny_folder):
     prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
     raw = reward_model.score_completions(net, head, prompts, answers, 4096)
     plain, _ = rewards.scorer("safety", settings(), decode)(records, answers)
-    by_hand = [rewards.heuristic_reward("safety", r["prompt"], r["response"], **vars(settings().heuristic))
-               for r in records]  # fmt: skip
+    by_hand = [
+        rewards.heuristic_reward("safety", r["prompt"], r["response"], **vars(settings().heuristic)) for r in records
+    ]
     assert plain.tolist() == pytest.approx([value for value, _ in by_hand])
     for kind, normal, right in (
         ("trainable", True, (raw - 0.5) / 2),

@@ -15,10 +15,21 @@ def test_ratings_are_read_from_csv_and_jsonl_alike(tmp_path):
     key = made_key(2)
     (tmp_path / "a.csv").write_text(
         "\ufeffrater_id,item_id,preferred,order,harmless_1_5,comment,seconds\r\n"
-        'ann,i0,A,,5,"\'=two\nlines",3.5\r\nann,i1, c / a ,b/A/C,,,\r\n', encoding="utf-8", newline="")  # fmt: skip
-    rows = [{"rater_id": "bob", "item_id": "i0", "preferred": "none", "seconds": 2, "harmless_1_5": 1,
-             "comment": "=x\u2028y"},
-            {"rater_id": "bob", "item_id": "i1", "preferred": "A", "order": None}]  # fmt: skip
+        'ann,i0,A,,5,"\'=two\nlines",3.5\r\nann,i1, c / a ,b/A/C,,,\r\n',
+        encoding="utf-8",
+        newline="",
+    )
+    rows = [
+        {
+            "rater_id": "bob",
+            "item_id": "i0",
+            "preferred": "none",
+            "seconds": 2,
+            "harmless_1_5": 1,
+            "comment": "=x\u2028y",
+        },
+        {"rater_id": "bob", "item_id": "i1", "preferred": "A", "order": None},
+    ]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     first, second, third, fourth = manifest.read_ratings([tmp_path / "a.csv", tmp_path / "b.jsonl"], key)
     assert first["preferred"] == ("A",) and first["harmless_1_5"] == 5 and first["seconds"] == 3.5
@@ -57,11 +68,13 @@ def test_bad_ratings_are_refused_by_line(tmp_path, changed, message):
 
 
 def test_files_that_are_no_ratings_are_refused(tmp_path):
-    for name, text, message in (("a.jsonl", '{"rater_id": \n', "line 1: no valid JSON"),
-                                ("a.txt", "", "a .csv or a .jsonl"),
-                                ("b.jsonl", "[]\n", "line 1: a rating is an object"),
-                                ("a.csv", "rater_id,item_id,preferred,mood\nann,i0,A,x\n", "line 2: unknown column"),
-                                ("b.csv", "rater_id,item_id\nann,i0\n", "line 2: preferred ''")):  # fmt: skip
+    for name, text, message in (
+        ("a.jsonl", '{"rater_id": \n', "line 1: no valid JSON"),
+        ("a.txt", "", "a .csv or a .jsonl"),
+        ("b.jsonl", "[]\n", "line 1: a rating is an object"),
+        ("a.csv", "rater_id,item_id,preferred,mood\nann,i0,A,x\n", "line 2: unknown column"),
+        ("b.csv", "rater_id,item_id\nann,i0\n", "line 2: preferred ''"),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):
             manifest.read_ratings([tmp_path / name], made_key(1))

@@ -76,16 +76,24 @@ def test_score_does_not_depend_on_padding_order_or_company(judge, pairs):
 def test_completions_score_as_their_rows(judge, pairs):
     net, _, head = judge
     tokens, mask = data.collate_pairs(pairs)
-    cut = [(p[side]["ids"][: p["prompt_tokens"]], p[side]["ids"][p["prompt_tokens"] :])
-           for p in pairs for side in ("chosen", "rejected")]  # fmt: skip
+    cut = [
+        (p[side]["ids"][: p["prompt_tokens"]], p[side]["ids"][p["prompt_tokens"] :])
+        for p in pairs
+        for side in ("chosen", "rejected")
+    ]
     found = reward_model.score_completions(net, head, *zip(*cut), budget=150)  # several passes
     assert (found - reward_model.scores(net, head, tokens, mask)).abs().max() < 1e-5
 
 
 def write(judge, folder, **more):
     net, tokenizer, head = judge
-    about = {"base_checkpoint": str(base.resolve("tiny")), "base": base.fingerprint(base.resolve("tiny")),
-             "task": "safety", "mean": 0.5, "std": 2.0} | more  # fmt: skip
+    about = {
+        "base_checkpoint": str(base.resolve("tiny")),
+        "base": base.fingerprint(base.resolve("tiny")),
+        "task": "safety",
+        "mean": 0.5,
+        "std": 2.0,
+    } | more
     folder.mkdir()
     reward_model.save(net, tokenizer, folder, "reward", head, about)
     return about
@@ -112,7 +120,7 @@ def test_saved_and_loaded_beside_a_policy(judge, pairs, tmp_path, tiny_folder):
 
 
 def test_plain_peft_opens_it(judge, pairs, tmp_path, tiny_folder):
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForSequenceClassification
 
     net, _, head = judge

@@ -256,7 +256,6 @@ def test_merged_equals_unmerged_and_the_base_keeps_its_bits(tiny_model):
 
 
 def test_a_4_bit_base_samples_what_its_trainer_scores(tiny_model):
-    pytest.importorskip("bitsandbytes")
     net, tokenizer = tiny_model
     model.quantise(net)
     adapter(net, 0.02)
@@ -303,8 +302,17 @@ def test_merge_survival_by_hand_and_in_its_limits(tiny_model):
     assert rollouts.merge_survival(small, "policy") == pytest.approx(4 / 5)
 
 
-@pytest.mark.parametrize("changes", [{"prompts": []}, {"prompts": [[]]}, {"prompts": [[2, 105], []]},
-                                     {"group_size": 0}, {"max_new_tokens": 0}, {"temperature": 0.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": []},
+        {"prompts": [[]]},
+        {"prompts": [[2, 105], []]},
+        {"group_size": 0},
+        {"max_new_tokens": 0},
+        {"temperature": 0.0},
+    ],
+)
 def test_nonsense_is_refused(changes, tiny_model):
     arguments = {"prompts": [[2, 105]], "group_size": 1, "max_new_tokens": 2} | changes
     with pytest.raises(ValueError, match="sample needs"):

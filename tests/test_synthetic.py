@@ -43,10 +43,15 @@ def test_records_are_complete_distinct_and_end_with_the_user(task):
 @pytest.mark.parametrize("task", synthetic.TASKS)
 def test_splits_share_no_prompt_whatever_the_seed(task):
     prompts = {
-        split: {turn["content"] for seed in (0, 1) for row in synthetic.records(task, split, n, seed)
-                for turn in row["prompt"] if turn["role"] == "user"}
+        split: {
+            turn["content"]
+            for seed in (0, 1)
+            for row in synthetic.records(task, split, n, seed)
+            for turn in row["prompt"]
+            if turn["role"] == "user"
+        }
         for split, n in COUNTS.items()
-    }  # fmt: skip
+    }
     assert not prompts["train"] & prompts["val"]
     assert not prompts["train"] & prompts["test"]
     assert not prompts["val"] & prompts["test"]

@@ -28,7 +28,9 @@ few, settings, _ = trainers.fixtures("reward")
 
 def plain_rewards(folder, base_folder, pairs):
     """Rewards (pairs, 2) by plain transformers and peft, one answer at a time."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     torch.set_num_threads(1)
     net = transformers.Gemma3TextForSequenceClassification.from_pretrained(
         base_folder, num_labels=1, dtype=torch.float32
@@ -52,9 +54,18 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer):
     assert status == 0, err
     run_dir = tmp_path / "reward_270m-debug"
     assert {path.name for path in run_dir.iterdir()} == {
-        ".lock", "config.yml", "run.json", "metrics.jsonl", "curves.png", "report.json", "reliability.png", "best",
-        "final", "step-000012", "step-000016",
-    }  # fmt: skip
+        ".lock",
+        "config.yml",
+        "run.json",
+        "metrics.jsonl",
+        "curves.png",
+        "report.json",
+        "reliability.png",
+        "best",
+        "final",
+        "step-000012",
+        "step-000016",
+    }
     lines, report = checks.lines(run_dir), json.loads((run_dir / "report.json").read_text())
     assert [line["step"] for line in lines] == list(range(17))
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 8, 16]
@@ -69,8 +80,10 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer):
     assert held_out["accuracy"] >= 0.9 and held_out["accuracy"] == lines[-1]["eval/accuracy"]
     assert set(floors) == {"shorter answer", "refusal phrase", "fewer toxic words"}
     assert all(floor["pairs"] == 40 and floor["accuracy"] < held_out["interval"][0] for floor in floors.values())
-    assert "reward model: accuracy {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(
-        held_out["accuracy"], *held_out["interval"]) in out  # fmt: skip
+    assert (
+        "reward model: accuracy {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(held_out["accuracy"], *held_out["interval"])
+        in out
+    )
 
     pairs = inputs.pairs_of(source, "val", tokenizer)
     found = plain_rewards(run_dir / "final", tiny_folder, pairs)
@@ -118,8 +131,10 @@ def test_loss_of_a_step_by_transformers_and_peft(tmp_path, settings, tiny_folder
     train(tmp_path, settings(tmp_path, *flags))
     first, last = checks.lines(tmp_path / "run")
 
-    found = {split: plain_rewards(tmp_path / "run" / "final", tiny_folder, inputs.pairs_of(source, split, tokenizer))
-             for split in ("train", "val")}  # fmt: skip
+    found = {
+        split: plain_rewards(tmp_path / "run" / "final", tiny_folder, inputs.pairs_of(source, split, tokenizer))
+        for split in ("train", "val")
+    }
     margin = {split: rewards[:, 0] - rewards[:, 1] for split, rewards in found.items()}
     centre = 0.5 * found["train"].sum(1).square()
     assert first["loss"] == pytest.approx((F.softplus(1.5 - margin["train"]) + centre).mean().item(), rel=1e-4)
@@ -130,7 +145,6 @@ def test_loss_of_a_step_by_transformers_and_peft(tmp_path, settings, tiny_folder
 
 
 def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, tiny_folder):
-    pytest.importorskip("bitsandbytes")
     net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
     torch.manual_seed(1)
     lora.inject(net, "policy", 4, 8, ("q_proj", "down_proj"))

@@ -29,7 +29,9 @@ LOG2 = math.log(2)
 
 def plain_model(base_folder, adapter=None):
     """The base, or a full fine-tune's folder, by plain transformers, with an adapter by plain peft."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     torch.set_num_threads(1)
     net = transformers.Gemma3ForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     return (peft.PeftModel.from_pretrained(net, adapter) if adapter else net).eval()
@@ -82,9 +84,17 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer, bare):
     assert status == 0, err
     run_dir = tmp_path / "dpo_270m-debug"
     assert {path.name for path in run_dir.iterdir()} == {
-        ".lock", "config.yml", "run.json", "metrics.jsonl", "curves.png", "report.json", "best", "final",
-        "step-000012", "step-000016",
-    }  # fmt: skip
+        ".lock",
+        "config.yml",
+        "run.json",
+        "metrics.jsonl",
+        "curves.png",
+        "report.json",
+        "best",
+        "final",
+        "step-000012",
+        "step-000016",
+    }
     log, report = lines(run_dir), json.loads((run_dir / "report.json").read_text())
     assert [line["step"] for line in log] == list(range(17))
     assert [line["step"] for line in log if "eval/loss" in line] == [0, 8, 16]
@@ -102,8 +112,12 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer, bare):
     found = oracle(plain_model(tiny_folder, run_dir / "final"), bare, encoded)
     assert_metrics(last, *found)
     assert_worth(report, *found[:3])
-    assert "implicit accuracy: {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(
-        report["implicit_accuracy"]["accuracy"], *report["implicit_accuracy"]["interval"]) in out  # fmt: skip
+    assert (
+        "implicit accuracy: {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(
+            report["implicit_accuracy"]["accuracy"], *report["implicit_accuracy"]["interval"]
+        )
+        in out
+    )
 
 
 def assert_metrics(line, sums, ref_sums, sizes, kl, beta=0.1):

@@ -49,8 +49,16 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_model):
     assert {key: lines[0][key] for key in found} == pytest.approx(found, rel=1e-6)
 
     assert {path.name for path in run_dir.iterdir()} == {
-        ".lock", "config.yml", "run.json", "metrics.jsonl", "curves.png", "best", "final", "step-000025", "step-000030",
-    }  # fmt: skip
+        ".lock",
+        "config.yml",
+        "run.json",
+        "metrics.jsonl",
+        "curves.png",
+        "best",
+        "final",
+        "step-000025",
+        "step-000030",
+    }
     assert config.load_config(run_dir / "config.yml").training.max_steps == 30
     facts = json.loads((run_dir / "run.json").read_text())
     assert facts["world_size"] == 1 and len(facts["facts"]["data"]) == 64
@@ -82,7 +90,6 @@ def test_a_token_budget_ends_a_run_and_its_schedule(tmp_path, settings):
 
 
 def test_qlora(tmp_path, settings):
-    pytest.importorskip("bitsandbytes")
     train(tmp_path, settings(tmp_path, "--training.max_steps", 5, peft="qlora"))
     run_dir = tmp_path / "run"
     losses = [float.fromhex(record["loss"]) for record in records(run_dir)[:-1]]

@@ -99,8 +99,10 @@ def poisoned(number, module, name):
             folder = flags["--logging.output_dir"] / "run" / f"step-{number:06d}"
             files = [folder / inputs.WEIGHTS[flags["--model.peft_type"]], folder / "critic.safetensors"]
             saved = [load_file(file).values() for file in files if file.exists()]
-            bits = [sorted(sorted(t.detach().numpy().tobytes() for t in part) for part in found)
-                    for found in (saved, trained.values())]  # fmt: skip
+            bits = [
+                sorted(sorted(t.detach().numpy().tobytes() for t in part) for part in found)
+                for found in (saved, trained.values())
+            ]
             assert bits[0] == bits[1], "the update was made"
 
     return body

@@ -358,10 +358,8 @@ def test_R11_lock(tmp_path):
     pid = spawn(holder)
     try:
         wait_for(tmp_path / "held")
-        start = time.monotonic()
         with pytest.raises(UserError, match=rf"run folder {run_dir} is locked by pid {pid}\b"):
             checkpoint.lock_run(run_dir)
-        assert time.monotonic() - start < 1
     finally:
         os.kill(pid, signal.SIGKILL)
         wait(pid)

@@ -106,10 +106,14 @@ def test_S3_a_tar_is_no_archive_here(archive, server, script, go, tmp_path, mode
     outside, buffer = sorted(tmp_path.parent.iterdir()), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as made:
         for name, kind, target in (
-            ("../x", tarfile.REGTYPE, ""), ("/abs", tarfile.REGTYPE, ""), ("link", tarfile.SYMTYPE, "/etc"),
-            ("link/x", tarfile.REGTYPE, ""), ("hard", tarfile.LNKTYPE, "/etc/passwd"), ("null", tarfile.CHRTYPE, ""),
+            ("../x", tarfile.REGTYPE, ""),
+            ("/abs", tarfile.REGTYPE, ""),
+            ("link", tarfile.SYMTYPE, "/etc"),
+            ("link/x", tarfile.REGTYPE, ""),
+            ("hard", tarfile.LNKTYPE, "/etc/passwd"),
+            ("null", tarfile.CHRTYPE, ""),
             ("conala-corpus/conala-train.json", tarfile.REGTYPE, ""),
-        ):  # fmt: skip
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, target
             made.addfile(info)

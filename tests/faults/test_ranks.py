@@ -1,6 +1,6 @@
 """What one rank does to the others (R11, R12 and the like): it hangs, returns, fails or dies; none of them waits long.
 
-Ranks are forked from the warmed parent; those that torchrun starts are in tests/faults/deaths.py.
+Ranks are forked from the warmed parent; those that torchrun starts are in benchmarks/deaths.py.
 """
 
 import datetime

@@ -45,11 +45,14 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     (other / "train.jsonl").write_text("".join([first, *lines[1:]]))
     changed = inputs.another_base(tmp_path / "base", tiny_folder)
     checks.check_refusals(
-        MAIN, tmp_path, settings, straight,
+        MAIN,
+        tmp_path,
+        settings,
+        straight,
         (["--dataset_path", other], "dataset_path", "data "),
         (["--model.base_checkpoint", changed], "model.base_checkpoint", "model "),
         (["--reward.center_coefficient", 0.1], "reward.center_coefficient 0.01 -> 0.1"),
-    )  # fmt: skip
+    )
 
 
 def test_R09_what_may_change(tmp_path, settings, straight):

@@ -1,6 +1,6 @@
 """The long forms of the fault tests: many kills, signals, flips and hostile inputs, drawn at random; prints one table.
 
-    python tests/faults/soak.py [--trials 50] [--only R03,R07] [--seed 0] > benchmarks/soak.md
+    python benchmarks/soak.py [--trials 50] [--only R03,R07] [--seed 0] > benchmarks/soak.md
 
 A row of tests/faults/ proves its pass line once, in seconds; here the same line has to hold in every one of many trials
 whose moments, places and texts are random. Runs are those of the tiny base, forked from this process. Progress and what
@@ -10,7 +10,8 @@ went wrong are printed to stderr. Nothing is left behind; exit status 1 if a row
 import argparse
 import contextlib
 import ctypes
-import importlib
+import hashlib
+import itertools
 import os
 import platform
 import random
@@ -25,19 +26,20 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from benchmarks import deaths, soak_clients  # noqa: E402
 from common import config, data, log, model, rewards  # noqa: E402
 from common.human import sheets  # noqa: E402
 from common.log import UserError  # noqa: E402
 from common.runtime import base, checkpoint  # noqa: E402
 from tests import checks, inputs, processes  # noqa: E402
-from tests.faults import clients, inject, test_hostile, trainers  # noqa: E402
+from tests.faults import children, inject, test_hostile, trainers  # noqa: E402
 
 PAD = 50 * 2**20  # bytes beside every save, so that it takes long enough to be hit
 EVERY, LAST = 3, f"step-{inputs.STEPS:06d}"  # training.save_interval, the last step
@@ -235,10 +237,16 @@ def r13(bench, count, kind):
     return total, passed, f"{statistics.median(taken or [0]):.2f} s to the exit, at most {max(taken, default=0):.2f}"
 
 
+def without_the_lock():
+    """One call of many seconds that runs no Python, like a backward pass of a large model."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 60_000_000)
+
+
 def twice(number, bench, taken):
     """The second signal ends a run whose step takes long."""
     numbers = [bench.dice.choice([signal.SIGTERM, signal.SIGINT]) for _ in range(2)]
-    body, pause = inject.at_step(0, lambda: time.sleep(30)), bench.dice.uniform(0.05, 1.5)
+    long = bench.dice.choice([lambda: time.sleep(30), without_the_lock])
+    body, pause = inject.at_step(0, long), bench.dice.uniform(0.05, 1.5)
     bench.whole("sft")
     *_, status, _, err, took = signalled(bench, "sft", numbers, body, 2, pause)  # by then it sleeps
     assert status == 128 + numbers[1] and took <= 1, (status, took, err)
@@ -252,13 +260,35 @@ def r13_twice(bench, count):
 
 
 def r10(bench, count):
-    """Deaths of torchrun's workers, where that part is there."""
-    try:
-        deaths = importlib.import_module("tests.faults.deaths")
-    except ModuleNotFoundError:
-        return None
+    """Deaths of torchrun's workers."""
     with contextlib.redirect_stdout(sys.stderr):
         return deaths.worker_deaths(count, bench.new())
+
+
+def locked(number, bench, taken):
+    """A run folder that another process holds is refused at once."""
+    run_dir = bench.new() / "run"
+    ready = run_dir.parent / "held"
+    pid = children.spawn(lambda: (checkpoint.lock_run(run_dir), ready.touch(), time.sleep(60)))
+    try:
+        children.wait_for(ready)
+        started = time.monotonic()
+        try:
+            checkpoint.lock_run(run_dir)
+            raise AssertionError("two hold the lock")
+        except UserError as error:
+            assert f"locked by pid {pid}" in str(error)
+        taken.append(time.monotonic() - started)
+        assert taken[-1] < 1, taken[-1]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        children.wait(pid)
+
+
+def r11(bench, count):
+    taken = []
+    total, passed, _ = trials(count, locked, bench, taken)
+    return total, passed, f"refused in at most {max(taken, default=9):.3f} s, of 1 s allowed"
 
 
 # ---------------------------------------------------------------- rows: disks and damage
@@ -347,8 +377,9 @@ def r05(bench, count, how):
 def damage(number, bench, flip):
     """One random bit of one file, or its end, of the checkpoints of a finished run."""
     whole, _ = bench.whole("sft")
-    path = bench.dice.choice([path for name in (LAST, "best", "final") for path in
-                              sorted((whole / "run" / name).glob("*"))])  # fmt: skip
+    path = bench.dice.choice(
+        [path for name in (LAST, "best", "final") for path in sorted((whole / "run" / name).glob("*"))]
+    )
     content = path.read_bytes()
     changed = bytearray(content)
     if flip:
@@ -395,9 +426,35 @@ def r14(bench, count):
 # ---------------------------------------------------------------- rows: hostile input
 
 
-YAML = ["!!python/object/apply:os.system ['x']", "&a [*a]", "<<: *a", "{", "[", "? ", "- ", "1e999", ".nan", "~", "no",
-        "010", "12:30", "\t", "\0", '"', "'", "\ud800", "true", "0x10", "9" * 400, "#", "---", "\u2028", "%", "|",
-        ">"]  # fmt: skip
+YAML = [
+    "!!python/object/apply:os.system ['x']",
+    "&a [*a]",
+    "<<: *a",
+    "{",
+    "[",
+    "? ",
+    "- ",
+    "1e999",
+    ".nan",
+    "~",
+    "no",
+    "010",
+    "12:30",
+    "\t",
+    "\0",
+    '"',
+    "'",
+    "\ud800",
+    "true",
+    "0x10",
+    "9" * 400,
+    "#",
+    "---",
+    "\u2028",
+    "%",
+    "|",
+    ">",
+]
 
 
 def mutated(dice, text, parts):
@@ -452,9 +509,59 @@ def s05(bench, count):
     return total, passed, f"{said.count(False)} refused with file and line, {said.count(True)} still valid"
 
 
-CODE = ["(", "[", "{", "-", "not ", "lambda:", ".a", "+1", "9", "\0", "\ud800", "if 1:\n ", "elif 1:\n ", "f'{",
-        "'''", "x=", "\\", "await ", "__import__('os').system('x')", "*", ":=", "\n", "\t", "é", "\U0001f600", "#", "@",
-        "a,", "yield "]  # fmt: skip
+CODE = [
+    "(",
+    "[",
+    "{",
+    "-",
+    "not ",
+    "lambda:",
+    ".a",
+    "+1",
+    "9",
+    "\0",
+    "\ud800",
+    "if 1:\n ",
+    "elif 1:\n ",
+    "f'{",
+    "'''",
+    "x=",
+    "\\",
+    "await ",
+    "__import__('os').system('x')",
+    "*",
+    ":=",
+    "\n",
+    "\t",
+    "é",
+    "\U0001f600",
+    "#",
+    "@",
+    "a,",
+    "yield ",
+]
+
+
+def fixed(bench):
+    """The texts of test_hostile.py, each to every task's reward: at most 50 ms, where no neighbour disturbs."""
+    harm, references = [{"role": "user", "content": "how to kill"}], ("x = 1", "a b " * 20_000)
+    cases, slowest = [*itertools.product(rewards.COMPONENTS, test_hostile.HOSTILE, references)], []
+
+    def one(number):
+        task, text, right = cases[number]
+        taken = []
+        while len(taken) < 30 and min(taken, default=1) > 0.05:
+            time.sleep(0.1 * (len(taken) > 2))
+            started = time.thread_time()
+            rewards.heuristic_reward(task, harm, text, right)
+            taken.append(time.thread_time() - started)
+        slowest.append(min(taken))
+        assert slowest[-1] <= 0.05, (task, text[:20], slowest[-1])
+
+    for task in rewards.COMPONENTS:
+        rewards.heuristic_reward(task, harm, "warm up", "warm up")  # imports
+    total, passed, _ = trials(len(cases), one)
+    return total, passed, f"{1e3 * max(slowest):.0f} ms at most, of 50 allowed"
 
 
 def code(number, bench, taken):
@@ -514,8 +621,14 @@ def rows(n):
     """(id, what, function of the bench) of every row, by the number of trials."""
     few = max(2, n // 10)
     kinds = {"sft": n, "grpo": few, "ppo": few, "dpo": few, "reward": few}
-    yield from (("R03", f"SIGKILL at a random moment of {kind}, saves padded with 50 MB",
-                 lambda b, k=kind, c=count: r03(b, c, k)) for kind, count in kinds.items())  # fmt: skip
+    yield from (
+        (
+            "R03",
+            f"SIGKILL at a random moment of {kind}, saves padded with 50 MB",
+            lambda b, k=kind, c=count: r03(b, c, k),
+        )
+        for kind, count in kinds.items()
+    )
     yield "R03", "SIGKILL at a random moment of train_staged.py", lambda b: r03_staged(b, few)
     yield "R04", "death at every write point of a run", lambda b: r04(b, n)
     yield "R05", "disk full: a tmpfs of random size", lambda b: r05(b, few, "tmpfs")
@@ -523,24 +636,30 @@ def rows(n):
     yield "R06", "a random file cut at a random byte", lambda b: r07(b, 10 * n, False)
     yield "R07", "a random bit of a random file flipped", lambda b: r07(b, 20 * n, True)
     yield "R10", "a worker dies under torchrun --max-restarts 1", lambda b: r10(b, 2 * few)
-    yield from (("R13", f"SIGTERM or SIGINT at a random moment of {kind}, then resumed",
-                 lambda b, k=kind: r13(b, few, k)) for kind in kinds)  # fmt: skip
+    yield "R11", "a run folder that another process holds", lambda b: r11(b, few)
+    yield from (
+        ("R13", f"SIGTERM or SIGINT at a random moment of {kind}, then resumed", lambda b, k=kind: r13(b, few, k))
+        for kind in kinds
+    )
     yield "R13", "two signals within a long step", lambda b: r13_twice(b, few)
     yield "R14", "metrics.jsonl cut at a random byte", lambda b: r14(b, few)
     yield "R20", "configs with random damage", lambda b: r20(b, 20 * n)
     yield "S5", "data rows with random damage", lambda b: s05(b, 20 * n)
+    yield "S6", "the hostile texts of test_hostile.py to the rewards", fixed
     yield "S6", "random hostile code to the rewards", lambda b: s06(b, 10 * n)
     yield "S8", "random cells of spreadsheets", lambda b: s08(b, n)
-    for row, (what, one, count) in clients.rows(n).items():
-        yield row, what, lambda b, one=one, count=count: (count, *clients.tried(one, b.new(), count, b.base))
+    for row, what, one, count in soak_clients.rows(n):
+        yield row, what, lambda b, one=one, count=count: (count, *soak_clients.tried(one, b.new(), count, b.base))
 
 
 def machine(arguments):
     versions = ", ".join(f"{name} {log.version(name)}" for name in ("torch", "transformers", "safetensors", "numpy"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    command = " ".join(["python tests/faults/soak.py", *arguments])
-    return (f"`{command}` on Python {platform.python_version()}, {versions}; {platform.system()} {platform.machine()}, "
-            f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GB of memory.")  # fmt: skip
+    command = " ".join(["python benchmarks/soak.py", *arguments])
+    return (
+        f"`{command}` on Python {platform.python_version()}, {versions}; {platform.system()} {platform.machine()}, "
+        f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GB of memory."
+    )
 
 
 def main():

@@ -1,6 +1,6 @@
 """R10, R11, R12 with real launches of torchrun on two ranks: train_sft.py with the tiny base.
 
-    python tests/faults/deaths.py 10            that many trials of R10; exit status 1 unless all held
+    python benchmarks/deaths.py 10            that many trials of R10; exit status 1 unless all held
 
 R10: under --max-restarts 1 a rank dies once by SIGKILL or by exit 3, at a step drawn at random; torchrun starts both
 again, they resume from the last save, and the final adapter has the SHA-256 of a run in which nobody died.
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVES = 12, 3
 LIMIT = 300  # seconds for one run: more is a hang
 
