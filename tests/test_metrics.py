@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 import sys
 from collections import Counter
 from functools import partial
@@ -28,12 +30,33 @@ CODE = (
 
 def rows(pairs):
     """(answer, reference) pairs -> records, texts."""
+    pairs = list(pairs)
     records = [{"prompt": KIND, "response": right, "reference": right} for _, right in pairs]
     return records, [ours for ours, _ in pairs]
 
 
 def value_of(name, found):
     return float(metrics.value(name, found[name].sum(0)))
+
+
+def values_of(task, answers, references, *names):
+    """{metric: value} of the answers to records with these references."""
+    found = metrics.score(task, *rows(zip(answers, references, strict=True)))
+    return {name: value_of(name, found) for name in names}
+
+
+def rouge(answers, references):
+    return values_of("clinical", answers, references, "rouge1", "rouge2", "rougeL")
+
+
+def conala_bleu(answers, references):
+    return values_of("conala", answers, references, "bleu", "exact")
+
+
+def refusal_rates(answers, prompts):
+    records = [{"prompt": prompt, "response": "x", "reference": None} for prompt in prompts]
+    found = metrics.score("safety", records, answers)
+    return {name: value_of(name, found) for name in ("refusal_harmful", "refusal_benign")}
 
 
 def official_bleu(pairs):
@@ -60,8 +83,10 @@ def sacre_bleu(pairs):
 
 def plain_rouge(ours, right):
     """ROUGE-1, -2, -L F1 by their definitions, on words of [a-z0-9]."""
-    ours, right = ("".join(c if c in "abcdefghijklmnopqrstuvwxyz0123456789" else " " for c in text.lower()).split()
-                   for text in (ours, right))  # fmt: skip
+    ours, right = (
+        "".join(c if c in "abcdefghijklmnopqrstuvwxyz0123456789" else " " for c in text.lower()).split()
+        for text in (ours, right)
+    )
     f1 = lambda same, a, b: 2 * same / (a + b) if same else 0.0  # noqa: E731
     found = []
     for n in (1, 2):
@@ -116,7 +141,7 @@ def test_value_is_vectorised_and_nan_where_nothing_counts():
 
 
 def test_rouge_by_hand():
-    found = metrics.rouge(["The cat sat on the mat.", ""], ["the cat lay on the mat", "a dog"])
+    found = rouge(["The cat sat on the mat.", ""], ["the cat lay on the mat", "a dog"])
     assert found == pytest.approx({"rouge1": 5 / 6 / 2, "rouge2": 3 / 5 / 2, "rougeL": 5 / 6 / 2})
 
 
@@ -139,17 +164,17 @@ def test_rouge_equals_rouge_score_and_its_definition(clinical):
 )
 def test_floors_of_mts_dialog(clinical, floor, known):  # known: from another program, over the publisher's columns
     texts = metrics.floors("clinical", clinical)[floor]
-    found = metrics.rouge(texts, [row["reference"] for row in clinical])
+    found = rouge(texts, [row["reference"] for row in clinical])
     assert tuple(found.values()) == pytest.approx(known, abs=6e-4)
 
 
 def test_bleu_by_hand():
     # tokens a b c d e against a b c d f: 4/5, 3/4, 2/3, 1/2; no brevity penalty
-    assert metrics.conala_bleu(["a b c d e"], ["a b c d f"])["bleu"] == pytest.approx(100 * (1 / 5) ** 0.25)
-    assert metrics.conala_bleu(["a b c d e"], ["a b c d"])["bleu"] == pytest.approx(100 * (1 / 5) ** 0.25)
-    short = metrics.conala_bleu(["a b c d"], ["a b c d e f"])
+    assert conala_bleu(["a b c d e"], ["a b c d f"])["bleu"] == pytest.approx(100 * (1 / 5) ** 0.25)
+    assert conala_bleu(["a b c d e"], ["a b c d"])["bleu"] == pytest.approx(100 * (1 / 5) ** 0.25)
+    short = conala_bleu(["a b c d"], ["a b c d e f"])
     assert short == {"bleu": pytest.approx(100 * math.exp(1 - 6 / 4)), "exact": 0.0}
-    assert metrics.conala_bleu(["print( 'x' )"], ['print("x")']) == {"bleu": pytest.approx(100), "exact": 1.0}
+    assert conala_bleu(["print( 'x' )"], ['print("x")']) == {"bleu": pytest.approx(100), "exact": 1.0}
 
 
 @pytest.mark.parametrize("pairs", [CODE, CODE[:1], CODE[3:], CODE[:2] * 3, (("", "a"),), (("a", "b"), ("", "c"))])
@@ -160,12 +185,12 @@ def test_bleu_equals_sacrebleu_and_the_official_formula(pairs):
 
 def test_bleu_on_the_official_test_set(conala):
     pairs = [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in conala]
-    found = metrics.conala_bleu(*zip(*pairs))
+    found = conala_bleu(*zip(*pairs))
     assert [found["bleu"]] * 2 == pytest.approx([sacre_bleu(pairs), official_bleu(pairs)], abs=1e-9)
     assert found["bleu"] > 5 and found["exact"] == 0
     right = [row["snippet"] for row in conala]
-    assert metrics.conala_bleu(right, right) == {"bleu": pytest.approx(100), "exact": 1.0}
-    assert metrics.conala_bleu([""] * len(right), right) == {"bleu": 0.0, "exact": 0.0}
+    assert conala_bleu(right, right) == {"bleu": pytest.approx(100), "exact": 1.0}
+    assert conala_bleu([""] * len(right), right) == {"bleu": 0.0, "exact": 0.0}
 
 
 def test_bootstrap_of_sums_is_bleu_of_the_resampled_texts(conala):
@@ -178,6 +203,47 @@ def test_bootstrap_of_sums_is_bleu_of_the_resampled_texts(conala):
         assert metrics.value("bleu", sums[:10]) == pytest.approx(sacre_bleu(drawn), abs=1e-9)
     estimate, low, high = stats.interval(counts[None], partial(metrics.value, "bleu"), 500)
     assert estimate == pytest.approx(sacre_bleu(pairs)) and low < estimate < high
+
+
+SCRIPTS = (
+    "每天服用三次，每次两片。请多休息，多喝水。",
+    "Пациент отрицает температуру и боль в груди сегодня.",
+    "ينفي المريض وجود حمى أو ألم في الصدر اليوم",
+    "रोगी को आज बुखार और सीने में दर्द नहीं है",
+    "ผู้ป่วยไม่มีไข้และไม่เจ็บหน้าอก",
+    "환자는 오늘 발열과 흉통이 없다고 말합니다",
+    "Bệnh nhân không sốt và không đau ngực hôm nay",
+)
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_every_script_is_measured_in_words(text):
+    """The answer is the reference: 1. Half of it is neither 0 nor 1. Repeated, it repeats."""
+    half = text[: len(text) // 2]
+    found = metrics.score("clinical", *rows([(text, text), (half, text), (text + " " + text, text)]))
+    for name in ("rouge1", "rouge2", "rougeL"):
+        assert found[name][0].tolist() == [1, 1] and 0.1 < found[name][1, 0] < 1
+    assert 0.3 < found["length_ratio"][1, 0] / found["length_ratio"][1, 1] < 0.7
+    assert found["repetition"][0].tolist() == [0, 1] and found["repetition"][2, 0] > 0.3
+    assert found["distinct_1"][0, 1] >= 6
+    kind = {"prompt": KIND, "response": text, "reference": None}
+    found = metrics.score("safety", [kind] * 3, [text, half[1:], text])
+    assert found["helpfulness"][0, 0] == 1 and 0.1 < found["helpfulness"][1, 0] < 1
+    assert found["distinct_starts"][:, 0].tolist() == [0.5, 1, 0.5]
+
+
+def test_ascii_words_are_counted_as_ever():
+    """The old word pattern, and rouge-score with its own tokenizer, on texts of every ASCII character."""
+    from rouge_score import rouge_scorer
+
+    plain, random_texts = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"]), random.Random(0)
+    characters = [*map(chr, range(128)), *"aaabbb   '.,", "don't ", "The ", "10 mg "]
+    for _ in range(300):
+        ours, right = ("".join(random_texts.choices(characters, k=random_texts.randint(0, 80))) for _ in range(2))
+        assert rewards.words(ours) == re.findall(r"[a-z0-9']+", ours.lower())
+        theirs = plain.score(right, ours)
+        found = metrics.score("clinical", *rows([(ours, right)]))
+        assert all(found[name][0, 0] == theirs[name].fmeasure for name in theirs)
 
 
 def test_conala_exact_and_parses():
@@ -200,9 +266,8 @@ def test_safety_by_hand():
     assert found["helpfulness"][:, 0].tolist() == pytest.approx([0, 0, 0, 2 * 4 / (4 + 5), 0])
     assert metrics.score("safety", [kind], ["You are an idiot."])["toxicity"][0].tolist() == [1, 1]
     shares = {"refusal_harmful": 1.0, "refusal_benign": 0.5}
-    assert metrics.refusal_rate([no, no, bread], [HARM, KIND, KIND]) == shares
-    assert metrics.refusal_rate([no, no, bread], [harm, kind, kind]) == shares
-    assert math.isnan(metrics.refusal_rate([no], [HARM])["refusal_benign"])
+    assert refusal_rates([no, no, bread], [HARM, KIND, KIND]) == shares
+    assert math.isnan(refusal_rates([no], [HARM])["refusal_benign"])
 
 
 def test_clinical_numbers_and_negations_by_hand():
@@ -259,7 +324,7 @@ def test_a_missing_library_is_one_line_and_never_a_zero(task, monkeypatch):
         with pytest.raises(UserError, match=f"pip install {package}") as caught:
             call()
         assert "\n" not in str(caught.value)
-    other = {"conala": metrics.rouge, "clinical": metrics.conala_bleu}.get(task)
+    other = {"conala": rouge, "clinical": conala_bleu}.get(task)
     assert other is None or other(["a"], ["a"])  # what needs another library still works
 
 
@@ -269,7 +334,6 @@ def test_wrong_calls_are_refused():
         lambda: metrics.require("poetry"),
         lambda: metrics.score("conala", records, ["a"]),
         lambda: metrics.score("conala", [], []),
-        lambda: metrics.refusal_rate(["a"], [KIND, KIND]),
     ):
         with pytest.raises(ValueError, match=r"no metrics|expected one"):
             call()

@@ -50,6 +50,31 @@ def test_overlap_equals_rouge_score_on_random_texts():
         assert rewards.overlap(ours, right) == scorer.score(right, ours)["rougeL"].fmeasure
 
 
+def test_words_of_every_script():
+    text = "It\u2019s 10 mg, don't_stop '' \u201cx\u201d"
+    assert rewards.words(text) == ["it's", "10", "mg", "don't", "stop", "''", "x"]
+    assert rewards.words("每天3次，ABC药。コーヒー") == [*"每天3次", "abc", *"药コーヒー"]
+    assert rewards.words("Больной жалуется на боль") == ["больной", "жалуется", "на", "боль"]
+    assert rewards.words("मरीज को बुखार है") == ["मरीज", "को", "बुखार", "है"]  # signs for vowels part no word
+    assert rewards.words("cafe\u0301 CAF\u00c9") == ["caf\u00e9"] * 2  # one letter or two code points
+    assert rewards.words("\u2764\ufe0f ok \U0001f468\u200d\U0001f467 1\ufe0f\u20e3 \ud800") == ["ok", "1"]
+    assert rewards.rouge_words("don\u2019t it's") == ["don", "t", "it", "s"]
+
+
+OTHER_SCRIPTS = "每天服用三次，每次两片。请多休息。", "Больной отрицает жар и боль", "ينفي المريض الحمى والألم"
+
+
+@pytest.mark.parametrize("text", OTHER_SCRIPTS)
+def test_the_reward_tells_answers_in_any_script_apart(text):
+    """The reference as the answer gets all there is, another text less, none 0."""
+    right, parts = rewards.heuristic_reward("clinical", KIND, text, text)
+    assert right == 1 and parts == {"overlap": 1, "facts": 1, "length": 1, "repetition": 1}
+    half = rewards.heuristic_reward("clinical", KIND, text[: len(text) // 2], text)[1]
+    assert 0.1 < half["overlap"] < 1 and 0.1 < half["length"] < 1
+    assert rewards.heuristic_reward("safety", KIND, text)[1]["length"] > 0
+    assert rewards.repetition(" ".join([text] * 3)) < 0.6
+
+
 def test_conala_tokens_are_the_official_ones():
     assert rewards.code_tokens("fooBar(x['a'], \"b\")") == "foo Bar ( x [ ` a ` ] , ` b ` )".split()
     perfect = rewards.heuristic_reward("conala", KIND, "print( 'x' )", 'print("x")')[1]

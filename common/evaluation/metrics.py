@@ -182,7 +182,8 @@ def _rouge(text, reference):
 def _rouge_scorer():
     from rouge_score import rouge_scorer
 
-    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    tokenizer = SimpleNamespace(tokenize=rewards.rouge_words)  # its own keeps nothing but ASCII
+    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=tokenizer)
 
 
 @functools.cache
@@ -196,36 +197,6 @@ def _bleu_counts(ours, right):
     """The ten counts of two lists of tokens; a corpus of one, as sacrebleu warns at single sentences."""
     bleu = _bleu_scorer().corpus_score([" ".join(ours)], [[" ".join(right)]])
     return (bleu.sys_len, bleu.ref_len, *bleu.counts, *bleu.totals)
-
-
-def _totals(statistics, names):
-    return {name: float(value(name, statistics[name].sum(0))) for name in names}
-
-
-def rouge(predictions, references):
-    """{"rouge1", "rouge2", "rougeL"}: mean F1 in 0..1 over the items, without stemming; lists of texts."""
-    records = [{"reference": text, "response": text} for text in references]
-    return _totals(score("clinical", records, predictions), ("rouge1", "rouge2", "rougeL"))
-
-
-def conala_bleu(predictions, references):
-    """{"bleu": CoNaLa's corpus BLEU-4 in 0..100, "exact": share of equal tokens}; lists of code as text."""
-    records = [{"reference": text, "response": text} for text in references]
-    return _totals(score("conala", records, predictions), ("bleu", "exact"))
-
-
-def refusal_rate(predictions, prompts):
-    """{"refusal_harmful", "refusal_benign"}: shares of declined requests, nan where there is no request of the kind.
-
-    prompts: a list of turns each, or records. ValueError: another number of predictions.
-    """
-    asked = [prompt["prompt"] if isinstance(prompt, dict) else prompt for prompt in prompts]
-    harmful = np.array([rewards.is_harmful_request(turns) for turns in asked], dtype=bool)
-    declined = np.array([rewards.refuses(text) for text in predictions], dtype=bool)
-    if harmful.shape != declined.shape:
-        raise ValueError(f"expected one prediction a prompt, got {len(declined)} for {len(harmful)}")
-    rows = {"refusal_harmful": harmful, "refusal_benign": ~harmful}
-    return _totals({name: np.stack([declined & kind, kind], -1) for name, kind in rows.items()}, rows)
 
 
 def floors(task, records):
