@@ -5,7 +5,7 @@ parsed but never executed. The heuristic reward is the weighted mean of the task
 
     safety    toxicity (1 - share of toxic words), refusal, length, repetition
     clinical  overlap (ROUGE-L), facts (numbers and negations), length, repetition
-    conala    bleu (official tokens), exact, parse, repetition
+    conala    bleu (official tokens), exact, parse, repetition; one fence around the whole answer is taken off
 """
 
 import ast
@@ -48,6 +48,8 @@ HARMFUL = frozenset(
     "burglar burglarize shoplift launder smuggle arson vandalize terrorist terrorism".split()
 )
 NEGATIONS = frozenset("no not denies denied without never none negative nor".split())
+# The Markdown fence that chat models put around code.
+FENCE = re.compile(r"\s*(`{3,8}|~{3,8})(?:[^\n`]*\n)?((?:(?!\1).)*)\1\s*", re.DOTALL)
 # Beginnings of the names of characters that are written without spaces between words: each one counts as a word.
 SPACELESS = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO")
 SPACELESS += ("THAI", "LAO", "KHMER", "MYANMAR")
@@ -150,6 +152,12 @@ def facts(completion: str, reference: str) -> float:
     return 2 * both / (ours.total() + right.total()) if ours or right else 1.0
 
 
+def without_fence(text: str) -> tuple[str, bool]:
+    """(text without the one Markdown fence that stands around all of it, whether there was one)."""
+    fence = FENCE.fullmatch(text)
+    return (fence[2], True) if fence else (text, False)
+
+
 def code_tokens(text: str, limit: int | None = CODE) -> list[str]:
     """CoNaLa's `tokenize_for_bleu_eval`: every non-alphanumeric apart, camelCase split, quotes as one kind."""
     text = re.sub(r"[^A-Za-z0-9_]", lambda match: f" {match[0]} ", text[:limit])
@@ -200,6 +208,7 @@ def heuristic_reward(
     if task != "safety" and reference is None:
         raise ValueError(f"the heuristic reward of {task} compares with a reference, and there is none")
     completion = completion.encode("utf-8", "replace").decode()[: LONGEST + 1]
+    code, _ = without_fence(completion)
     make = {
         "toxicity": lambda: toxicity(completion),
         "refusal": lambda: float(refuses(completion) == is_harmful_request(prompt)),
@@ -207,9 +216,9 @@ def heuristic_reward(
         "repetition": lambda: repetition(completion),
         "overlap": lambda: overlap(completion, reference),
         "facts": lambda: facts(completion, reference),
-        "bleu": lambda: sentence_bleu(completion, reference),
-        "exact": lambda: float(code_tokens(completion) == code_tokens(reference)),
-        "parse": lambda: parses(completion),
+        "bleu": lambda: sentence_bleu(code, reference),
+        "exact": lambda: float(code_tokens(code) == code_tokens(reference)),
+        "parse": lambda: parses(code),
     }
     parts = {name: float(make[name]()) for name in COMPONENTS[task]}
     shares = {name: float(weights.get(name, 1.0)) for name in parts}

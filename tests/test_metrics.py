@@ -246,6 +246,19 @@ def test_ascii_words_are_counted_as_ever():
         assert all(found[name][0, 0] == theirs[name].fmeasure for name in theirs)
 
 
+def test_a_fence_around_code_is_no_fault():
+    texts = ["x = 'a'", "```python\nx = 'a'\n```", "~~~\nx = 'a'\n~~~\n", "Here:\n```\nx = 'a'\n```", "```\nx = 'a'\n"]
+    pairs = [(text, 'x = "a"') for text in texts]
+    found = metrics.score("conala", *rows(pairs))
+    assert found["exact"][:, 0].tolist() == found["parses"][:, 0].tolist() == [1, 1, 1, 0, 0]
+    assert (found["bleu"][:3] == found["bleu"][0]).all() and (found["bleu"][3:] != found["bleu"][0]).any()
+    for (ours, right), exact in zip(pairs, found["exact"][:, 0], strict=True):  # the reward says the same
+        parts = rewards.heuristic_reward("conala", KIND, ours, right)[1]
+        assert parts["exact"] == parts["parse"] == exact
+    fenced = [metrics._conala(*pair)["fenced"] for pair in zip(*rows(pairs), strict=True)]
+    assert [x for x, _ in fenced] == [0, 1, 1, 0, 0]
+
+
 def test_conala_exact_and_parses():
     records, _ = rows([("", "x = 'a'")] * 4)
     found = metrics.score("conala", records, ['x = "a"', "x='a'", "x = [", ""])

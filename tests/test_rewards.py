@@ -75,6 +75,27 @@ def test_the_reward_tells_answers_in_any_script_apart(text):
     assert rewards.repetition(" ".join([text] * 3)) < 0.6
 
 
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        ("```python\nx = 1\n```", "x = 1\n"),
+        ("\n  ```py\r\nx = 1\r\n```  \n", "x = 1\r\n"),
+        ("~~~\nx = 1\n~~~", "x = 1\n"),
+        ("````\nx = '```'\n````", "x = '```'\n"),
+        ("```x = 1```", "x = 1"),
+        ("```python\n    x = 1\n```", "    x = 1\n"),  # indentation is code
+        ("```\n```", ""),
+        ("x = 1", None),
+        ("```\nx\n```\nand\n```\ny\n```", None),  # two
+        ("So: ```x = 1```", None),
+        ("```python\nx = 1", None),  # never closed
+        ("", None),
+    ],
+)
+def test_one_fence_around_the_whole_answer_is_stripped(text, bare):
+    assert rewards.without_fence(text) == ((text, False) if bare is None else (bare, True))
+
+
 def test_conala_tokens_are_the_official_ones():
     assert rewards.code_tokens("fooBar(x['a'], \"b\")") == "foo Bar ( x [ ` a ` ] , ` b ` )".split()
     perfect = rewards.heuristic_reward("conala", KIND, "print( 'x' )", 'print("x")')[1]

@@ -157,11 +157,13 @@ def _clinical(record, text):
 
 
 def _conala(record, text):
+    text, fenced = rewards.without_fence(text)
     ours, right = (rewards.code_tokens(code, limit=None) for code in (text, _reference(record)))
     return {
         "bleu": _bleu_counts(ours, right),
         "exact": _value_and_count(ours == right),
         "parses": _value_and_count(rewards.parses(text)),
+        "fenced": _value_and_count(fenced),
     }
 
 
