@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of neighbours that spin take longer than the work
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -12,6 +15,34 @@ from tests.publishers import go, script, server  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+# Longest first: two processes that take a file at a time then end together.
+LONGEST = """test_train_online test_serve test_online_values test_export test_train_rl test_online_stops test_sft
+    test_train_staged test_adapter_base test_dist test_tiny test_ranks test_explain test_train_sft test_dpo
+    test_evaluate test_train_reward test_checkpoints test_engine""".split()
+# `pytest -m fast`: pure functions, the config, the house rules.
+FAST = """test_advantages test_agreement test_analysis test_cache test_chat test_checkpoint test_comparison test_config
+    test_data test_docs test_fields test_house test_log test_losses test_manifest test_markup test_metrics test_optim
+    test_pairs test_policy_losses test_preference_losses test_prompts test_ratings test_rewards test_sheets test_stats
+    test_synthetic test_versions""".split()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fast: pure functions, the config, the house rules; under a minute")
+    config.option.loadscopereorder = False  # xdist would begin with the files that have most tests
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Under `-m fast` the other files are not even imported."""
+    slow = collection_path.suffix == ".py" and collection_path.stem not in FAST
+    return True if slow and config.option.markexpr == "fast" else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in FAST:
+            item.add_marker(pytest.mark.fast)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: the rest stay as they are
 
 
 @pytest.fixture(scope="session")
