@@ -61,7 +61,7 @@ def load_policy(
     full = peft.peft_type == "none"
     if full and peft.adapter:
         raise UserError(
-            "model.adapter: full fine-tuning starts from a whole model; merge the adapter first (see README)"
+            "model.adapter: full fine-tuning starts from a whole model; merge the adapter first (see docs/training.md)"
         )
     weights_dtype = torch.float32 if full else dtype  # full fine-tuning keeps fp32 masters, or small steps vanish
     net, tokenizer = model.load(folder, device, weights_dtype, quantize=peft.peft_type == "qlora")
