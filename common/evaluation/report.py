@@ -1,232 +1,261 @@
-"""The report of a comparison: what was found, in words, tables and pictures, as Markdown and as one HTML file.
+"""The report of a comparison as report.md and as one self-contained report.html: verdicts, tables, pictures, items.
 
-The words are computed from the numbers: they say which differences are significant, and of the others that these data
-cannot tell the systems apart and how large a difference would have had to be.
+The words are computed from the numbers. A verdict says which system answers better by the headline metric and, behind a
+"but", every metric of the guard set that got significantly worse. The templates in templates/ only lay out; every text
+goes through `visible` and their escaping, so what a model wrote can neither break a file nor load anything.
 """
 
+import base64
+import hashlib
+import html
+import json
+import math
+import re
 from pathlib import Path
 from statistics import NormalDist
 
-from common.evaluation import markup, pictures
-from common.evaluation.markup import ARROWS, finite, shown
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-ALTS = {
-    "differences.png": "Differences between the systems in each metric with 95 % intervals; filled: significant.",
-    "wins.png": "Share of items in which the row's system wins against the column's, ties half, with 95 % intervals.",
-    "frontier.png": "Reward and judge's score of each system over the square root of its KL to the base.",
-    "curves.png": "Learning curves of all arms over the tokens seen in training, one line a stage.",
-    "length_diversity.png": "Length, diversity, repetition and stops of each system's answers; small dots are seeds.",
-    "cost.png": "Tokens, time and peak memory of each arm, its stages in shades, and the headline metric over time.",
-}
+from common.evaluation import pictures
+
+TEMPLATES = Path(__file__).parent / "templates"
+BY = {"judge": "the judge", "reward": "the optimised reward", "loss_per_byte": "the loss", "bleu": "BLEU"}
+ROWS = 8  # of the first table
+SHOWN = 6  # items in report.md; report.html has all
 
 
-def write(folder, results, curves):
+def write(folder, results, curves, items=()):
     """Write report.md, its pictures and the self-contained report.html into `folder`; returns the paths.
 
-    `results` is what evaluate.py found (plain JSON types), `curves` is {system: records of its metrics.jsonl, each with
-    "stage" and with "tokens_seen" counted over all stages}. What is missing or not finite is shown as –, never as 0.
+    results: what evaluate.py computed (plain JSON types). curves: {system: records of its metrics.jsonl, each with
+    "stage" and with "tokens_seen" counted over all stages}. items: [{"id", "prompt", "reference" or None, "answers":
+    {system: text}, "scores": {system: value}}]. What is missing or not finite is shown as –, never as 0.
     """
-    folder = Path(folder)
+    folder, results = Path(folder), finite(results)
     folder.mkdir(parents=True, exist_ok=True)
-    results = results | {"pairs": {metric: _pairs(results, metric) for metric in results["metrics"]}}
-    drawn = pictures.save(folder, results, curves)
-    blocks = _blocks(results, drawn)
-    (folder / "report.md").write_text(markup.markdown(blocks), encoding="utf-8")
-    (folder / "report.html").write_text(markup.page(blocks, folder), encoding="utf-8")
+    results |= {"pairs": judged(results)}
+    results |= {"first": first_metrics(results)}
+    drawn = pictures.save(folder, results, finite(curves))
+    shared = contents(results, finite(list(items))) | {"pictures": {name: pictures.ALTS[name] for name in drawn}}
+    inline = {}
+    for name in ("report.css", "report.js"):  # the page allows these two by their hashes and nothing else
+        text = (TEMPLATES / name).read_bytes()
+        inline[name] = {"text": Markup(text.decode()), "hash": base64.b64encode(hashlib.sha256(text).digest()).decode()}
+    for name in drawn:
+        inline[name] = base64.b64encode((folder / name).read_bytes()).decode()
+    for name, escape in (("report.md", markdown), ("report.html", visible)):
+        text = templates(escape).get_template(name).render(shared, inline=inline)
+        (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in ("report.md", "report.html", *drawn)]
 
 
-def _blocks(results, drawn):
-    picture = {name: [("picture", name, ALTS[name])] if name in drawn else [] for name in ALTS}
-    rewards = "The answers that the optimised reward liked best: good answers, or ones that found a hole in it?"
-    chosen = "Items chosen at random, the same for every system; in brackets the score."
-    sections = [
-        ("Comparison", _comparison(results)),
-        ("Pairs", _pair_tables(results) + picture["differences.png"]),
-        ("Wins", _win_table(results) + picture["wins.png"]),
-        ("Reward and distance from the base", picture["frontier.png"]),
-        ("Learning curves", picture["curves.png"]),
-        ("Length and diversity", picture["length_diversity.png"]),
-        ("Cost", _cost_table(results) + picture["cost.png"]),
-        ("Samples", _samples(results.get("samples"), chosen)),
-        ("Highest rewards", _samples(results.get("top"), rewards)),
-        ("Notes", [("list", results["notes"])] if results.get("notes") else []),
-        ("How to repeat", [("code", results["command"])] if results.get("command") else []),
-    ]
-    blocks = [("heading", 1, f"{results['task']}: {_and(results['systems'])}"), ("text", _summary(results))]
-    for title, content in sections:
-        blocks += [("heading", 2, title), *content] if content else []
-    return blocks
+def verdicts(results):
+    """The verdict of every pair of systems by the headline metric, a sentence each, its harms behind a "but"."""
+    results = finite(results)
+    parts = pair_verdicts(results | {"pairs": judged(results)})
+    return [part["claim"] + "".join(f", {joint} {harm}" for joint, harm in part["harms"]) + "." for part in parts]
 
 
-def _and(names):
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+# ---------------------------------------------------------------- numbers and texts
 
 
-def _base(results):
+def finite(value):
+    """The same value with None for every number that is not finite."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def shown(value, digits=3, sign=""):
+    """A number with its digits, or – where there is none; `sign` "+" shows both signs. Never "-0"."""
+    return f"{value:{sign}z,.{digits}f}" if isinstance(value, (int, float)) and math.isfinite(value) else "–"
+
+
+def width(entry):
+    """Of its interval; 0 where there is none, or none that says anything."""
+    low, high = entry.get("low"), entry.get("high")
+    return 0.0 if None in (low, high) else high - low
+
+
+def interval(entry, digits=3, sign=""):
+    """[low, high], or nothing where there is no interval."""
+    return f"[{shown(entry['low'], digits, sign)}, {shown(entry['high'], digits, sign)}]" if width(entry) > 1e-9 else ""
+
+
+def p_value(p):
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def visible(text):
+    """Text whose line breaks are newlines and in which no control or direction-changing character stays hidden."""
+    if isinstance(text, Markup):
+        return text
+    text = re.sub("\r\n?|[\u2028\u2029]", "\n", str(text)).replace("\t", "    ")
+    return re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufffe\uffff]", "�", text)
+
+
+def markdown(text):
+    """Text as one line of Markdown that is only text: no tag, table cell, code, emphasis, picture or link."""
+    if isinstance(text, Markup):
+        return text
+    text = html.escape(visible(text).strip().replace("\n", " ⏎ "), quote=False)
+    text = re.sub(r"([\\`*_|~$#]|\](?=[(\[:]))", r"\\\1", text)  # an interval keeps its plain brackets
+    return Markup(text.replace("://", ":\\//").replace("www.", "www\\."))
+
+
+def code(text):
+    """Text as a block of code in Markdown."""
+    return Markup("    " + visible(text).strip().replace("\n", "\n    "))
+
+
+def templates(escape):
+    """The templates, every value of which goes through `escape` first."""
+    how = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    pages = Environment(loader=FileSystemLoader(TEMPLATES), finalize=escape, **how)
+    pages.filters |= {"number": shown, "interval": interval, "difference": difference, "code": code}
+    return pages
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def reference(results):
+    """The system that the others are held against."""
     return "base" if "base" in results["systems"] else results["systems"][0]
 
 
-def _pairs(results, metric):
-    """The pairs of a metric with their verdict: better or worse (higher or lower), or None if not significant.
+def judged(results):
+    """{metric: pairs with their "verdict"}: better or worse (higher or lower), or None if not significant.
 
     A pair is turned round where that reads better: an arm against the base, staged against the others.
     """
-    judged, better = [], results["metrics"][metric]["better"]
-    for given in results.get("pairs", {}).get(metric, ()):
-        pair = given
-        if pair["a"] == _base(results) or (pair["b"] == "staged" and pair["a"] != "staged"):
-            turned = {"difference": "difference", "low": "high", "high": "low"}
-            turned = {k: None if finite(pair.get(v)) is None else -pair[v] for k, v in turned.items()}
-            pair = pair | turned | {"a": pair["b"], "b": pair["a"]}
-        sure = None not in (finite(pair["difference"]), finite(pair.get("p_holm"))) and pair["p_holm"] < 0.05
-        up = sure and pair["difference"] * (better or 1) > 0
-        word = (("better", "worse") if better else ("higher", "lower"))[not up] if sure else None
-        judged.append(pair | {"verdict": word})
-    return sorted(
-        judged, key=lambda pair: (pair["b"] != _base(results), pair["b"] != _base(results) and pair["a"] != "staged")
-    )
+    base, table = reference(results), {}
+    for metric, facts in results["metrics"].items():
+        rows = []
+        for given in results.get("pairs", {}).get(metric, ()):
+            pair = {"low": None, "high": None, "p_holm": None} | given
+            if pair["a"] == base or (pair["b"] == "staged" and pair["a"] != "staged"):
+                ends = [None if pair[key] is None else -pair[key] for key in ("difference", "high", "low")]
+                pair |= dict(zip(("difference", "low", "high"), ends)) | {"a": pair["b"], "b": pair["a"]}
+            pair["verdict"] = None
+            if None not in (pair["difference"], pair["p_holm"]) and pair["p_holm"] < 0.05:
+                words = ("better", "worse") if facts["better"] else ("higher", "lower")
+                pair["verdict"] = words[pair["difference"] * (facts["better"] or 1) < 0]
+            rows.append(pair)
+        table[metric] = sorted(rows, key=lambda pair: (pair["b"] != base, pair["b"] != base and pair["a"] != "staged"))
+    return table
 
 
-def _range(entry, digits=3, sign=""):
-    """[low, high], or nothing where there is no interval."""
-    low, high = (shown(entry.get(end), digits, sign) for end in ("low", "high"))
-    return "" if "–" in (low, high) else f"[{low}, {high}]"
-
-
-def _p(value):
-    return "–" if finite(value) is None else "<0.001" if value < 0.001 else f"{value:.2g}"
-
-
-def _difference(pair, digits):
-    """A pair's difference in words: +0.12 [-0.20, +0.44], p 0.47."""
-    interval = f" {_range(pair, digits, '+')}".rstrip()
-    return f"{shown(pair['difference'], digits, '+')}{interval}, p {_p(pair.get('p_holm'))}"
-
-
-def _summary(results):
-    """The result in one paragraph of plain words: what is significant, what is not, what could have been seen."""
-    name, base = results["headline"], _base(results)
-    metric, pairs = results["metrics"][name], results["pairs"][name]
-    digits, seeds = metric["digits"], results.get("seeds", {})
-    better = {1: "; higher is better", -1: "; lower is better"}.get(metric["better"], "")
-    said = [f"{_and(results['systems'])} answered the same {results['items']} items; the headline metric is {name} "
-            f"({metric['what']}{better})."]  # fmt: skip
-    if not pairs:
-        cell = results["cells"].get(name, {}).get(results["systems"][0], {})
-        value = f"{shown(cell.get('value'), digits)} {_range(cell, digits)}".rstrip()
-        return f"{said[0]} No pairs were tested. {results['systems'][0]}: {value}."
-    beats = [pair["a"] for pair in pairs if pair["b"] == base and pair["verdict"] in ("better", "higher")]
-    said.append(f"{_and(beats) if beats else 'No system'} beat{'' if len(beats) > 1 else 's'} {base} significantly "
-                f"(p adjusted by Holm over {len(pairs)} pairs, below 0.05).")  # fmt: skip
-    for pair in (pair for pair in pairs if pair["verdict"]):
-        said.append(f"{pair['a']} is {pair['verdict']} than {pair['b']}: {_difference(pair, digits)}.")
-    for pair in (pair for pair in pairs if not pair["verdict"]):
-        if finite(pair["difference"]) is None:
-            said.append(f"Not measured: {pair['a']} against {pair['b']}.")
+def harms(results, system, other, base):
+    """What `system` does significantly worse than `other`, of the guard set: phrases with both values."""
+    phrases = []
+    for metric, facts in results["metrics"].items():
+        sides = [(pair["a"], pair["b"], pair["verdict"]) for pair in results["pairs"][metric]]
+        harmed = (system, other, "worse") in sides or (other, system, "better") in sides
+        if not facts["harm"] or not harmed or metric == results["headline"]:
             continue
-        line = f"Not significant: {pair['a']} against {pair['b']}: {_difference(pair, digits)}"
-        if None not in (finite(pair.get("low")), finite(pair.get("high"))):
-            z = NormalDist().inv_cdf
-            needed = (pair["high"] - pair["low"]) / 2 / 1.96 * (z(1 - 0.025 / len(pairs)) + z(0.8))
-            line += (": these data cannot tell them apart; a true difference of about "
-                     f"{shown(needed, digits)} would be seen four times in five")  # fmt: skip
+        values = [results["cells"][metric][name]["value"] for name in (system, other)]
+        now, before = (shown(value, facts["digits"]) for value in values)
+        if facts["kind"] == "rate":
+            digits = 0 if round(100 * values[0]) != round(100 * values[1]) else 1
+            now, before = (f"{shown(100 * value, digits)} %" for value in values)
+        phrases.append(f"{facts['harm'].format(now=now)}, {'was' if other == base else other} {before}")
+    return "; ".join(phrases)
+
+
+def pair_verdicts(results):
+    """[{"claim", "harms": [("but" or "and", phrase), ...]}], one for each pair of the headline metric.
+
+    Of a system that is better its own harms are named, of systems that cannot be told apart those of both.
+    """
+    name, base, said = results["headline"], reference(results), []
+    digits, cells, by = results["metrics"][name]["digits"], results["cells"].get(name, {}), BY.get(name, name)
+    if not results["pairs"][name]:
+        cell = cells.get(results["systems"][0], {"value": None})
+        value = f"{shown(cell['value'], digits)} {interval(cell, digits)}".rstrip()
+        return [{"claim": f"No pairs were tested. {results['systems'][0]}: {value}", "harms": []}]
+    verbs = {"better": "beats", "worse": "is worse than", "higher": "is higher than", "lower": "is lower than"}
+    for pair in results["pairs"][name]:
+        a, b, verdict = pair["a"], pair["b"], pair["verdict"]
+        claim = f"{a} {verbs[verdict]} {b} by {by}" if verdict else f"{a} and {b} cannot be told apart by {by}"
+        claim += f" ({shown(cells[a]['value'], digits)} against {shown(cells[b]['value'], digits)})"
+        if pair["difference"] is None:
+            claim = f"Not measured: {a} against {b}"
+        ours, theirs = harms(results, a, b, base), harms(results, b, a, base)
+        phrases = [("and" if verdict == "worse" else "but", ours if verdict else f"{a} {ours}")] if ours else []
+        if theirs and verdict != "better":
+            phrases.append(("but", f"{b} {theirs}"))
+        said.append({"claim": claim, "harms": phrases})
+    return said
+
+
+def certainty(results):
+    """How sure the verdicts are: each pair's difference, interval and p, and what could have been seen."""
+    name, z, said = results["headline"], NormalDist().inv_cdf, []
+    pairs, digits = results["pairs"][name], results["metrics"][name]["digits"]
+    for pair in (pair for pair in pairs if pair["difference"] is not None):
+        line = f"{pair['a']} against {pair['b']}: {difference(pair, digits)}"
+        if not pair["verdict"] and width(pair) > 1e-9:
+            needed = width(pair) / 2 / 1.96 * (z(1 - 0.025 / len(pairs)) + z(0.8))
+            line += ": these data cannot tell them apart; a true difference of about "
+            line += f"{shown(needed, digits)} would be seen four times in five"
         said.append(line + ".")
-    if seeds and max(seeds.values()) == 1:
-        said.append("Each arm was trained with one seed, so the intervals cover the choice of items only.")
-    elif seeds:
-        said.append("Training seeds: " + ", ".join(f"{system} {count}" for system, count in seeds.items()) + ".")
-    return " ".join(said)
+    return said
 
 
-def _comparison(results):
-    """The table of systems and floors by metrics, bold where a system beats the base significantly."""
-    metrics, base = results["metrics"], _base(results)
-    bold = {(m, p["a"]) for m in metrics for p in results["pairs"][m] if p["b"] == base and p["verdict"] == "better"}
-    rows = []
-    for name in (*results["systems"], *results.get("floors", ())):
-        rows += ["floors, for orientation"] if results.get("floors") and name == results["floors"][0] else []
-        row = [name]
-        for metric, facts in metrics.items():
-            cell = results["cells"].get(metric, {}).get(name, {})
-            few = f" (n {cell['n']})" if finite(cell.get("n")) not in (None, results["items"]) else ""
-            row.append((shown(cell.get("value"), facts["digits"]), _range(cell, facts["digits"]) + few,
-                        (metric, name) in bold))  # fmt: skip
-        rows.append(row)
-    how = [f"{results['items']} items", results.get("decoding"), f"{results['draws']:,} draws for each interval"]
-    blocks = [("text", f"{'; '.join(filter(None, how))}. Brackets hold 95 % intervals; bold beats {base} significantly "
-               "(Holm-adjusted p below 0.05); – was not measured."),
-              ("table", ["", *(m + ARROWS.get(a["better"], "") for m, a in metrics.items())], rows),
-              ("list", [f"{m}{ARROWS.get(a['better'], '')}: {a['what']}" for m, a in metrics.items()])]  # fmt: skip
-    seeds = {
-        m: s for m, s in results.get("by_seed", {}).items() if m in metrics and any(len(v) > 1 for v in s.values())
+def difference(pair, digits):
+    """A pair's difference in words: +0.12 [-0.20, +0.44], p 0.47."""
+    ends = interval(pair, digits, "+")
+    return f"{shown(pair['difference'], digits, '+')}{' ' if ends else ''}{ends}, p {p_value(pair['p_holm'])}"
+
+
+# ---------------------------------------------------------------- what the templates lay out
+
+
+def contents(results, items):
+    """All that both templates need beside `results`."""
+    metrics, pairs, base, systems = results["metrics"], results["pairs"], reference(results), results["systems"]
+    everyone, topics, constant = [*systems, *results.get("floors", ())], {}, []
+    for name, facts in metrics.items():
+        kept = topics.setdefault(facts["topic"], []) if varies(results, name, everyone) else constant
+        kept.append(name)
+    costs = []
+    for name, cost in ({key: {} for key in systems} | results.get("cost", {}) | results.get("extra_cost", {})).items():
+        stages = cost.get("stages", ())
+        costs += [(name, cost), *((f"{name}: {stage['name']}", stage) for stage in stages if len(stages) > 1)]
+    for item in items:  # for the page's script
+        item["order"] = json.dumps([item["scores"].get(name) for name in systems])
+    return {
+        "results": results,
+        "base": base,
+        "everyone": everyone,
+        "topics": topics,
+        "constant": constant,
+        "costs": costs,
+        "verdicts": pair_verdicts(results),
+        "certainty": certainty(results),
+        "marks": {(name, pair["a"]): pair["verdict"] for name in metrics for pair in pairs[name] if pair["b"] == base},
+        "compared": list(dict.fromkeys((pair["a"], pair["b"]) for rows in pairs.values() for pair in rows)),
+        "seeded": [name for name, seeds in results.get("by_seed", {}).items() if max(map(len, seeds.values())) > 1],
+        "all_items": items,
+        "few_items": items[:: max(1, len(items) // SHOWN)][:SHOWN],
     }
-    rows = [[s, *(" · ".join(shown(v, metrics[m]["digits"]) for v in seeds[m].get(s, ())) or "–" for m in seeds)]
-            for s in results["systems"]]  # fmt: skip
-    return blocks + ([("text", "Each training seed:"), ("table", ["", *seeds], rows)] if seeds else [])
 
 
-def _pair_tables(results):
-    """All numbers of the headline's pairs; for the other metrics the difference, its interval and Holm's p."""
-    head, metrics, tables = results["headline"], results["metrics"], results["pairs"]
-    rows = [[f"{p['a']} - {p['b']}", shown(p["difference"], metrics[head]["digits"], "+"),
-             _range(p, metrics[head]["digits"], "+") or "–", _p(p.get("p")), _p(p.get("p_holm")), p.get("test") or "–",
-             p["verdict"] or "not told apart"] for p in tables[head]]  # fmt: skip
-    blocks = (
-        [("table", [head, "difference", "95 % interval", "p", "Holm's p", "test", "verdict"], rows)] if rows else []
-    )
-    names = list(dict.fromkeys((p["a"], p["b"]) for m in tables if m != head for p in tables[m]))
-    rows = []
-    for metric in (m for m in tables if m != head and tables[m]):
-        by_systems, digits = {(p["a"], p["b"]): p for p in tables[metric]}, metrics[metric]["digits"]
-        cells = [(shown(p["difference"], digits, "+"), f"{_range(p, digits, '+')} p {_p(p.get('p_holm'))}"
-                  + (f", {p['verdict']}" if p["verdict"] else ""), False) if (p := by_systems.get(name)) else "–"
-                 for name in names]  # fmt: skip
-        rows.append([metric + ARROWS.get(metrics[metric]["better"], ""), *cells])
-    other = [("text", "The other metrics, with Holm's p:"), ("table", ["", *(f"{a} - {b}" for a, b in names)], rows)]
-    return blocks + (other if rows else [])
+def varies(results, metric, names):
+    """Is there something to see in the metric: values that differ, or the headline's, or those of a single system?"""
+    cells = results["cells"].get(metric, {})
+    values = {cells[name]["value"] for name in names if name in cells}
+    return len(values) > 1 or (len(values) == 1 and (len(names) == 1 or metric == results["headline"]))
 
 
-def _win_table(results):
-    judge, blocks = results.get("judge"), []
-    if judge:
-        weak = finite(judge.get("low")) is not None and judge["low"] <= (finite(judge.get("shorter")) or 0)
-        blocks.append(
-            (
-                "text",
-                f"The judge prefers the better answer in {shown(judge['accuracy'])} {_range(judge)} of "
-                f"{shown(judge['pairs'], 0)} held-out pairs; always preferring the shorter one, in "
-                f"{shown(judge.get('shorter'))}."
-                + (" It is not shown to know more than that, so read its verdicts with care." if weak else ""),
-            )
-        )
-    rows = [[f"{w['a']} - {w['b']}", w["by"], *(shown(w[k], 0) for k in ("wins", "ties", "losses")),
-             shown(w["rate"]), _range(w) or "–", shown(w.get("controlled"))]
-            for w in results.get("wins", ())]  # fmt: skip
-    head = ["pair", "by", "wins", "ties", "losses", "win rate", "95 % interval", "at equal length"]
-    return [*blocks, ("table", head, rows)] if rows else blocks
+def first_metrics(results):
+    """At most ROWS metrics for the first table: the headline, the guard set (significant ones first), others."""
+    metrics, headline = results["metrics"], results["headline"]
+    names = [metric for metric in metrics if varies(results, metric, results["systems"]) and metrics[metric]["better"]]
 
+    def rank(metric):
+        significant = any(pair["verdict"] for pair in results["pairs"][metric])
+        return metric != headline, not metrics[metric]["harm"], not significant
 
-def _cost_table(results):
-    """Tokens, time and memory of every arm, its stages below it; a system without training shows –."""
-    rows = []
-    for name, cost in {**results.get("cost", {}), **results.get("extra_cost", {})}.items():
-        stages = cost.get("stages", ()) if len(cost.get("stages", ())) > 1 else ()
-        for label, part in ((name, cost), *((f"{name}: {stage['name']}", stage) for stage in stages)):
-            speed = results.get("speed", {}).get(name) if part is cost else None
-            rows.append([label, shown(part.get("tokens"), 0), shown(part.get("seconds"), 0),
-                         shown(part.get("peak_memory_gb"), 2), shown(speed, 0)])  # fmt: skip
-    return (
-        [("table", ["", "training tokens", "seconds", "peak memory (GB)", "tokens/s sampling"], rows)] if rows else []
-    )
-
-
-def _samples(items, caption):
-    if not items:
-        return []
-    blocks = [("text", caption)]
-    for item in items:
-        answers = [(name, shown(item.get("scores", {}).get(name), 2), text) for name, text in item["answers"].items()]
-        title = f"{item['id']}" + (f" (highest reward of {item['system']})" if item.get("system") else "")
-        blocks += [("heading", 3, title), ("sample", item["prompt"], answers)]
-    return blocks
+    kept = sorted(names, key=rank)[:ROWS]
+    return sorted(kept, key=lambda metric: (metric != headline, list(metrics).index(metric)))
