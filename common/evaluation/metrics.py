@@ -93,7 +93,7 @@ METRICS = {  # in the order of the tables
         better=-1,
         kind="ratio",
         topic="The data's answers",
-        harm="has a higher loss on the data's answers: {now} nats per byte",
+        harm="has a higher loss: {now} nats per byte",
     ),
     "kl_base": Metric("KL to the base on own samples, nats per token", 0, "ratio", "Distance from the base"),
     "kl_base_sequence": Metric(
@@ -123,7 +123,7 @@ METRICS = {  # in the order of the tables
         better=1,
         kind="mean",
         topic="Length and variety",
-        harm="begins its answers more alike: {now} different openings per answer",
+        harm="varies its openings less: {now}",
     ),
     "distinct_1": Metric("distinct words / words, counted within answers", 0, "ratio", "Length and variety"),
     "distinct_2": Metric(
