@@ -18,6 +18,7 @@ Run the same command again to go on: systems whose answers are there already are
 """
 
 import functools
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -58,7 +59,6 @@ JOBS = (
     ("--human_results", {"nargs": "+", "metavar": "FILE", "help": "analyse these ratings against the run's key"}),
 )
 BEST_OF = 4
-SHOWN = 6  # items side by side in the report
 HEADLINES = {"safety": ("judge", "reward", "loss_per_byte"), "clinical": ("rougeL",), "conala": ("bleu",)}
 SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
 SOURCES += (products, rewards, rollouts)  # what decides an answer and its scores
@@ -380,13 +380,6 @@ def main(argv=None):
         "floors": list(floors),
         "pairs": comparison.pairs(runs_by_system, order, draws),
         "wins": comparison.wins(runs_by_system, headline) if metrics.METRICS[headline].kind != "corpus" else [],
-        "frontier": [
-            {"system": name, "seed": k, "kl": comparison.value(lines, "kl_base_sequence")}
-            | {m: comparison.value(lines, m) for m in ("reward", "judge") if m in table}
-            for name, seeds in all_runs.items()
-            for k, lines in enumerate(seeds)
-            if comparison.value(lines, "kl_base_sequence") is not None
-        ],
         "by_seed": {
             m: {
                 name: [comparison.value(lines, m) for lines in runs_by_system[name]]
@@ -402,19 +395,20 @@ def main(argv=None):
             if folder and comparison.history(folder)
         },
         "speed": speed,
-        "judge": judge_accuracy(scorers["judge"], items, bare.tokenizer) if judge else None,
+        "judge": judge_accuracy(scorers["judge"], items, bare.tokenizer, judge) if judge else None,
         "decoding": f"temperature {cfg.evaluation.temperature:g}, top_p {cfg.evaluation.top_p:g}, at most "
         f"{cfg.evaluation.max_new_tokens} tokens, seed {cfg.seed}",
         "left_out": counts,
         "notes": notes,
         "command": " ".join(["python", *sys.argv]),
-        **examples(runs_by_system, headline, cfg.seed),
+        "item_score": "reward" if "reward" in table else headline,
     }
 
     # --- report
     if dist.is_main():
         log.write_json(out / "results.json", results)
-        report.write(out, results, {name: comparison.curve(folders) for name, folders in runs.items() if folders})
+        curves = {name: comparison.curve(folders) for name, folders in runs.items() if folders}
+        report.write(out, results, curves, side_by_side(items, runs_by_system, results["item_score"]))
         if job.human_eval and sheet.exists() and manifest.key_path(sheet).exists():
             say(f"{sheet} is there already and may have been rated: kept")
         elif job.human_eval:
@@ -426,6 +420,8 @@ def main(argv=None):
             manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
         for name, row in results["cells"][headline].items():
             say(f"{headline} of {name}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+        for sentence in report.verdicts(results):
+            say(sentence)
         say(f"wrote {out}/report.md, report.html, results.json and items/")
     dist.barrier()
     return {"headline": headline, "cells": results["cells"], "pairs": results["pairs"], "folder": str(out)}
@@ -454,8 +450,11 @@ def remarks(cfg, systems, costs, floors, judge):
     return said
 
 
-def judge_accuracy(score, items, tokenizer):
-    """Accuracy of a reward model on the items' own pairs, beside that of the shorter answer; None without pairs."""
+def judge_accuracy(score, items, tokenizer, checkpoint):
+    """Accuracy of a reward model on the items' own pairs, beside that of the shorter answer; None without pairs.
+
+    "reliability": what the report of its own run says of it, empty where it has none.
+    """
     records = [item.record for item in items if item.record["rejected"]]
     if not records:
         return None
@@ -466,7 +465,10 @@ def judge_accuracy(score, items, tokenizer):
     good, bad = (score(records, side) for side in answers)
     accuracy, low, high = stats.preference_accuracy(good - bad)
     shorter = stats.preference_accuracy([len(b) - len(a) for a, b in zip(*answers)])[0]
-    return {"accuracy": accuracy, "low": low, "high": high, "pairs": len(records), "shorter": shorter}
+    own = Path(checkpoint).resolve().parent / "report.json"
+    reliability = json.loads(own.read_text(encoding="utf-8")).get("reliability", []) if own.is_file() else []
+    figures = {"accuracy": accuracy, "low": low, "high": high, "pairs": len(records), "shorter": shorter}
+    return figures | {"reliability": reliability}
 
 
 def write_export(cfg, job):
@@ -499,26 +501,21 @@ def human_results(out, files, draws):
     return results
 
 
-def examples(runs_by_system, headline, seed):
-    """{"samples": items drawn by `seed`, "top": the two of highest optimised reward of each system but the first}."""
-    names, count = list(runs_by_system), len(next(iter(runs_by_system.values()))[0])
-
-    def row(i):
-        lines = {name: runs_by_system[name][0][i] for name in names}
-        first = lines[names[0]]
-        return {
-            "id": first["id"],
-            "prompt": first["prompt"],
-            "answers": {name: line["answer"] for name, line in lines.items()},
-            "scores": {name: line["scores"].get(headline) for name, line in lines.items()},
-        }
-
-    top = []
-    for name in names[1:] if all("reward" in line["scores"] for line in runs_by_system[names[0]][0]) else []:
-        scores = [line["scores"].get("reward", -np.inf) for line in runs_by_system[name][0]]
-        order = sorted(range(count), key=lambda i: -scores[i])
-        top += [row(i) | {"system": name, "reward": scores[i]} for i in order[:2]]
-    return {"samples": [row(i) for i in sorted(data.shuffled(count, f"shown/{seed}")[:SHOWN])], "top": top}
+def side_by_side(items, runs_by_system, score):
+    """Every item for the report: its prompt, and of each system's first seed the answer and its `score`."""
+    rows = []
+    for i, item in enumerate(items):
+        lines = {name: seeds[0][i] for name, seeds in runs_by_system.items()}
+        rows.append(
+            {
+                "id": item.id,
+                "prompt": measure.dialogue(item.record["prompt"]),
+                "reference": item.record["reference"] or item.record["response"],
+                "answers": {name: line["answer"] for name, line in lines.items()},
+                "scores": {name: line["scores"].get(score) for name, line in lines.items()},
+            }
+        )
+    return rows
 
 
 if __name__ == "__main__":
