@@ -26,7 +26,6 @@ from common.run import Run
 from common.runtime import explain, resume
 
 SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
-JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 ADAPTER = "reward"  # its name in the model
 SAMPLED = "/sample"  # ends the id of a pair whose better answer is a sample, not a reference
 MATCHED = 5  # tokens by which two answers may differ and still count as equally long
@@ -186,13 +185,13 @@ def write_report(run_dir, rows):
 @command
 def main(argv=None):
     # --- config, device, process group, run folder
-    cfg, job = config.parse_args("train_reward.py", __doc__, SECTIONS, ("reward",), argv, JOBS)
+    cfg, job = config.parse_args("train_reward.py", __doc__, SECTIONS, ("reward",), argv, explain.JOBS)
     training, peft = cfg.training, cfg.model
     if peft.peft_type == "none":
         raise UserError("model.peft_type: a reward model is an adapter on the policy's base: lora or qlora")
     if training.packing or training.last_turn_only or training.budget_tokens is not None:
         raise UserError("training.packing, last_turn_only and budget_tokens do not belong to pairs: leave them out")
-    run = Run(cfg, job, "reward")
+    run = Run(cfg, job, "reward", PANELS)
 
     # --- model: an adapter on the frozen base, and a scalar head
     net, tokenizer = model.load(run.base_folder, run.device, run.dtype, quantize=peft.peft_type == "qlora")
@@ -212,7 +211,7 @@ def main(argv=None):
     pairs = {}
     for split, records in load_pairs(run, net, tokenizer, job.explain).items():
         pairs[split], counts = data.encode_pairs(records, tokenizer, training.max_seq_length)
-        say_counts(split, counts)
+        say_counts(split, counts, training.max_seq_length)
         if not pairs[split]:
             raise UserError(f"{split}: no usable pair in {counts['records']} records")
     train, val = pairs["train"], pairs["val"]
@@ -221,7 +220,7 @@ def main(argv=None):
     steps = training.epochs * batches.per_epoch if training.max_steps is None else training.max_steps
     if job.explain:
         first = [train[i][side] for i in batches[0] for side in ("chosen", "rejected")]
-        return explain.show(first, tokenizer, net, named, training.micro_batch_tokens, logits=False)
+        return explain.show(first, tokenizer, net, named, training.micro_batch_tokens, steps, logits=False)
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.weight_decay)
@@ -280,7 +279,7 @@ def main(argv=None):
         run.log(step, metrics | {"epoch": step / batches.per_epoch}, alike(run.record))
 
     # --- report
-    record = run.finish(PANELS, alike(run.record))
+    record = run.finish(alike(run.record))
     if rewards is None:  # resumed where all was done but this
         rewards, _ = evaluate(net, head, val, training.micro_batch_tokens, run.device)
     if dist.is_main():

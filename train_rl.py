@@ -53,7 +53,6 @@ from common.run import Run
 from common.runtime import explain, resume, watch
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
-JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 DPO_METRICS = ("margin", "accuracy", "chosen_logprob", "rejected_logprob", "chosen_change", "rejected_change")
 
 
@@ -63,9 +62,7 @@ def check(rl, online):
     if rl.algorithm == "grpo" and rl.group_size < 2:
         raise UserError("rl.group_size: grpo compares a completion with others of its prompt, take 2 or more")
     if rl.algorithm == "grpo" and kl_estimator == "k1":
-        raise UserError(
-            "rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2 or k3 (k3 times the ratio)"
-        )
+        raise UserError("rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2 or k3")
     if rl.algorithm == "ppo" and kl_estimator in ("k2", "k3"):
         raise UserError("rl.kl_estimator: ppo has the KL in its reward, where only k1 gives its gradient")
     if online and rl.minibatches > rl.rollout_size:
@@ -279,12 +276,9 @@ def train_on_prompts(run, models, records, score, explained):
     algorithm = ONLINE[rl.algorithm]
 
     # --- data: prompts that leave room for an answer
-    longest, size = training.max_seq_length - rl.max_new_tokens, min(rl.rollout_size, explained or rl.rollout_size)
+    longest, size = training.max_seq_length - rl.max_new_tokens, rl.rollout_size
     dataset = prompts.encode(records, models.tokenizer, longest, size, cfg.evaluation.max_items, cfg.seed)
     steps = number_of_steps(cfg, dataset.per_epoch)
-    if explained:
-        shown = prompts.shown_by_explain(sample_and_score(run, models, dataset, score, 0))
-        return show(run, models, shown, **explain.rollout_sizes(dataset, rl, cfg.evaluation))
 
     # --- tokens per step, for training.budget_tokens: rows are sampled once, then trained rl.num_ppo_epochs times
     sampled = rl.rollout_size * rl.max_new_tokens  # as if every answer ran to its limit
@@ -292,6 +286,11 @@ def train_on_prompts(run, models, records, score, explained):
     expected = optim.expected_steps(0, steps, 0, training.budget_tokens, tokens_per_step)
     if algorithm["critic"] and rl.critic_warmup >= expected:
         raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {expected} steps to the policy")
+    if explained:
+        dataset.size, started = min(size, explained), time.perf_counter()
+        shown = prompts.shown_by_explain(sample_and_score(run, models, dataset, score, 0))
+        seconds = (time.perf_counter() - started) * size / dataset.size
+        return show(run, models, shown, expected, **explain.rollout_sizes(dataset, rl, cfg.evaluation, seconds))
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = make_optimizer(models, training, rl)
@@ -328,7 +327,7 @@ def train_on_prompts(run, models, records, score, explained):
         run.log(step, metrics | {"lr": lr, "epoch": step / dataset.per_epoch}, warnings)
 
     # --- report
-    record = run.finish(prompts.PANELS, watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards))
+    record = run.finish(watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards))
     if dist.is_main():
         prompts.report(run.folder, cfg.evaluation.draws)
     return record
@@ -396,7 +395,8 @@ def train_on_pairs(run, models, records, score, explained):
     batches = dataset.batches
     steps = number_of_steps(cfg, batches.per_epoch)
     if explained:
-        return show(run, models, pairs.shown_by_explain(dataset), total=sum(batches.lengths[row] for row in batches[0]))
+        steps = optim.expected_steps(0, steps, 0, training.budget_tokens, batches.tokens_per_step)
+        return show(run, models, pairs.shown_by_explain(dataset), steps, total=round(batches.tokens_per_step))
     with run.autocast:
         pairs.add_reference_logprobs(dataset, models.frozen, steps, training.micro_batch_tokens, run.start_key)
 
@@ -430,7 +430,7 @@ def train_on_pairs(run, models, records, score, explained):
         run.log(step, metrics | {"lr": lr, "epoch": step / batches.per_epoch}, watch.collapse(run.record))
 
     # --- report
-    record = run.finish(pairs.PANELS, watch.collapse(run.record))
+    record = run.finish(watch.collapse(run.record))
     if held_out is None:  # resumed where all was done but this
         held_out, _ = pairs.evaluate(run, models, dataset, dpo_objective, DPO_METRICS)
     if dist.is_main():
@@ -455,24 +455,25 @@ def make_optimizer(models, training, rl):
     return torch.optim.AdamW(groups)
 
 
-def show(run, models, examples, **sizes):
-    """--explain: the examples, the checks on them and the memory plan."""
+def show(run, models, examples, steps, **sizes):
+    """--explain: the examples, the checks on them, the time of a step and the memory plan."""
     on_frozen = models.frozen if models.adapter is None or models.has_reference else None
-    budget = run.training.micro_batch_tokens
+    how = models.tokenizer, models.net, models.named, run.training.micro_batch_tokens
     with run.autocast:
-        return explain.show(examples, models.tokenizer, models.net, models.named, budget, frozen=on_frozen, **sizes)
+        return explain.show(examples, *how, steps, frozen=on_frozen, **sizes)
 
 
 @command
 def main(argv=None):
     # --- config, device, process group, run folder
-    cfg, job = config.parse_args("train_rl.py", __doc__, SECTIONS, ("rl",), argv, JOBS)
+    cfg, job = config.parse_args("train_rl.py", __doc__, SECTIONS, ("rl",), argv, explain.JOBS)
     training, rl, peft = cfg.training, cfg.rl, cfg.model
     online = rl.algorithm != "dpo"
     check(rl, online)
     if training.packing or training.last_turn_only:
         raise UserError("training.packing and last_turn_only belong to train_sft.py: leave them out")
-    run = Run(cfg, job, "rl", "eval/reward" if online else "eval/loss", maximise=online)
+    panels, metric = (prompts.PANELS, "eval/reward") if online else (pairs.PANELS, "eval/loss")
+    run = Run(cfg, job, "rl", panels, metric, maximise=online)
 
     # --- models: adapters on one base
     reference = not online or rl.kl_coef > 0

@@ -25,7 +25,6 @@ from common.run import Run
 from common.runtime import explain, resume
 
 SECTIONS = ("model", "training", "logging")
-JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 PANELS = (
     ("loss (nats per token)", ("loss", "eval/loss")),
     ("token accuracy", ("eval/accuracy",)),
@@ -52,9 +51,9 @@ def evaluate(net, examples, budget, device):
 @command
 def main(argv=None):
     # --- config, device, process group, run folder
-    cfg, job = config.parse_args("train_sft.py", __doc__, SECTIONS, ("sft",), argv, JOBS)
+    cfg, job = config.parse_args("train_sft.py", __doc__, SECTIONS, ("sft",), argv, explain.JOBS)
     training = cfg.training
-    run = Run(cfg, job, "sft")
+    run = Run(cfg, job, "sft", PANELS)
 
     # --- model: an adapter on the frozen base, or (peft_type none) all weights
     net, tokenizer, adapter, named = roles.load_policy(run.base_folder, run.device, run.dtype, cfg.model, cfg.seed)
@@ -69,7 +68,7 @@ def main(argv=None):
         records = data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed)
         length = training.max_seq_length
         examples[split], counts = data.encode_records(records, tokenizer, length, training.last_turn_only)
-        say_counts(split, counts)
+        say_counts(split, counts, length)
         if not examples[split]:
             raise UserError(f"{split}: training.max_seq_length {length} leaves no example a token to train on")
     train, val = examples["train"], examples["val"]
@@ -83,7 +82,8 @@ def main(argv=None):
     if job.explain:
         first = [train[i] for row in batches[0] for i in rows[row]]
         with run.autocast:
-            return explain.show(first, tokenizer, net, named, training.micro_batch_tokens)
+            end = optim.expected_steps(0, steps, 0, training.budget_tokens, batches.tokens_per_step)
+            return explain.show(first, tokenizer, net, named, training.micro_batch_tokens, end)
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = torch.optim.AdamW(optim.adamw_groups(named, training.learning_rate, training.weight_decay))
@@ -135,7 +135,7 @@ def main(argv=None):
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "supervised_tokens": num_tokens}
         run.log(step, metrics | {"epoch": step / batches.per_epoch})
 
-    return run.finish(PANELS)
+    return run.finish()
 
 
 if __name__ == "__main__":

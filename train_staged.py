@@ -4,11 +4,12 @@
     training.mode rl             (train_reward.py ->) train_rl.py
     training.mode staged         train_sft.py -> (train_reward.py ->) train_rl.py, whose reference is the end of SFT
     --paradigms sft,rl,staged    these arms at equal cost: tokens trained + tokens sampled = training.budget_tokens
-                                 (staged spends half on SFT and half on RL); then evaluate.py compares them
+                                 (staged spends half on SFT and half on RL)
 
-A reward model is trained where the reward wants one and reward.checkpoint names none; its cost is shown apart. In a
-comparison on preference data it learns from one half of the pairs, and from the other half a second one, which no
-policy sees, to judge by. Left out: a search over settings; all stages share one config.
+After each stage one held-out prompt is answered before and after it; at the end evaluate.py compares the base with what
+was trained. A reward model is trained where the reward wants one and reward.checkpoint names none; its cost is shown
+apart. In a comparison on preference data it learns from one half of the pairs, and from the other half a second one,
+which no policy sees, to judge by. Left out: a search over settings; all stages share one config.
 
     python train_staged.py --config configs/staged_sft_then_ppo.yml --debug
     python train_staged.py --config configs/staged_sft_then_ppo.yml --training.budget_tokens 2000000 \\
@@ -24,11 +25,13 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 import evaluate
 import train_reward
 import train_rl
 import train_sft
-from common import config, data, dist, log, model, rewards
+from common import chat, config, data, dist, log, model, prompts, rewards, rollouts
 from common.evaluation import measure, metrics
 from common.log import UserError, command, say
 from common.runtime import base, checkpoint
@@ -38,8 +41,17 @@ PARADIGMS = ("sft", "rl", "staged")
 JOBS = (
     ("--paradigms", {"metavar": "A,B", "help": "train these arms at equal cost and compare them: sft, rl, staged"}),
 )
-MAINS = {"sft": train_sft.main, "reward": train_reward.main, "rl": train_rl.main}
+SCRIPTS = {"sft": train_sft, "reward": train_reward, "rl": train_rl}
+PURPOSES = {  # of a stage, by its name
+    "sft": "learns to answer as the data does",
+    "rl": "raises the reward of the policy's own answers",
+    "reward": "a reward model, which RL will maximise",
+    "judge": "a second reward model that no policy is trained on",
+    "staged-sft": "the first half of the staged arm: learns to answer as the data does",
+    "staged-rl": "the second half of the staged arm: raises the reward of its own answers",
+}
 ENDLESS = 10**6  # epochs: the budget ends the run
+SHOWN_TOKENS, SHOWN_CHARACTERS = 48, 200  # of the answers before and after a stage
 
 
 def stages(cfg, arms, out):
@@ -58,11 +70,14 @@ def stages(cfg, arms, out):
         return {"model.base_checkpoint" if full else "model.adapter": out / name / "final"}
 
     if arms:
-        whole = {"training.max_steps": "null", "rl.max_steps": "null", "training.epochs": ENDLESS,
-                 "training.patience": "null"}  # fmt: skip
-        runs = {"sft": [("sft", "sft", whole)], "rl": [("rl", "rl", whole | scorer)],
-                "staged": [("staged-sft", "sft", whole | half),
-                           ("staged-rl", "rl", whole | half | scorer | after("staged-sft"))]}  # fmt: skip
+        whole = dict.fromkeys(("training.max_steps", "rl.max_steps", "training.patience"), "null")
+        whole["training.epochs"] = ENDLESS
+        second = whole | half | scorer | after("staged-sft")
+        runs = {
+            "sft": [("sft", "sft", whole)],
+            "rl": [("rl", "rl", whole | scorer)],
+            "staged": [("staged-sft", "sft", whole | half), ("staged-rl", "rl", second)],
+        }
         return [*reward, *judge, *(stage for arm in PARADIGMS if arm in arms for stage in runs[arm])]
     if mode == "staged":
         started = [(name, stage, flags | (after("sft") if full else {})) for name, stage, flags in reward]
@@ -83,9 +98,7 @@ def write_halves(cfg, out):
                 raise UserError(f"{split}: no pair left for the half of the {name} model; more of them are needed")
             path = out / f"pairs-{name}" / f"{split}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            draft = path.with_suffix(".tmp")
-            draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-            os.replace(draft, path)
+            log.replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def settings(cfg, flags, fingerprint):
@@ -100,17 +113,12 @@ def settings(cfg, flags, fingerprint):
     return kept | {"base": fingerprint, "data": hashes, "score": model.adapter_fingerprint(judge) if trained else None}
 
 
-@command
-def main(argv=None):
-    # --- config: training.mode names the stages
-    cfg, job = config.parse_args("train_staged.py", __doc__, SECTIONS, (), argv, JOBS)
-    arms = None if job.paradigms is None else [word.strip() for word in job.paradigms.split(",")]
+def check_arms(cfg, arms, text):
+    """UserError for --paradigms that cannot be compared."""
     if arms is not None:
         unknown = [arm for arm in arms if arm not in PARADIGMS]
         if unknown or len(set(arms)) != len(arms):
-            raise UserError(
-                f"--paradigms: expected some of {','.join(PARADIGMS)}, each once, got {job.paradigms!r:.80}"
-            )
+            raise UserError(f"--paradigms: expected some of {','.join(PARADIGMS)}, each once, got {text!r:.80}")
         if cfg.training.budget_tokens is None:
             raise UserError("--paradigms compares at equal cost: set --training.budget_tokens, the tokens of each arm")
         if cfg.model.adapter:
@@ -120,20 +128,102 @@ def main(argv=None):
                 "model.peft_type none: after full SFT the reward model's base is gone; compare with "
                 "lora or qlora, or with --reward.type heuristic"
             )
+
+
+class Answers:
+    """What each checkpoint answers, greedily, to the first held-out prompt."""
+
+    def __init__(self, cfg, base_folder):
+        self.cfg, self.known, self.tokenizer = cfg, {}, base.load_tokenizer(base_folder)
+        records = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed)
+        self.prompts, _ = prompts.encode_prompts(records, self.tokenizer, cfg.training.max_seq_length)
+
+    def by(self, source):
+        """The answer of a base, or of the policy in the final/ of a run."""
+        if source not in self.known:
+            folder, adapter = base.locate(source)
+            device = model.pick_device(self.cfg.device)
+            dtype = model.pick_dtype(self.cfg.model.dtype, device)
+            net, _ = model.load(folder, device, dtype, quantize=self.cfg.model.peft_type == "qlora")
+            if adapter:
+                model.load_adapter(net, "policy", adapter, trainable=False)
+            draws = torch.zeros(1, SHOWN_TOKENS, dtype=torch.float64)
+            answer = rollouts.sample(net, [self.prompts[0].ids], 1, SHOWN_TOKENS, uniforms=draws, greedy=True)
+            self.known[source] = chat.decode(self.tokenizer, answer["completions"][0])
+        return self.known[source]
+
+    def show(self, before, after):
+        if self.prompts:
+            prompt = measure.dialogue(self.prompts[0].record["prompt"])
+            for name, text in (("held-out prompt", prompt), ("before", self.by(before)), ("after", self.by(after))):
+                line = " ".join(text.split())
+                cut = line[:SHOWN_CHARACTERS] + "..." * (len(line) > SHOWN_CHARACTERS)
+                say(f"  {name + ':':16} {cut or '(nothing)'}")
+
+
+def in_one_sentence(run_dir, mode):
+    """What a stage has changed, by its first evaluation and its last."""
+    evaluations = {}
+    for record in log.read_records(run_dir / "metrics.jsonl"):
+        for name, value in record.items():
+            evaluations.setdefault(name, []).append(value)
+    if mode == "sft":
+        first, *_, last = evaluations["eval/loss"]
+        return f"its loss on held-out answers went from {first:.2f} to {last:.2f} nats per token"
+    if "eval/reward" in evaluations:
+        first, *_, last = evaluations["eval/reward"]
+        return f"the mean reward of its held-out answers went from {first:.2f} to {last:.2f}"
+    accuracy = evaluations["eval/accuracy"][-1]
+    return f"it prefers the better of two held-out answers in {accuracy:.0%} of pairs, where a coin would in 50%"
+
+
+def compare(cfg, arms, plan, out):
+    """The base, floors and all policies that were trained, by evaluate.py on the same held-out prompts."""
+    say("\ncomparison: the base and what was trained, on the same held-out prompts")
+    trained, full, mode = [name for name, _, _ in plan], cfg.model.peft_type == "none", cfg.training.mode
+    folders = {"sft": "sft", "rl": "rl", "staged": "staged-rl"}
+    if not arms:
+        folders = {"sft": "sft", "staged": "rl"} if mode == "staged" else {"rl": "rl"}
+    systems = [f"base={cfg.model.base_checkpoint}"]
+    systems += [f"{name}={out / folders[name] / 'final'}" for name in arms or folders]
+    flags = {"logging.output_dir": out, "logging.run_name": "comparison"}
+    if "reward" in trained and (arms or not full or mode == "rl"):  # after full SFT it belongs to another base
+        flags["reward.checkpoint"] = out / "reward" / "final"
+    if "judge" in trained:
+        flags["evaluation.reward_checkpoint"] = out / "judge" / "final"
+    return evaluate.main(["--config", str(out / "config.yml"), "--checkpoints", *systems, *arguments(flags)])
+
+
+def arguments(flags):
+    """{key: value} as a command line."""
+    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+
+
+@command
+def main(argv=None):
+    # --- config: training.mode names the stages
+    cfg, job = config.parse_args("train_staged.py", __doc__, SECTIONS, (), argv, JOBS)
+    arms = None if job.paradigms is None else [word.strip() for word in job.paradigms.split(",")]
+    check_arms(cfg, arms, job.paradigms)
     out = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "staged")
     plan = stages(cfg, arms, out)
     if any(stage == "rl" for _, stage, _ in plan):  # before hours of SFT
         train_rl.check(cfg.rl, cfg.rl.algorithm != "dpo")
-    if arms:
-        metrics.require(cfg.task)
     if len(plan) == 1 and not arms:  # a single stage is its script's own run
-        return MAINS[plan[0][1]](argv)
+        return SCRIPTS[plan[0][1]].main(argv)
 
-    base_folder = base.resolve(cfg.model.base_checkpoint)
-    if arms:  # what the comparison will need, before anything is trained
+    # --- what the comparison will need, before anything is trained
+    base_folder, comparable = base.resolve(cfg.model.base_checkpoint), True
+    try:
+        metrics.require(cfg.task)
         records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
         longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
         measure.items(records, base.load_tokenizer(base_folder), longest, cfg.evaluation.max_items, cfg.seed)
+    except UserError as error:
+        if arms:
+            raise
+        comparable = False
+        log.warn(f"there will be no comparison at the end: {error}")
 
     # --- distributed, run folder, the config that all stages read: config.yml stays until no stage refuses the new one
     config_file, draft, done_file = out / "config.yml", out / ".tmp-config.yml", out / "stages.json"
@@ -144,7 +234,7 @@ def main(argv=None):
     dist.init(model.pick_device(cfg.device), cfg.training.timeout)
     log.on_exit(dist.end)  # one group for all stages
     if dist.is_main():
-        log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
+        log.on_exit(checkpoint.lock_run(out).release)
         if any(name == "judge" for name, _, _ in plan):
             write_halves(cfg, out)
         log.on_exit(functools.partial(draft.unlink, missing_ok=True))
@@ -154,7 +244,7 @@ def main(argv=None):
     dist.barrier()
 
     # --- stages: those that are finished with these settings are skipped
-    result = None  # what the last stage returned, where it was not skipped
+    result, answers = None, Answers(cfg, base_folder)  # result: of the last stage, where it was not skipped
     for number, (name, mode, changes) in enumerate(plan, 1):
         alone = {} if mode == "sft" else {"training.packing": "false", "training.last_turn_only": "false"}
         flags = {"training.mode": mode} | alone | changes | {"logging.output_dir": out, "logging.run_name": name}
@@ -164,34 +254,26 @@ def main(argv=None):
         except (OSError, ValueError):  # none yet, or damaged: each script then sees for itself that it is done
             done = {}
         if dist.any_rank(dist.is_main() and done.get(name) == decisive and final.is_dir() and checkpoint.verify(final)):
-            say(f"stage {number} of {len(plan)}, {name}: finished before")
+            say(f"stage {number} of {len(plan)}: {name}, finished before")
             continue
-        say(f"stage {number} of {len(plan)}, {name}")
+        say(f"\nstage {number} of {len(plan)}: {name}, {PURPOSES[name]}")
         log.reset_peak_memory()
-        sections = ("", *{"sft": train_sft, "reward": train_reward, "rl": train_rl}[mode].SECTIONS)
-        arguments = [word for key, value in flags.items() if key.rpartition(".")[0].partition(".")[0] in sections
-                 for word in (f"--{key}", str(value))]  # fmt: skip
-        result = MAINS[mode](["--config", str(draft), *arguments])
+        sections = ("", *SCRIPTS[mode].SECTIONS)
+        read = {key: value for key, value in flags.items() if key.rpartition(".")[0].partition(".")[0] in sections}
+        result = SCRIPTS[mode].main(["--config", str(draft), *arguments(read)])
         gc.collect()
         model.trim_memory(model.pick_device(cfg.device))
         if dist.is_main():
             log.write_json(done_file, done | {name: json.loads(json.dumps(decisive, default=str))})
+            say(f"{name}: {in_one_sentence(out / name, mode)}")
+            if mode != "reward":
+                start = changes.get("model.adapter") or changes.get("model.base_checkpoint") or cfg.model.adapter
+                answers.show(str(start or cfg.model.base_checkpoint), str(final))
         dist.barrier()
     if dist.is_main():
         os.replace(draft, config_file)
     dist.barrier()
-    if not arms:
-        return result
-
-    # --- comparison: the base, floors and all arms on the same held-out items
-    names = {"sft": "sft", "rl": "rl", "staged": "staged-rl"}
-    systems = [f"base={cfg.model.base_checkpoint}", *(f"{arm}={out / names[arm] / 'final'}" for arm in arms)]
-    flags = {"reward.checkpoint": out / "reward" / "final"} if any(name == "reward" for name, _, _ in plan) else {}
-    if any(name == "judge" for name, _, _ in plan):
-        flags["evaluation.reward_checkpoint"] = out / "judge" / "final"
-    flags |= {"logging.output_dir": out, "logging.run_name": "comparison"}
-    arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    return evaluate.main(["--config", str(out / "config.yml"), "--checkpoints", *systems, *arguments])
+    return compare(cfg, arms, plan, out) if comparable else result
 
 
 if __name__ == "__main__":

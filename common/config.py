@@ -121,6 +121,8 @@ def _resolve(leaves, headings, files, given, label):
     for where, key, value in [*entries, *((label + key, key, value) for key, value in given.items())]:
         if key in leaves:
             flat[key] = _convert(leaves[key], value, where)
+            if key == "logging.wandb" and flat[key]:
+                flat |= {key: False, "logging.tracker": "wandb"}
         elif key not in headings:
             _refuse(f"{where}: unknown key; the nearest known one is {_nearest(key, [*leaves, *headings])}")
         elif value != {}:

@@ -1,24 +1,59 @@
-"""One console line and one JSONL record a step, the progress bar, the plot, and how a command refuses."""
+"""What a run says and writes: console lines, a table of its steps, JSONL records, curves; and how a command refuses.
+
+Imports the standard library alone, and others where they are used: the downloader works before they are installed.
+"""
 
 import functools
 import json
 import math
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-import torch
-from tqdm import tqdm
-
-from common import dist
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+COLUMNS = {  # of the console's table: {metric: title}, from left to right
+    "step": "step",
+    "reward": "reward",
+    "eval/reward": "val reward",
+    "kl": "KL",
+    "eval/kl": "val KL",
+    "length": "tokens",
+    "loss": "loss",
+    "eval/loss": "val loss",
+    "accuracy": "accuracy",
+    "eval/accuracy": "val accuracy",
+    "eval/margin": "val margin",
+    "eval/chosen_logprob": "val log p",
+    "lr": "lr",
+    "grad_norm": "grad norm",
+    "tokens_per_second": "tokens/s",
+}
+OF_EVERY_RUN = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
+COUNTS = {  # {what became of a record: how it is said after the number}
+    "kept": "kept",
+    "truncated": "cut at {longest} tokens",
+    "prompt_too_long": "left out, prompt longer than {longest} tokens",
+    "no_target": "left out, nothing to train on in {longest} tokens",
+    "empty_response": "left out, empty answer",
+    "empty_answer": "left out, empty answer",
+    "no_rejected": "left out, no rejected answer",
+    "equal_answers": "left out, both answers equal",
+    "no_user_turn": "left out, no user turn",
+    "not_drawn": "not drawn",
+    "empty": "empty turns dropped",
+    "system_folded": "system prompts merged into the user's turn",
+    "merged": "turns merged with the one before, of the same role",
+    "leading_assistant": "assistant turns before the first user's dropped",
+}
 
 
 class UserError(Exception):
@@ -26,6 +61,7 @@ class UserError(Exception):
 
 
 _closing = []  # what the running commands have to undo, the latest last
+_warned: set[str] = set()
 
 
 def on_exit(function: Callable[[], object]) -> None:
@@ -39,52 +75,96 @@ def command(main: Callable) -> Callable:
     @functools.wraps(main)
     def wrapped(argv=None):
         depth = len(_closing)
+        if not depth:
+            _warned.clear()
+            os.environ["MPLBACKEND"] = "agg"  # matplotlib may refuse that of a notebook as soon as it is imported
+            for stream in (sys.stdout, sys.stderr):
+                if hasattr(stream, "reconfigure"):  # a notebook's has no encoding that could fail
+                    stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
-        except UserError as error:
-            _refuse(str(error), error)
-        except torch.OutOfMemoryError as error:
-            _refuse(f"out of memory: lower --training.micro_batch_tokens ({str(error)[:120]})", error)
-        except OSError as error:  # a full disk, a folder that may not be written
-            _refuse(f"{error.strerror or error}: {error.filename or ''}", error)
-        except dist.RankError as error:  # no bad input, and no bug of this rank
-            _refuse(str(error), error, error.status)
         except Exception as error:
-            dist.fail(f"another rank failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", 1)
-            raise
+            refusal, dist = _refusal(error), _dist()
+            words, status = refusal or (f"another rank failed: {type(error).__name__}: {_one_line(error)[:300]}", 1)
+            if refusal:
+                print(f"error: {words}", file=sys.stderr)
+            if dist:
+                dist.fail(words, status)
+            if not refusal:
+                raise
+            raise SystemExit(status) from error
         finally:
             while len(_closing) > depth:
                 _closing.pop()()
-            if not depth:
-                dist.end()
+            if not depth and _dist():
+                _dist().end()
 
     return wrapped
 
 
-def _refuse(message, error, status=2):
-    words = " ".join(message.split())
-    print(f"error: {words}", file=sys.stderr)
-    dist.fail(words, status)
-    raise SystemExit(status) from error
+def _refusal(error):
+    """(one line, exit status) for an error that is no bug of this process, else None."""
+    torch, dist = sys.modules.get("torch"), _dist()
+    if isinstance(error, UserError):
+        return _one_line(error), 2
+    if torch and isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: lower --training.micro_batch_tokens ({_one_line(error)[:120]})", 2
+    if isinstance(error, OSError):  # a full disk, a folder that may not be written
+        return _one_line(f"{error.strerror or error}: {error.filename or ''}"), 2
+    if dist and isinstance(error, dist.RankError):
+        return _one_line(error), error.status
+    return None
+
+
+def _one_line(message):
+    return " ".join(str(message).split())
+
+
+def _dist():
+    """common.dist, which needs torch, where a script has imported it; without it this is the only process."""
+    return sys.modules.get("common.dist")
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return _dist() is None or _dist().is_main()
 
 
 def refuse_together(error: UserError | None, words: str) -> None:
     """Raise on all ranks where one of them has an `error`, a UserError: a rank without raises `words` and the first."""
+    from common import dist
+
     errors = dist.gather_rows([] if error is None else [str(error)])
     if errors:
         raise error or UserError(f"{words}: {errors[0]}")
 
 
-def say(message: str) -> None:
+def say(message: str, file: TextIO | None = None) -> None:
     """One line on the main rank's console, above the progress bar."""
-    if dist.is_main():
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+    from tqdm import tqdm
+
+    if is_main():
+        tqdm.write(message, file=file or sys.stdout)
+        (file or sys.stdout).flush()
 
 
-def say_counts(split: str, counts: dict[str, int]) -> None:
-    """What became of a split's records, {reason: count}: those that occurred, and always how many were kept."""
-    say(f"{split}: " + ", ".join(f"{value} {key}" for key, value in counts.items() if value or key == "kept"))
+def warn(message: str, file: TextIO | None = None) -> None:
+    """Say "warning: ..." once for each message, until the command ends."""
+    if message not in _warned:
+        _warned.add(message)
+        say(f"warning: {message}", file)
+
+
+def say_counts(split: str, counts: dict[str, int], longest: int | str = "the allowed") -> None:
+    """What became of a split's records, {reason: count}: those that occurred, and always how many were kept.
+
+    longest: tokens beyond which an example is cut or left out.
+    """
+    shown = [f"{counts['kept']:,} kept"]
+    for key, count in counts.items():
+        if count and key not in ("kept", "records"):
+            shown.append(f"{count:,} {COUNTS[key].format(longest=longest)}")
+    say(f"{split}: {', '.join(shown)}")
 
 
 def listed(names: list[str], most: int = 8) -> str:
@@ -92,9 +172,11 @@ def listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def progress(total: int, done: int) -> tqdm:
+def progress(total: int, done: int) -> "tqdm":
     """A bar over optimizer steps with time left; silent where stderr is no terminal and on other ranks."""
-    hidden = not dist.is_main() or not sys.stderr.isatty()
+    from tqdm import tqdm
+
+    hidden = not is_main() or not sys.stderr.isatty()
     return tqdm(total=total, initial=done, unit="step", disable=hidden, dynamic_ncols=True, smoothing=0.1)
 
 
@@ -140,7 +222,7 @@ def write_json(path: Path | str, value: object) -> None:
 
 def write_records(path: Path | str, records: list[dict]) -> None:
     """Append JSON lines, on the main rank; none leave no file."""
-    if dist.is_main() and records:
+    if is_main() and records:
         write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "a")
 
 
@@ -148,26 +230,47 @@ def read_records(path: Path | str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]  # as text, U+2028 would end a line too
 
 
-def line(record: dict) -> str:
-    """A record as one readable console line: `step 20  loss 1.234  ...`."""
-    shown = (
-        *("step", "reward", "kl", "length", "eval/reward", "loss", "accuracy", "margin"),
-        *("eval/loss", "eval/perplexity", "eval/accuracy", "eval/margin", "eval/chosen_logprob", "eval/kl"),
-        *("lr", "grad_norm", "tokens_per_second"),
-    )
-    return "  ".join(f"{key} {record[key]:.4g}" for key in shown if record.get(key) is not None)
+class Table:
+    """The steps of a run on the console: aligned columns, under a header that is said again where a column is new."""
+
+    def __init__(self):
+        self.columns = []
+
+    def lines(self, record: dict) -> list[str]:
+        present = [name for name in COLUMNS if record.get(name) is not None]
+        new = not set(present) <= set(self.columns)
+        if new:
+            self.columns = [name for name in COLUMNS if name in (*self.columns, *present, *OF_EVERY_RUN)]
+        cells = {name: _cell(record[name]) for name in present}
+        widths = {name: 5 if name == "step" else max(8, len(COLUMNS[name])) for name in self.columns}
+        rows = [COLUMNS, cells] if new else [cells]
+        return ["  ".join(row.get(name, "").rjust(widths[name]) for name in self.columns).rstrip() for row in rows]
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Highest memory so far: of the GPU's allocator on CUDA, else of this process, as the system counts it."""
+def _cell(value):
+    """A number in at most 8 characters, a sign apart."""
+    text = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return text if len(text) <= 8 else f"{value:.2e}"
+
+
+def peak_memory_gb(device: "torch.device") -> float | None:
+    """Highest memory so far: of the GPU's allocator on CUDA, else of this process; None where nothing counts it."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def reset_peak_memory() -> None:
     """Forget the peak so far, so that the next stage of a process shows its own; only Linux can on CPU."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
@@ -176,6 +279,12 @@ def reset_peak_memory() -> None:
 
 def provenance(**facts: object) -> dict[str, object]:
     """What run.json holds: command, git commit, versions, machine, and what the script adds (hashes, counts)."""
+    from importlib.metadata import version
+
+    import torch
+
+    from common import dist
+
     root = Path(__file__).resolve().parents[1]
     git = shutil.which("git")  # a container may have none
     words = [git, "describe", "--always", "--dirty"]
@@ -192,57 +301,57 @@ def provenance(**facts: object) -> dict[str, object]:
     }
 
 
-def open_wandb(enabled: bool, name: str, config: dict) -> Callable[[dict], None]:
-    """A function that sends a record to Weights & Biases, or one that does nothing; the package is optional."""
-    if not enabled or not dist.is_main():
-        return lambda record: None
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("logging.wandb is true but wandb is not installed: pip install wandb") from error
-    run = wandb.init(project="gemma-alignment", name=name, config=config)
-    return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-
-
 def plot_curves(records: list[dict], panels: Sequence, path: Path | str) -> None:
     """Draw a PNG: one panel for each (title, keys), each key over steps where it was recorded."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def fill(axes):
+        for axis, (title, keys) in zip(axes, panels, strict=True):
+            for key in keys:
+                points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+                if points:
+                    marker = "o" if len(points) < 40 else None
+                    axis.plot(*zip(*points), marker=marker, markersize=3, linewidth=1.2, label=key)
+            axis.set(title=title, xlabel="optimizer step")
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), squeeze=False, layout="constrained")
-    for axis, (title, keys) in zip(axes[0], panels):
-        for key in keys:
-            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            if points:
-                axis.plot(
-                    *zip(*points), marker="o" if len(points) < 40 else None, markersize=3, linewidth=1.2, label=key
-                )
-        axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_picture(path, len(panels), 4.5, 3.4, fill)
 
 
 def plot_reliability(rows: list[dict], path: Path | str) -> None:
     """Draw a PNG of a preference model's calibration, rows of {"predicted", "observed", "count"}."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def fill(axes):
+        (axis,) = axes
+        axis.plot((0, 1), (0, 1), color="grey", linewidth=1, linestyle="--", label="calibrated")
+        most = max(row["count"] for row in rows)
+        sizes = [20 + 180 * row["count"] / most for row in rows]
+        points = [row["predicted"] for row in rows], [row["observed"] for row in rows]
+        axis.plot(*points, linewidth=1.2, label="reward model")
+        axis.scatter(*points, s=sizes, alpha=0.6)
+        axis.set(title="pairs, each shown both ways", xlabel="predicted P(first is better)")
+        axis.set(ylabel="share that is better", xlim=(0, 1), ylim=(0, 1))
 
-    figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    axis.plot((0, 1), (0, 1), color="grey", linewidth=1, linestyle="--", label="calibrated")
-    most = max(row["count"] for row in rows)
-    sizes = [20 + 180 * row["count"] / most for row in rows]
-    axis.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], linewidth=1.2, label="reward model")
-    axis.scatter([r["predicted"] for r in rows], [r["observed"] for r in rows], s=sizes, alpha=0.6)
-    axis.set(title="pairs, each shown both ways", xlabel="predicted P(first is better)", ylabel="share that is better")
-    axis.set(xlim=(0, 1), ylim=(0, 1))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_picture(path, 1, 4.2, 4.2, fill)
+
+
+def save_picture(path: Path | str, columns: int, width: float, height: float, fill: Callable) -> None:
+    """Write a PNG whole or not at all: fill(axes) draws on a row of them. What goes wrong is only a warning.
+
+    The figure belongs to no window and no notebook: pyplot, which may have any backend, stays out of it.
+    """
+    path = Path(path)
+    draft = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        from matplotlib.figure import Figure
+
+        figure = Figure((columns * width, height), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        fill(axes)
+        for axis in axes:
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(fontsize=8)
+        figure.savefig(draft, dpi=110, format="png")
+        os.replace(draft, path)
+    except Exception as error:  # the run matters more
+        draft.unlink(missing_ok=True)
+        warn(f"{path} was not drawn: {type(error).__name__}: {_one_line(error)[:200]}")

@@ -18,13 +18,12 @@ Run keeps the record and answers questions; the script acts, in the order in whi
         ...                                                 # one update of the weights
         run.count(tokens)
         run.log(step, {"loss": loss})                       # may be left out, or called rarely
-    run.finish(panels)
+    run.finish()
 
 Questions may be asked more than once: a step has one answer to each. All ranks must ask the same ones.
 """
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from types import SimpleNamespace as Config
 from common import config, dist, log, model
 from common.log import UserError, say
 from common.optim import expected_steps
-from common.runtime import base, checkpoint, resume, watch
+from common.runtime import base, checkpoint, resume, tracker, watch
 
 
 @dataclass
@@ -52,17 +51,31 @@ class State:
     facts: dict = field(default_factory=dict)  # what must be the same on resume
     history: list = field(default_factory=list)  # settings by step, see resume.history
     said: list = field(default_factory=list)  # warnings that the console has shown
+    tracker_id: str | None = None  # of this run at logging.tracker
 
 
 class Run:
-    def __init__(self, cfg: Config, job: Config, fallback_name: str, metric: str = "eval/loss", maximise: bool = False):
-        """Join the process group and lock the run's folder if it exists. metric: the evaluation's, picks best/."""
-        self.cfg, self.training = cfg, cfg.training
+    def __init__(
+        self,
+        cfg: Config,
+        job: Config,
+        fallback_name: str,
+        panels: Sequence,
+        metric: str = "eval/loss",
+        maximise: bool = False,
+    ):
+        """Join the process group and lock the run's folder if it exists.
+
+        panels: ((title, keys of the records), ...) of curves.png; metric: the evaluation's, picks best/.
+        """
+        self.cfg, self.training, self.panels, self.table = cfg, cfg.training, panels, log.Table()
         self.metric, self.sign = metric, -1 if maximise else 1
         self.device = model.pick_device(cfg.device)
         self.dtype = model.pick_dtype(cfg.model.dtype, self.device)
         self.autocast = model.compute_context(self.device, self.dtype, cfg.model.peft_type == "none")
         resume.prepare(self.device)
+        if not job.explain:
+            tracker.check(cfg.logging)
         self.base_folder = base.resolve(cfg.model.base_checkpoint)  # may download: before any rank waits
         self.base_name = base.public_name(cfg.model.base_checkpoint, self.base_folder)
         self.base_fingerprint = base.fingerprint(self.base_folder)
@@ -75,8 +88,7 @@ class Run:
     def _lock(self):
         """Create the run's folder and hold it until the command ends; UserError if another process does."""
         if dist.is_main() and not self.locked:
-            lock = checkpoint.lock_run(self.folder)
-            log.on_exit(lambda: os.close(lock))
+            log.on_exit(checkpoint.lock_run(self.folder).release)
             self.locked = True
 
     # ---------------------------------------------------------------- start, or resume
@@ -103,7 +115,11 @@ class Run:
         vars(self.state).update(saved)
         resume.write_run_info(self.folder, vars(self.state), config.dump(self.cfg))
         self._cut_logs(folder)
-        self.send = log.open_wandb(self.cfg.logging.wandb, self.folder.name, config.flatten(self.cfg))
+        logging = self.cfg.logging
+        if logging.tracker != "none":
+            self.state.tracker_id = logging.run_id or self.state.tracker_id or tracker.new_id()
+        settings = config.flatten(self.cfg)
+        self.tracker = tracker.Tracker(logging, self.folder, self.step, self.state.tracker_id, settings)
         self.signalled = resume.stop_signals(grace=1.0)
         self.bar = log.progress(self.expected_end(self.step), self.step)
         self.asked = None
@@ -252,12 +268,9 @@ class Run:
         if self.seconds:
             self.record |= {f"{name}_per_second": value / self.seconds for name, value in self.counts.items()}
             self.record["seconds"] = self.seconds
-        if warnings:
-            self.record["warning"] = "; ".join(warnings)
-        for warning in watch.unseen(warnings, self.state.said):
-            say(f"step {step}: {warning}")
+        self._warn(warnings)
         if step % self.training.eval_interval == 0 or step % self.cfg.logging.log_interval == 0:
-            say(log.line(self.record))
+            self._say_record()
         if "loss" in metrics and self.seconds:
             speed = self.record["tokens_per_second"]
             self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:.0f} tok/s", refresh=False)
@@ -271,22 +284,37 @@ class Run:
                 self._write()
             self.record = {"step": self.step}
 
+    def _warn(self, warnings):
+        """Put warnings into the step's record, and on the console those of a kind that it has not shown yet."""
+        if warnings:
+            self.record["warning"] = "; ".join(warnings)
+        for warning in watch.unseen(warnings, self.state.said):
+            log.warn(f"step {self.record['step']}: {warning}")
+
+    def _say_record(self):
+        for line in self.table.lines(self.record):
+            say(line)
+
     def _write(self):
+        """Write and send the step's record; curves.png is drawn again where there is an evaluation in it."""
         if dist.is_main():
             log.write_record(self.folder / "metrics.jsonl", self.record)
-            self.send(self.record)
+            self.tracker.send(self.record)
+            if any(key.startswith("eval/") for key in self.record):
+                self._draw()
 
-    def finish(self, panels: Sequence, warnings: Sequence[str] = ()) -> dict:
-        """Write the last record, final/ and curves.png; returns the record. panels: ((title, keys), ...) to plot."""
+    def _draw(self):
+        log.plot_curves(log.read_records(self.folder / "metrics.jsonl"), self.panels, self.folder / "curves.png")
+
+    def finish(self, warnings: Sequence[str] = ()) -> dict:
+        """Write the last record, final/ and curves.png; returns the record."""
         self.bar.close()
         self._open_record()
         best = f"best_{self.metric.replace('/', '_')}"
         self.record |= {"tokens_seen": self.state.tokens_seen, best: self.sign * self.state.best}
-        if warnings:
-            self.record["warning"] = "; ".join(warnings)
-            say(f"step {self.step}: {self.record['warning']}")
+        self._warn(warnings)
         self._write()
-        say(log.line(self.record))
+        self._say_record()
         written = "curves.png and metrics.jsonl"
         if dist.is_main():
             folder = self.step_folder(self.step)
@@ -296,8 +324,8 @@ class Run:
             if folder:
                 checkpoint.publish(folder, self.folder, "final")
                 written = f"final, {written}"
-            log.plot_curves(log.read_records(self.folder / "metrics.jsonl"), panels, self.folder / "curves.png")
+            self._draw()
         peak = log.peak_memory_gb(self.device)
-        say(f"wrote {self.folder}/{written}; peak memory {peak:.2f} GB")
+        say(f"wrote {self.folder}/{written}" + (f"; peak memory {peak:.2f} GB" if peak else ""))
         dist.barrier()
         return self.record

@@ -1,6 +1,5 @@
 """What is costly to make, kept for later runs under a hash of all that decides it, written whole or not at all."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+
+from filelock import FileLock
 
 from common import dist, log
 from common.log import say
@@ -30,8 +31,7 @@ def key(value: object, *modules: ModuleType) -> str:
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """`target` if it exists, else what build(folder) writes: under a lock, in a temporary folder, then renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(target.parent / f".{target.name}.lock"):
         if not target.is_dir():
             folder = target.parent / f".tmp-{target.name}"
             shutil.rmtree(folder, ignore_errors=True)

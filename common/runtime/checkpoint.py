@@ -3,7 +3,6 @@
 All is safetensors and JSON, which cannot run code. Only the process that holds the run folder's lock may write.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from common.log import UserError
+from common.log import UserError, warn
 
 MANIFEST, VERSION = "MANIFEST.json", 1
 MARGIN = 64 * 2**20  # bytes that must be free before a checkpoint is begun, whose size is not known then
@@ -24,24 +24,27 @@ TRAINING_ONLY = {"optimizer.safetensors", "critic.safetensors"}  # what a publis
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
 
 
-def lock_run(run_dir: Path | str) -> int:
-    """Create and lock the run folder, settle what a crash left in it, return the lock's fd: os.close(fd) unlocks.
+def lock_run(run_dir: Path | str) -> FileLock:
+    """Create and lock the run folder, settle what a crash left in it; the lock holds until release() or its end.
 
-    Exec drops the lock, but a forked child shares it until it ends. UserError if another process holds it.
+    UserError if another process holds it.
     """
     run_dir = Path(run_dir)
+    path, lock = run_dir / ".lock", FileLock(run_dir / ".lock", blocking=False)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with open(run_dir / ".lock", "a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(b"%d" % os.getpid())
-            for stray in sorted(run_dir.glob(".tmp-*")):
-                _settle(stray)
-            return os.dup(file.fileno())
-    except BlockingIOError as error:
-        pid = (run_dir / ".lock").read_text(errors="replace")
-        raise UserError(f"run folder {run_dir} is locked by pid {pid}: wait for it or use another run name") from error
+        lock.acquire()
+        with suppress(PermissionError):  # Windows lets nobody write into a locked file
+            path.write_text(str(os.getpid()))
+        for stray in sorted(run_dir.glob(".tmp-*")):
+            _settle(stray)
+        return lock
+    except Timeout as error:
+        try:
+            owner = f"pid {path.read_text(errors='replace')}"
+        except OSError:
+            owner = "another process"
+        raise UserError(f"run folder {run_dir} is locked by {owner}: wait for it or use another run name") from error
     except OSError as error:
         raise UserError(f"run folder {run_dir} cannot be locked: {error}") from error
 
@@ -101,7 +104,7 @@ def newest(run_dir: Path | str) -> Path | None:
             verify(folder)
             return folder
         except UserError as error:
-            print(f"warning: checkpoint skipped: {' '.join(str(error).split())}", file=sys.stderr)
+            warn(f"checkpoint skipped: {' '.join(str(error).split())}", sys.stderr)
     return None
 
 
@@ -119,7 +122,7 @@ def prune(run_dir: Path | str, keep_last: int, keep: Iterable[Path | str] = ()) 
                 os.rename(folder, trash)
                 _settle(trash)
         except OSError as error:
-            print(f"warning: old checkpoint {folder} cannot be removed: {error}", file=sys.stderr)
+            warn(f"old checkpoint {folder} cannot be removed: {error}", sys.stderr)
 
 
 def publish(source_folder: Path | str, run_dir: Path | str, name: str) -> Path:
@@ -236,7 +239,10 @@ def _digest(manifest):
 
 def fsync(path: Path | str) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"  # it opens no folder, and syncs only what it may write
+    if windows and os.path.isdir(path):
+        return
+    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -1,9 +1,10 @@
-"""What `--explain` shows: which tokens are trained, the checks on them, and the memory a step will take, by formula."""
+"""What `--explain` shows: which tokens are trained, checks on them, the time of a step, and its memory by formula."""
 
 import itertools
 import math
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace as Config
 from typing import Any
@@ -14,9 +15,10 @@ from transformers import Gemma3ForCausalLM as Gemma
 from transformers import Gemma3TextConfig
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import chat, dist, lora, model
+from common import chat, data, dist, lora, model
 from common.log import UserError, say
 
+JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 LIBRARIES = 0.5e9  # bytes of Python, torch, transformers and Gemma's tokenizer before any weight
 WORD = 1200  # bytes a word that reading a tokenizer leaves in the heap until the first step trims it: 0.3 GB of Gemma's
@@ -197,10 +199,11 @@ def _sampling(net, decodes, width):
     ]
 
 
-def rollout_sizes(prompts: Any, rl: Config, evaluation: Config) -> dict:
-    """What memory_plan and show want to know of online RL: {"total": tokens of an update, "decodes"}, of one rank.
+def rollout_sizes(prompts: Any, rl: Config, evaluation: Config, sampling: float) -> dict:
+    """What `show` wants to know of online RL: {"total": tokens of an update, "passes", "sampling", "decodes"}.
 
-    prompts: a PromptDataset; its longest prompts count, and every answer as if it ran to its limit.
+    All of one rank. prompts: a PromptDataset; its longest prompts count, and every answer as if it ran to its limit.
+    sampling: seconds that a step's rollout takes.
     """
     longest = {split: max(len(prompt.ids) for prompt in getattr(prompts, split)) for split in ("train", "val")}
     per_rank = max(1, rl.rollout_size // dist.world_size())
@@ -210,7 +213,11 @@ def rollout_sizes(prompts: Any, rl: Config, evaluation: Config) -> dict:
         (per_rank * rl.group_size, longest["train"] + rl.max_new_tokens),
         (math.ceil(len(prompts.val) / dist.world_size()), longest["val"] + evaluation.max_new_tokens),
     ]
-    return {"total": round(total), "decodes": decodes}
+    critic = rl.algorithm == "ppo"
+    updates = rl.minibatches * rl.num_ppo_epochs
+    forwards = (critic or updates > 1) + (rl.kl_coef > 0) + critic  # old and reference log-probs, and values
+    passes = updates * (1 + critic) + rl.minibatches * forwards / 3  # a forward is a third of a forward and backward
+    return {"total": round(total), "passes": passes, "sampling": sampling, "decodes": decodes}
 
 
 def _in_4_bits(net):
@@ -230,12 +237,16 @@ def show(
     net: Gemma,
     named: dict[str, Parameter],
     budget: int,
+    steps: int,
     total: int | None = None,
+    passes: float = 1.0,
+    sampling: float = 0.0,
     **plan: Any,
 ) -> int:
-    """Print the first batch as it will be trained and the memory plan; returns the number of examples shown.
+    """Print the first batch as it will be trained, the time and the memory plan; returns the number of examples shown.
 
-    budget: tokens of a micro-batch; total: of a whole update where these examples are not all of it; plan: options of
+    budget: tokens of a micro-batch; steps: of the run; total: tokens of a whole update where these examples are not all
+    of it; passes: forwards and backwards over them in a step; sampling: seconds of a step's rollout; plan: options of
     memory_plan. UserError with the reason if an example breaks a rule of the format.
     """
     width, colour = shutil.get_terminal_size((100, 24)).columns, sys.stdout.isatty()
@@ -253,15 +264,55 @@ def show(
     trainable = list(named.values())
     numbers = sum(p.numel() for p in trainable)
     say(f"trainable: {numbers:,} parameters in {len(trainable)} tensors, the first {next(iter(named))}")
-    total = total or sum(len(example["ids"]) for example in examples)
+    shown = sum(len(example["ids"]) for example in examples)
+    of_rank = total or shown / dist.world_size()
+    seconds = sampling + passes * of_rank / shown * seconds_of_pass(examples, net, budget, plan.get("logits", True))
+    say_time(seconds, steps)
+    total = total or shown
     longest = max(len(example["ids"]) for example in examples)
     say_plan(memory_plan(net, trainable, (min(budget, total), longest, total > budget), **plan))
     return len(examples)
 
 
+def seconds_of_pass(examples: list[dict], net: Gemma, budget: int, logits: bool) -> float:
+    """Time of a forward and backward pass over the examples; logits: false for a reward model."""
+    lengths = [len(example["ids"]) for example in examples]
+    micro_batches = data.micro_batches(range(len(examples)), lengths, budget)
+    started = 0.0
+    for number, rows in enumerate([micro_batches[0], *micro_batches]):  # the first pass alone takes longer
+        started = time.perf_counter() if number == 1 else started
+        tokens, mask = data.collate([examples[row] for row in rows], net.device)
+        if logits:
+            result = model.sequence_logprobs(net, tokens, mask)
+        else:
+            result, _ = model.sequence_hidden(net, tokens, mask, last=True)
+        loss = result.float().sum()
+        loss.backward()
+        loss.item()  # waits for a GPU
+    seconds = time.perf_counter() - started
+    net.zero_grad(set_to_none=True)
+    return seconds
+
+
+def say_time(seconds: float, steps: int) -> None:
+    say(
+        f"one step takes about {duration(seconds)} here, so {steps:,} steps about {duration(seconds * steps)}, "
+        "evaluations and checkpoints apart"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
 def say_plan(plan: Plan) -> None:
+    """Each part of the plan that is not 0.00 GB, and the sum of what is there at the worst moment."""
     for phase, parts in plan.items():
         for what, size in parts:
-            say(f"{size / 1e9:8.2f} GB  {phase}: {what}")
+            if size >= 5e6:
+                say(f"{size / 1e9:8.2f} GB  {phase}: {what}")
     size, phase = peak(plan)
     say(f"{size / 1e9:8.2f} GB  estimated peak, in the phase `{phase}`")

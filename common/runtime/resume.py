@@ -284,7 +284,8 @@ def stop_signals(grace: float = 0.0) -> Callable[[], bool]:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    os.set_blocking(writer, False)
+    if os.name != "nt":  # where a handler's byte never waits
+        os.set_blocking(writer, False)
     threading.Thread(target=watch, daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     handlers = {}
@@ -297,6 +298,7 @@ def stop_signals(grace: float = 0.0) -> Callable[[], bool]:
             signal.signal(number, handler)
         os.close(writer)  # the watcher reads the end and leaves
 
-    os.register_at_fork(after_in_child=forget)
+    if hasattr(os, "register_at_fork"):  # Windows does not fork
+        os.register_at_fork(after_in_child=forget)
     log.on_exit(restore)
     return lambda: bool(asked)
