@@ -324,7 +324,7 @@ def main(argv=None):
     log.say_counts("test", counts)
     scorers, scorer_facts, notes = make_scorers(cfg, bare)
     if dist.is_main():
-        log.on_exit(functools.partial(os.close, checkpoint.lock_run(out)))
+        log.on_exit(checkpoint.lock_run(out).release)
     dist.barrier()
 
     # --- the answers of every system, one at a time, and of what needs no training

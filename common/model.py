@@ -16,15 +16,17 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, 
 from transformers.utils import logging as transformers_logging
 
 from common import chat, config, data, dist, gemma, lora, losses
-from common.log import UserError, say
+from common.log import UserError, say, warn
 from common.runtime import base, checkpoint, resume
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` takes cuda, then mps, then cpu; a named device that is not there is refused."""
+    """`auto` takes cuda, else cpu; a named device that is not there is refused."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        device = next(name for name, available in there.items() if available)
+        device = "cuda" if there["cuda"] else "cpu"
+    if device == "mps" and there["mps"]:
+        warn("device mps is untried here; on an M4 the CPU decodes a model of this size 6 to 10 times faster")
     if device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count() > 0:
         raise UserError(f"device: {torch.cuda.device_count()} GPUs here, fewer than torchrun's --nproc-per-node")
     if not there.get(device, False):

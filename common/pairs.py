@@ -60,7 +60,7 @@ def encode(
     pairs = {}
     for split, rows in records.items():
         pairs[split], counts = data.encode_pairs(rows, tokenizer, max_length)
-        say_counts(split, counts)
+        say_counts(split, counts, max_length)
         if not pairs[split]:
             raise UserError(f"{split}: no usable pair in {counts['records']} records")
     train, val = pairs["train"], pairs["val"]

@@ -8,12 +8,13 @@ An item_id begins with the mark of its study (common/human/manifest.py). A ratin
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
 import re
 from pathlib import Path
+
+from filelock import FileLock
 
 from common.human import sheets
 from common.human.analysis import SCORES
@@ -132,8 +133,7 @@ def _slots(row, column, slots):
 def append(path, row):
     """Add a rating to a .jsonl file as one line and wait until the disk has it; after OSError the file is as before."""
     data, new = json.dumps(row, ensure_ascii=False).encode() + b"\n", not Path(path).exists()
-    with open(path, "ab", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(Path(path).with_name(f".{Path(path).name}.lock")), open(path, "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             if file.write(data) < len(data):
