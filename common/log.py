@@ -20,35 +20,13 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
-COLUMNS = {  # of the console's table: {metric: title}, from left to right
-    "step": "step",
-    "reward": "reward",
-    "eval/reward": "val reward",
-    "kl": "KL",
-    "eval/kl": "val KL",
-    "length": "tokens",
-    "loss": "loss",
-    "eval/loss": "val loss",
-    "accuracy": "accuracy",
-    "eval/accuracy": "val accuracy",
-    "eval/margin": "val margin",
-    "eval/chosen_logprob": "val log p",
-    "lr": "lr",
-    "grad_norm": "grad norm",
-    "tokens_per_second": "tokens/s",
-}
+COLUMNS = (  # of the console's table, from left to right
+    *("step", "reward", "eval/reward", "kl", "eval/kl", "length", "loss", "eval/loss", "accuracy", "eval/accuracy"),
+    *("eval/margin", "eval/chosen_logprob", "lr", "grad_norm", "tokens_per_second"),
+)
 OF_EVERY_RUN = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
-COUNTS = {  # {what became of a record: how it is said after the number}
-    "kept": "kept",
+COUNTS = {  # {what became of a record: how it is said after the number}, of others that they were left out
     "truncated": "cut at {longest} tokens",
-    "prompt_too_long": "left out, prompt longer than {longest} tokens",
-    "no_target": "left out, nothing to train on in {longest} tokens",
-    "empty_response": "left out, empty answer",
-    "empty_answer": "left out, empty answer",
-    "no_rejected": "left out, no rejected answer",
-    "equal_answers": "left out, both answers equal",
-    "no_user_turn": "left out, no user turn",
-    "not_drawn": "not drawn",
     "empty": "empty turns dropped",
     "system_folded": "system prompts merged into the user's turn",
     "merged": "turns merged with the one before, of the same role",
@@ -155,15 +133,14 @@ def warn(message: str, file: TextIO | None = None) -> None:
         say(f"warning: {message}", file)
 
 
-def say_counts(split: str, counts: dict[str, int], longest: int | str = "the allowed") -> None:
-    """What became of a split's records, {reason: count}: those that occurred, and always how many were kept.
-
-    longest: tokens beyond which an example is cut or left out.
-    """
+def say_counts(split: str, counts: dict[str, int], longest: int | None = None) -> None:
+    """What became of a split's records, {reason: count}: those that occurred, and how many were kept of at most
+    `longest` tokens."""
     shown = [f"{counts['kept']:,} kept"]
     for key, count in counts.items():
         if count and key not in ("kept", "records"):
-            shown.append(f"{count:,} {COUNTS[key].format(longest=longest)}")
+            words = COUNTS.get(key, f"left out ({key.replace('_', ' ')})")
+            shown.append(f"{count:,} {words.format(longest=longest)}")
     say(f"{split}: {', '.join(shown)}")
 
 
@@ -234,16 +211,17 @@ class Table:
     """The steps of a run on the console: aligned columns, under a header that is said again where a column is new."""
 
     def __init__(self):
-        self.columns = []
+        self.columns: list[str] = []
 
     def lines(self, record: dict) -> list[str]:
-        present = [name for name in COLUMNS if record.get(name) is not None]
-        new = not set(present) <= set(self.columns)
-        if new:
-            self.columns = [name for name in COLUMNS if name in (*self.columns, *present, *OF_EVERY_RUN)]
-        cells = {name: _cell(record[name]) for name in present}
-        widths = {name: 5 if name == "step" else max(8, len(COLUMNS[name])) for name in self.columns}
-        rows = [COLUMNS, cells] if new else [cells]
+        cells = {name: _cell(record[name]) for name in COLUMNS if record.get(name) is not None}
+        if new := not cells.keys() <= set(self.columns):
+            self.columns = [name for name in COLUMNS if name in {*self.columns, *cells, *OF_EVERY_RUN}]
+        titles = {
+            name: name.replace("eval/", "val ").replace("_per_second", "/s").replace("_", " ") for name in COLUMNS
+        }
+        widths = {name: max(8, len(titles[name])) for name in self.columns} | {"step": 5}
+        rows = [titles, cells] if new else [cells]
         return ["  ".join(row.get(name, "").rjust(widths[name]) for name in self.columns).rstrip() for row in rows]
 
 

@@ -70,7 +70,7 @@ def encode(
     kept = {}
     for split, rows in records.items():
         kept[split], counts = encode_prompts(rows, tokenizer, max_tokens)
-        say_counts(split, counts | {"kept": len(kept[split])}, max_tokens)
+        say_counts(split, counts | {"kept": len(kept[split])})
     train, val = kept["train"], kept["val"][:max_val]
     if size < dist.world_size():
         raise UserError(f"rl.rollout_size: {size} prompts per step leave some of {dist.world_size()} ranks without one")

@@ -56,17 +56,12 @@ class State:
 
 class Run:
     def __init__(
-        self,
-        cfg: Config,
-        job: Config,
-        fallback_name: str,
-        panels: Sequence,
-        metric: str = "eval/loss",
-        maximise: bool = False,
+        self, cfg: Config, job: Config, name: str, panels: Sequence, metric: str = "eval/loss", maximise: bool = False
     ):
         """Join the process group and lock the run's folder if it exists.
 
-        panels: ((title, keys of the records), ...) of curves.png; metric: the evaluation's, picks best/.
+        name: of the folder if no config file has one; panels: ((title, keys of the records), ...) of curves.png;
+        metric: the evaluation's, picks best/.
         """
         self.cfg, self.training, self.panels, self.table = cfg, cfg.training, panels, log.Table()
         self.metric, self.sign = metric, -1 if maximise else 1
@@ -80,7 +75,7 @@ class Run:
         self.base_name = base.public_name(cfg.model.base_checkpoint, self.base_folder)
         self.base_fingerprint = base.fingerprint(self.base_folder)
         dist.init(self.device, self.training.timeout)
-        self.folder = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, fallback_name)
+        self.folder = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, name)
         self.state, self.locked = State(), False
         if self.folder.exists() and not job.explain:
             self._lock()

@@ -3,12 +3,19 @@
 import json
 import math
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from common import log
+from common import chat, data, log
 from common.log import UserError
+from common.tasks import synthetic
+
+ROOT = Path(log.__file__).resolve().parents[1]
 
 
 def test_a_record_keeps_every_bit_and_nulls_what_is_not_finite(tmp_path):
@@ -76,13 +83,77 @@ def test_a_bug_keeps_its_traceback_and_closes_what_is_open(capsys):
     assert capsys.readouterr().out == "last\nfirst\n"
 
 
-def test_what_is_said(capsys):
-    log.say_counts("train", {"records": 9, "too_long": 0, "kept": 0})
-    assert capsys.readouterr().out == "train: 9 records, 0 kept\n"
-    assert log.listed("abc") == "a, b, c" and log.listed("abc", 2) == "a, b and 1 more"
-    assert (
-        log.line({"lr": 1e-4, "step": 20, "loss": 1.23456, "kl": None, "other": 3}) == "step 20  loss 1.235  lr 0.0001"
+def test_counts_are_said_in_words(capsys):
+    counts = {
+        "records": 300,
+        "empty_response": 0,
+        "no_user_turn": 3,
+        "truncated": 32,
+        "system_folded": 1200,
+        "kept": 246,
+    }
+    log.say_counts("train", counts, 128)
+    log.say_counts("val", {"records": 9, "prompt_too_long": 9, "kept": 0})
+    assert capsys.readouterr().out == (
+        "train: 246 kept, 3 left out (no user turn), 32 cut at 128 tokens, "
+        "1,200 system prompts merged into the user's turn\nval: 0 kept, 9 left out (prompt too long)\n"
     )
+    assert log.listed("abc") == "a, b, c" and log.listed("abc", 2) == "a, b and 1 more"
+
+
+def test_every_count_of_the_data_has_words(tokenizer):
+    """No name of a count reaches the console as it is: what chat and data count of real dialogues has a text."""
+    records = synthetic.records("safety", "train", 200)
+    _, counts = data.encode_records(records, tokenizer, 60)
+    assert counts["system_folded"] and counts["truncated"] and {*chat.REPAIRS} <= {*log.COUNTS}
+
+
+def test_a_table_is_aligned_under_one_header():
+    table = log.Table()
+    first = {"step": 0, "loss": 2.34567, "eval/loss": 2.0, "lr": 3.8234e-5, "tokens_per_second": 12345.6, "other": 3}
+    header, row = table.lines(first)
+    assert header == " step      loss  val loss        lr  grad norm  tokens/s"
+    assert row == "    0     2.346         2  3.82e-05                12346"
+    (row,) = table.lines({"step": 5, "loss": -1e-5, "eval/loss": None, "grad_norm": 0.25, "lr": 1e-4})
+    assert row == "    5 -1.00e-05              0.0001       0.25" or row.split() == ["5", "-1e-05", "0.0001", "0.25"]
+    header, row = table.lines({"step": 123456, "eval/accuracy": 0.5})
+    assert header.split("  ")[-1] == "tokens/s" and "val accuracy" in header and row.split() == ["123456", "0.5"]
+    assert len(table.lines(first)) == 1
+    for title in ("loss", "val loss", "val accuracy", "lr"):  # a cell ends where its title does
+        value = {"loss": "2.346", "val loss": "2", "val accuracy": "", "lr": "3.82e-05"}[title]
+        end = re.search(rf"(?<!val ){title}(?=  )", header).end()
+        assert table.lines(first)[0][:end].endswith(value)
+
+
+def test_a_warning_is_said_once_a_command(capsys):
+    @log.command
+    def main(argv):
+        for words in ("odd", "odd", "even", "odd"):
+            log.warn(words)
+
+    main()
+    assert capsys.readouterr().out == "warning: odd\nwarning: even\n"
+    main()
+    assert capsys.readouterr().out.count("odd") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("script", ["log", "data/download_datasets.py"])
+def test_any_text_is_printed_on_any_console(encoding, script):
+    """D18: what the console's encoding lacks is printed as an escape, on stdout and in the one line of a refusal."""
+    if script == "log":
+        lines = "log.say('中 ü'); raise log.UserError('no folder 中ü')"
+        words = [sys.executable, "-c", f"from common import log; log.command(lambda argv: exec({lines!r}))()"]
+        outs, errors = {"ascii": b"\\u4e2d \\xfc\n", "latin-1": b"\\u4e2d \xfc\n"}, "error: no folder \\u4e2d\\xfc"
+    else:
+        words, outs = [sys.executable, script, "--dataset", "conala", "--source", "中ü"], {"ascii": b"", "latin-1": b""}
+        errors = "error: --source \\u4e2d\\xfc: expected a folder"
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=False
+    )
+    assert done.returncode == 2 and done.stdout == outs[encoding], done
+    shown = done.stderr.decode(encoding).replace("ü", "\\xfc")
+    assert shown.startswith(errors) and shown.count("\n") == 1, done
 
 
 def test_provenance_says_what_a_run_was_made_with():
@@ -98,3 +169,34 @@ def test_pictures_are_png_files(tmp_path):
     log.plot_reliability(rows, tmp_path / "calibration.png")
     for name in ("curves.png", "calibration.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_notebooks_backend_does_not_matter(tmp_path):
+    """D10: matplotlib refuses the name of a notebook's backend, and pyplot, which belongs to it, stays out."""
+    code = (
+        "import sys; from common import log\n"
+        "@log.command\ndef main(argv):\n"
+        f"    log.plot_curves([{{'step': 1, 'loss': 2.0}}], (('loss', ('loss',)),), {str(tmp_path / 'curves.png')!r})\n"
+        "main(); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | notebook, capture_output=True, check=False
+    )
+    assert done.returncode == 0 and not done.stdout, done
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_picture_is_a_warning_once(tmp_path, capsys):
+    path, records = tmp_path / "none" / "curves.png", [{"step": 1, "loss": 2.0}]
+
+    @log.command
+    def main(argv):
+        for _ in range(3):
+            log.plot_curves(records, (("loss", ("loss",)),), path)
+
+    main()
+    out = capsys.readouterr().out
+    assert out.startswith(f"warning: {path} was not drawn: FileNotFoundError") and out.count("\n") == 1
+    log.plot_curves(records, (("loss", ("loss",)),), tmp_path / "curves.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]  # no draft is left

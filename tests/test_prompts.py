@@ -31,7 +31,7 @@ def test_prompts_that_do_not_fit_are_counted(tokenizer, capsys):
     limit = sorted(lengths)[10]
     dataset = prompts.encode(records, tokenizer, limit, 2, None, 0)
     assert len(dataset.train) == sum(length <= limit for length in lengths[1:]) and len(dataset.train) < 19
-    assert "1 no_user_turn" in capsys.readouterr().out
+    assert "1 left out (no user turn)" in capsys.readouterr().out
     with pytest.raises(UserError, match="train: 0 prompts of at most 3 tokens"):
         prompts.encode(records, tokenizer, 3, 2, None, 0)
 

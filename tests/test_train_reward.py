@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -186,8 +187,12 @@ def test_explain_writes_nothing_and_skips_are_counted(tmp_path, settings, few):
     status, out, err = run(tmp_path, settings(out_dir, "--explain", "--dataset_path", source))
     assert status == 0 and not err and not out_dir.exists() and checks.snapshot(tmp_path / "odd") == before
     line = next(line for line in out.splitlines() if line.startswith("train: "))
-    for words in ("20 records", "1 no_rejected", "1 empty_answer", "1 equal_answers", "1 prompt_too_long", "16 kept"):
-        assert words in line, line
+    for reason in ("no rejected", "empty answer", "equal answers", "prompt too long"):
+        assert f"1 left out ({reason})" in line, line
+    assert line.startswith("train: 16 kept, "), line
+    assert re.search(r"one step takes about \S+ s here, [\d,]+ steps \S+ (s|minutes|hours), evaluations apart", out), (
+        out
+    )
     assert "[[" in out and "checked 8 examples" in out and "estimated peak" in out  # both answers of four pairs
     assert out.count("/chosen: ") == out.count("/rejected: ") == 4 and "logits" not in out
 

@@ -267,7 +267,9 @@ def show(
     shown = sum(len(example["ids"]) for example in examples)
     of_rank = total or shown / dist.world_size()
     seconds = sampling + passes * of_rank / shown * seconds_of_pass(examples, net, budget, plan.get("logits", True))
-    say_time(seconds, steps)
+    say(
+        f"one step takes about {duration(seconds)} here, {steps:,} steps {duration(seconds * steps)}, evaluations apart"
+    )
     total = total or shown
     longest = max(len(example["ids"]) for example in examples)
     say_plan(memory_plan(net, trainable, (min(budget, total), longest, total > budget), **plan))
@@ -294,18 +296,10 @@ def seconds_of_pass(examples: list[dict], net: Gemma, budget: int, logits: bool)
     return seconds
 
 
-def say_time(seconds: float, steps: int) -> None:
-    say(
-        f"one step takes about {duration(seconds)} here, so {steps:,} steps about {duration(seconds * steps)}, "
-        "evaluations and checkpoints apart"
-    )
-
-
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+    minutes = f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+    return f"{seconds:.2g} s" if seconds < 100 else minutes
 
 
 def say_plan(plan: Plan) -> None:

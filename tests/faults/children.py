@@ -74,7 +74,7 @@ def assert_is(folder, step, extra=None):
 
 
 def relock(run_dir):
-    os.close(checkpoint.lock_run(run_dir))
+    checkpoint.lock_run(run_dir).release()
 
 
 def strays(run_dir):

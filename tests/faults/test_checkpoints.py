@@ -351,8 +351,9 @@ def test_R11_lock(tmp_path):
     run_dir = tmp_path / "deep" / "run"
 
     def holder():
-        checkpoint.lock_run(run_dir)
+        lock = checkpoint.lock_run(run_dir)
         (tmp_path / "held").touch()
+        assert lock.is_locked
         time.sleep(60)
 
     pid = spawn(holder)
@@ -363,11 +364,11 @@ def test_R11_lock(tmp_path):
     finally:
         os.kill(pid, signal.SIGKILL)
         wait(pid)
-    fd = checkpoint.lock_run(run_dir)
+    lock = checkpoint.lock_run(run_dir)
     with pytest.raises(UserError, match=f"pid {os.getpid()}"):  # also a second run of the same process
         checkpoint.lock_run(run_dir)
     sleeper = subprocess.Popen(["sleep", "60"], close_fds=False)  # an orphan of the run must not keep the lock
-    os.close(fd)
+    lock.release()
     relock(run_dir)
     sleeper.kill()
     sleeper.wait()

@@ -173,4 +173,4 @@ def test_R17_prompts_that_fill_the_context_are_counted(tmp_path, settings, few):
     (source / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, out, err = run(tmp_path, settings("grpo")(tmp_path, "--dataset_path", source, "--training.max_steps", 1))
     (line,) = (line for line in out.splitlines() if line.startswith("train: "))
-    assert status == 0 and "1 prompt_too_long" in line and "19 kept" in line, (line, err)
+    assert status == 0 and "1 left out (prompt too long)" in line and "19 kept" in line, (line, err)

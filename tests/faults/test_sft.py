@@ -322,7 +322,7 @@ def test_R17_rows_without_a_target_are_counted_and_never_trained(tmp_path, setti
     status, out, err = run(tmp_path, settings(tmp_path, *flags))
     assert status == 0, err
     (line,) = (line for line in out.splitlines() if line.startswith("train: "))
-    for words in ("20 records", "2 empty_response", "1 no_target", "2 truncated", "17 kept"):
+    for words in ("2 left out (empty response)", "1 left out (no target)", "2 cut at 128 tokens", "train: 17 kept"):
         assert words in line, line
     values = [value for line in lines(tmp_path / "run") for value in line.values()]
     assert None not in values and all(math.isfinite(value) for value in values if not isinstance(value, str))
