@@ -30,15 +30,8 @@ ADAPTER = "reward"  # its name in the model
 SAMPLED = "/sample"  # ends the id of a pair whose better answer is a sample, not a reference
 MATCHED = 5  # tokens by which two answers may differ and still count as equally long
 NOT_READ = (  # settings of the policy's reward, which a resumed run may change
-    "rl.",
-    "reward.type",
-    "reward.alpha",
-    "reward.beta",
-    "reward.checkpoint",
-    "reward.function",
-    "reward.normalize_rewards",
-    "reward.clip_rewards",
-    "reward.heuristic.",
+    *("rl.", "reward.type", "reward.alpha", "reward.beta", "reward.checkpoint", "reward.function"),
+    *("reward.normalize_rewards", "reward.clip_rewards", "reward.heuristic."),
 )
 PANELS = (
     ("loss (nats per pair)", ("loss", "eval/loss")),

@@ -98,12 +98,6 @@ def flatten(cfg: SimpleNamespace, above: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(a: SimpleNamespace, b: SimpleNamespace) -> list[tuple[str, Any, Any]]:
-    """Return [(dotted key, value in a, value in b)] where two configs differ; a key that one lacks counts as None."""
-    a, b = flatten(a), flatten(b)
-    return [(key, a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)]
-
-
 def run_name(cfg: SimpleNamespace, path: Path | str | None, fallback: str) -> str:
     """Return the name of the run's folder: the one asked for, else that of the config file at `path`, else `fallback`.
 

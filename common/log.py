@@ -128,6 +128,7 @@ def say(message: str, file: TextIO | None = None) -> None:
 
 def warn(message: str, file: TextIO | None = None) -> None:
     """Say "warning: ..." once for each message, until the command ends."""
+    message = _one_line(message)
     if message not in _warned:
         _warned.add(message)
         say(f"warning: {message}", file)
@@ -213,7 +214,7 @@ class Table:
     def __init__(self):
         self.columns: list[str] = []
 
-    def lines(self, record: dict) -> list[str]:
+    def say(self, record: dict) -> None:
         cells = {name: _cell(record[name]) for name in COLUMNS if record.get(name) is not None}
         if new := not cells.keys() <= set(self.columns):
             self.columns = [name for name in COLUMNS if name in {*self.columns, *cells, *OF_EVERY_RUN}]
@@ -221,8 +222,8 @@ class Table:
             name: name.replace("eval/", "val ").replace("_per_second", "/s").replace("_", " ") for name in COLUMNS
         }
         widths = {name: max(8, len(titles[name])) for name in self.columns} | {"step": 5}
-        rows = [titles, cells] if new else [cells]
-        return ["  ".join(row.get(name, "").rjust(widths[name]) for name in self.columns).rstrip() for row in rows]
+        for row in [titles, cells] if new else [cells]:
+            say("  ".join(row.get(name, "").rjust(widths[name]) for name in self.columns).rstrip())
 
 
 def _cell(value):
@@ -332,4 +333,4 @@ def save_picture(path: Path | str, columns: int, width: float, height: float, fi
         os.replace(draft, path)
     except Exception as error:  # the run matters more
         draft.unlink(missing_ok=True)
-        warn(f"{path} was not drawn: {type(error).__name__}: {_one_line(error)[:200]}")
+        warn(f"{path} was not drawn: {type(error).__name__}: {str(error)[:200]}")

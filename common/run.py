@@ -25,6 +25,7 @@ Questions may be asked more than once: a step has one answer to each. All ranks 
 
 import math
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ class Run:
         self._cut_logs(folder)
         logging = self.cfg.logging
         if logging.tracker != "none":
-            self.state.tracker_id = logging.run_id or self.state.tracker_id or tracker.new_id()
+            self.state.tracker_id = logging.run_id or self.state.tracker_id or uuid.uuid4().hex[:12]
         settings = config.flatten(self.cfg)
         self.tracker = tracker.Tracker(logging, self.folder, self.step, self.state.tracker_id, settings)
         self.signalled = resume.stop_signals(grace=1.0)
@@ -265,7 +266,7 @@ class Run:
             self.record["seconds"] = self.seconds
         self._warn(warnings)
         if step % self.training.eval_interval == 0 or step % self.cfg.logging.log_interval == 0:
-            self._say_record()
+            self.table.say(self.record)
         if "loss" in metrics and self.seconds:
             speed = self.record["tokens_per_second"]
             self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:.0f} tok/s", refresh=False)
@@ -286,10 +287,6 @@ class Run:
         for warning in watch.unseen(warnings, self.state.said):
             log.warn(f"step {self.record['step']}: {warning}")
 
-    def _say_record(self):
-        for line in self.table.lines(self.record):
-            say(line)
-
     def _write(self):
         """Write and send the step's record; curves.png is drawn again where there is an evaluation in it."""
         if dist.is_main():
@@ -309,7 +306,7 @@ class Run:
         self.record |= {"tokens_seen": self.state.tokens_seen, best: self.sign * self.state.best}
         self._warn(warnings)
         self._write()
-        self._say_record()
+        self.table.say(self.record)
         written = "curves.png and metrics.jsonl"
         if dist.is_main():
             folder = self.step_folder(self.step)

@@ -3,15 +3,21 @@
 import functools
 import json
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import train_rl
 import train_sft
 import train_staged
-from common import config, data
+from common import chat, config, data
+from common.runtime import base as bases
 from common.runtime import checkpoint
 from tests import checks, processes
 from tests.checks import lines
@@ -102,6 +108,53 @@ def test_staged_is_its_scripts_one_after_the_other(tmp_path, settings):
     assert first["eval/kl"] == 0 and config.load_config(out / "rl" / "config.yml").model.adapter == str(
         out / "sft" / "final"
     )
+
+
+def test_staged_says_what_it_does_and_compares_at_the_end(tmp_path, settings):
+    """A title and one sentence a stage, one prompt before and after it, and the base, SFT and the end side by side."""
+    argv = settings(tmp_path)
+    status, text, err = run(tmp_path, argv)
+    assert status == 0 and not err, err
+    titles = re.findall(r"(?m)^stage (\d) of 3: (\w+), (.+)$", text)
+    assert titles == [(str(n), name, train_staged.PURPOSES[name]) for n, name in enumerate(("sft", "reward", "rl"), 1)]
+    out = tmp_path / "run"
+    first, last = lines(out / "sft")[0]["eval/loss"], lines(out / "sft")[-1]["eval/loss"]
+    assert f"sft: its loss on held-out answers went from {first:.2f} to {last:.2f} nats per token\n" in text
+    accuracy = json.loads((out / "reward" / "report.json").read_text())["held_out"]["accuracy"]
+    assert f"reward: it prefers the better of two held-out answers in {accuracy:.0%} of pairs" in text
+    rewards = json.loads((out / "rl" / "report.json").read_text())["reward"]
+    shown = f"rl: the mean reward of its held-out answers went from {rewards['first']:.2f} to {rewards['last']:.2f}\n"
+    assert shown in text
+    parts = [re.findall(rf"(?m)^  {name}: +(.+)$", text) for name in ("held-out prompt", "before", "after")]
+    prompts, before, after = parts
+    assert prompts[0] == prompts[1] and len(prompts) == len(before) == 2  # of the policy's stages
+    assert after[0] == before[1] == by_transformers(out / "sft" / "final", config.load_config(out / "config.yml"))
+    results = json.loads((out / "comparison" / "results.json").read_text())
+    assert results["systems"] == ["base", "sft", "staged"] and "reward" in results["cells"]
+    assert json.loads(text.partition("RESULT ")[2])["headline"] == results["headline"]
+
+
+def by_transformers(adapter, cfg):
+    """What plain transformers and peft answer greedily to the first held-out prompt, cut as the console does."""
+    base = AutoModelForCausalLM.from_pretrained(cfg.model.base_checkpoint, dtype=torch.float32)
+    net, tokenizer = PeftModel.from_pretrained(base, adapter), bases.load_tokenizer(Path(cfg.model.base_checkpoint))
+    record = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed)[0]
+    ids = torch.tensor([chat.encode_prompt(tokenizer, record["prompt"])])
+    made = net.generate(ids, do_sample=False, max_new_tokens=train_staged.SHOWN_TOKENS, eos_token_id=[1, 106])
+    text = " ".join(chat.decode(tokenizer, made[0, ids.shape[1] :].tolist()).split())
+    most = train_staged.SHOWN_CHARACTERS
+    return text[:most] + "..." * (len(text) > most)
+
+
+def test_without_a_test_split_it_warns_and_trains(tmp_path, settings, few):
+    """People with two files still train; what the comparison needs is said before anything is trained."""
+    two = Path(shutil.copytree(few, tmp_path / "two"))
+    (two / "test.jsonl").unlink()
+    status, text, err = run(tmp_path, settings(tmp_path, "--dataset_path", two, "--reward.type", "heuristic"))
+    assert status == 0 and not err, err
+    warning = f"warning: there will be no comparison at the end: {two}/test.jsonl: no such file"
+    assert text.count("warning: there will") == 1 and text.index(warning) < text.index("stage 1 of 2")
+    assert not (tmp_path / "run" / "comparison").exists() and (tmp_path / "run" / "rl" / "final").is_dir()
 
 
 def test_one_stage_is_its_scripts_own_run(tmp_path, settings):

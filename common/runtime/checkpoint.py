@@ -104,7 +104,7 @@ def newest(run_dir: Path | str) -> Path | None:
             verify(folder)
             return folder
         except UserError as error:
-            warn(f"checkpoint skipped: {' '.join(str(error).split())}", sys.stderr)
+            warn(f"checkpoint skipped: {error}", sys.stderr)
     return None
 
 

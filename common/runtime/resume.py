@@ -27,29 +27,14 @@ from common.runtime import checkpoint
 # What may differ between a run and its continuation. A key ends with a dot where it stands for a section.
 # These settings do not change an update, so they are free.
 FREE_TO_CHANGE = (
-    "training.epochs",
-    "training.max_steps",
-    "training.budget_tokens",
-    "training.eval_interval",
-    "training.save_interval",
-    "training.keep_last",
-    "training.patience",
-    "training.timeout",
-    "training.resume",
-    "training.resume_changed",
-    "training.micro_batch_tokens",
-    "rl.max_steps",
-    "logging.",
+    *(f"training.{key}" for key in "epochs max_steps budget_tokens eval_interval save_interval keep_last".split()),
+    *(f"training.{key}" for key in "patience timeout resume resume_changed micro_batch_tokens".split()),
+    *("rl.max_steps", "logging."),
 )
 # These change the updates from there on: training.resume_changed allows it. All others would make it another run.
 CHANGED_ON_REQUEST = (
-    "training.learning_rate",
-    "training.schedule",
-    "training.warmup_ratio",
-    "training.weight_decay",
-    "training.max_grad_norm",
-    "rl.learning_rate",
-    "rl.critic_learning_rate",
+    *(f"training.{key}" for key in "learning_rate schedule warmup_ratio weight_decay max_grad_norm".split()),
+    *("rl.learning_rate", "rl.critic_learning_rate"),
 )
 UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace as Config
@@ -20,23 +19,16 @@ def check(logging: Config) -> None:
     try:
         library = importlib.import_module(PACKAGES[logging.tracker])
     except ImportError as error:
-        raise UserError(
-            f"logging.tracker: {logging.tracker} is not installed: pip install {logging.tracker}"
-        ) from error
+        name = logging.tracker
+        raise UserError(f"logging.tracker: {name} is not installed: pip install {name}") from error
     if logging.tracker == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
         try:
             logged_in, reason = library.login(), ""
         except Exception as error:  # of a class that its versions do not share
             logged_in, reason = False, f" ({str(error)[:200]})"
         if not logged_in:
-            raise UserError(
-                f"logging.tracker: not logged in to wandb{reason}: run wandb login, set WANDB_API_KEY, "
-                "or keep the records here by WANDB_MODE=offline"
-            )
-
-
-def new_id() -> str:
-    return uuid.uuid4().hex[:12]
+            ways = "run wandb login, set WANDB_API_KEY, or keep the records here by WANDB_MODE=offline"
+            raise UserError(f"logging.tracker: not logged in to wandb{reason}: {ways}")
 
 
 class Tracker:
@@ -63,10 +55,8 @@ class Tracker:
             return function(*arguments)
         except Exception as error:  # a network, a full disk, a service that changed: the run matters more
             self.write = None
-            log.warn(
-                f"logging.tracker: {type(error).__name__}: {str(error)[:200]}; this run's records are kept here only"
-            )
-            return None
+            what = f"{type(error).__name__}: {str(error)[:200]}"
+            log.warn(f"logging.tracker: {what}; from here on the records are kept in the run's folder only")
 
 
 def start_wandb(project: str, folder: Path, step: int, run_id: str, settings: dict) -> tuple[Callable, Callable]:
