@@ -1,25 +1,7 @@
 """The record of a training run: its folder and lock, where it resumes, what is due at a step, metrics.jsonl, best/.
 
-Run keeps the record and answers questions; the script acts, in the order in which its loop is written:
-
-    run = Run(cfg, job, "sft")                              # device, process group, base
-    ...                                                     # model, data, optimizer
-    step_folder = run.start(steps, tokens_per_step, facts)  # locks; None where there is nothing to resume
-    if step_folder:
-        ...                                                 # load weights and optimizer
-    for step in range(run.step, steps + 1):
-        if run.evaluation_due(step):
-            run.keep_evaluation(...)
-        if run.save_due(step) and dist.is_main():
-            with run.new_checkpoint(step) as step_folder:   # appears whole or not at all
-                ...
-        if run.finished(step):
-            break
-        ...                                                 # one update of the weights
-        run.count(tokens)
-        run.log(step, {"loss": loss})                       # may be left out, or called rarely
-    run.finish()
-
+Run keeps the record and answers questions; the script acts, in the order in which its loop is written: train_sft.py is
+the shortest example, docs/design.md explains it. run.log may be left out, or called rarely; run.count may not.
 Questions may be asked more than once: a step has one answer to each. All ranks must ask the same ones.
 """
 
@@ -287,16 +269,14 @@ class Run:
         for warning in watch.unseen(warnings, self.state.said):
             log.warn(f"step {self.record['step']}: {warning}")
 
-    def _write(self):
+    def _write(self, draw=False):
         """Write and send the step's record; curves.png is drawn again where there is an evaluation in it."""
         if dist.is_main():
-            log.write_record(self.folder / "metrics.jsonl", self.record)
+            path = self.folder / "metrics.jsonl"
+            log.write_record(path, self.record)
             self.tracker.send(self.record)
-            if any(key.startswith("eval/") for key in self.record):
-                self._draw()
-
-    def _draw(self):
-        log.plot_curves(log.read_records(self.folder / "metrics.jsonl"), self.panels, self.folder / "curves.png")
+            if draw or any(key.startswith("eval/") for key in self.record):
+                log.plot_curves(log.read_records(path), self.panels, self.folder / "curves.png")
 
     def finish(self, warnings: Sequence[str] = ()) -> dict:
         """Write the last record, final/ and curves.png; returns the record."""
@@ -305,7 +285,7 @@ class Run:
         best = f"best_{self.metric.replace('/', '_')}"
         self.record |= {"tokens_seen": self.state.tokens_seen, best: self.sign * self.state.best}
         self._warn(warnings)
-        self._write()
+        self._write(draw=True)
         self.table.say(self.record)
         written = "curves.png and metrics.jsonl"
         if dist.is_main():
@@ -316,7 +296,6 @@ class Run:
             if folder:
                 checkpoint.publish(folder, self.folder, "final")
                 written = f"final, {written}"
-            self._draw()
         peak = log.peak_memory_gb(self.device)
         say(f"wrote {self.folder}/{written}" + (f"; peak memory {peak:.2f} GB" if peak else ""))
         dist.barrier()

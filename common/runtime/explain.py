@@ -86,23 +86,6 @@ def _keys(config, length):
     return sum(min(length, length / 2 + 64, reach[kind]) for kind in config.layer_types)
 
 
-def pass_flops(
-    config: Gemma3TextConfig, tokens: int, targets: int, length: int, trained: str | None = None
-) -> dict[str, float]:
-    """Floating-point operations of a pass over `tokens` tokens with logits of `targets`: {"body", "attention", "head"}.
-
-    trained: None (no gradient), "adapters" (no gradient of a frozen matrix) or "all". The adapters' own thin products
-    are left out: 3 % of the body at rank 8 on all linears.
-    """
-    body, head = {None: (2, 2), "adapters": (4, 4), "all": (6, 8)}[trained]  # a trained head is multiplied anew
-    attention = 4 * config.num_attention_heads * config.head_dim * _keys(config, length) * (3 if trained else 1)
-    return {
-        "body": tokens * body * sum(linears(config).values()) * config.num_hidden_layers,
-        "attention": tokens * attention,
-        "head": targets * head * config.vocab_size * config.hidden_size,
-    }
-
-
 def linears(config: Gemma3TextConfig) -> dict[str, int]:
     """Numbers in the four products of one layer, as rollouts fuse them: {"qkv", "o_proj", "gate_up", "down_proj"}."""
     d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
