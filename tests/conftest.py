@@ -1,20 +1,13 @@
-"""Shared by the tests: the tiny base (built once, cached), the official data where it is at hand, few threads."""
+"""How the suite runs: which tests are fast, which files come first, one thread a worker. (Fixtures: fixtures.py)"""
 
+import importlib
 import os
-from pathlib import Path
+
+import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of neighbours that spin take longer than the work
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import pytest
-import torch
-
-from tests.bases import folder, no_network, refused  # noqa: F401
-from tests.faults.children import fresh  # noqa: F401
-from tests.publishers import go, script, server  # noqa: F401
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Longest first: two processes that take a file at a time then end together.
 LONGEST = """test_train_online test_serve test_online_values test_export test_train_rl test_online_stops test_sft
     test_train_staged test_adapter_base test_dist test_tiny test_ranks test_explain test_train_sft test_dpo
@@ -29,6 +22,9 @@ FAST = """test_advantages test_agreement test_analysis test_cache test_chat test
 def pytest_configure(config):
     config.addinivalue_line("markers", "fast: pure functions, the config, the house rules; under a minute")
     config.option.loadscopereorder = False  # xdist would begin with the files that have most tests
+    hands_out_tests = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if not hands_out_tests:  # that process needs no torch
+        config.pluginmanager.register(importlib.import_module("tests.fixtures"))
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -43,41 +39,3 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.fast)
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: the rest stay as they are
-
-
-@pytest.fixture(scope="session")
-def tiny_folder():
-    from common.runtime import base
-
-    return base.resolve("tiny")
-
-
-@pytest.fixture
-def tiny_model(tiny_folder):
-    from common import model
-
-    return model.load("tiny", torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_folder):
-    from common.runtime import base
-
-    return base.load_tokenizer(tiny_folder)
-
-
-@pytest.fixture(scope="session")
-def official():
-    """The folder of the three tasks' official files, or a skip."""
-    if not (SHARED / "data").is_dir():
-        pytest.skip("the official data files are not beside this checkout")
-    return SHARED / "data"
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Products this small only wait for each other on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

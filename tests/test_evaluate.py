@@ -152,6 +152,19 @@ def test_seeds_of_one_system(tmp_path, settings, adapters, tiny_folder):
     assert results["cells"]["reward"]["sft"]["value"] == pytest.approx(np.mean(both))
 
 
+def test_a_tokenizer_of_other_bytes_is_the_same_one(tmp_path, settings, tiny_folder):
+    """The base's tokenizer.json saved again, compact, beside a whole model that has it as it was."""
+    compact = shutil.copytree(tiny_folder, tmp_path / "base") / "tokenizer.json"
+    content = json.loads(compact.read_text())
+    compact.write_text(json.dumps(content, separators=(",", ":")))
+    argv = settings(tmp_path, "--checkpoints", f"base={compact.parent}", f"full={tiny_folder}")
+    cells = train(tmp_path, [*argv, "--evaluation.max_items", 2])["cells"]["reward"]
+    assert cells["base"] == cells["full"]
+    content["model"]["merges"].pop()  # the same tokens, but it cuts words otherwise
+    compact.write_text(json.dumps(content))
+    refused(tmp_path, argv, "full has another tokenizer than the base")
+
+
 def test_human_evaluation_from_sheets_to_results(tmp_path, done):
     """Raters who see only the blind file prefer the longest answer; unblinded, the system that writes most wins."""
     folder = shutil.copytree(done[0], tmp_path / "run")

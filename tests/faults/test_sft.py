@@ -205,6 +205,17 @@ def test_R07_what_a_run_published_is_verified_where_it_is_used(tmp_path, setting
     refused(tmp_path, settings(tmp_path, "--model.base_checkpoint", step), f"{weights} is damaged")
 
 
+def test_R09_another_layout_of_the_bases_json_is_the_same_base(tmp_path, settings, tiny_folder):
+    """Its tokenizer.json and config.json are saved again while the run is stopped."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    argv = settings(tmp_path, "--model.base_checkpoint", folder, "--training.save_interval", 1)
+    train(tmp_path, [*argv, "--training.max_steps", 1])
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text())))
+    status, out, err = run(tmp_path, [*argv, "--training.max_steps", 2])
+    assert status == 0 and "at step 1 of 2" in out, (out, err)
+
+
 # ---------------------------------------------------------------- signals
 
 
