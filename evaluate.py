@@ -19,7 +19,6 @@ Run the same command again to go on: systems whose answers are there already are
 
 import functools
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,17 +329,8 @@ def main(argv=None):
     # --- the answers of every system, one at a time, and of what needs no training
     decoding = vars(cfg.evaluation) | {"draws": None}
     item_records = [item.record for item in items]
-    shared = [
-        bare.fingerprint,
-        base.tokenizer_fingerprint(base_folder),
-        scorer_facts,
-        task,
-        decoding,
-        cfg.seed,
-        cfg.training.max_seq_length,
-        str(bare.dtype),
-        resume.fingerprint(item_records),
-    ]
+    shared = [bare.fingerprint, base.tokenizer_fingerprint(base_folder), scorer_facts, resume.fingerprint(item_records)]
+    shared += [task, decoding, cfg.seed, cfg.training.max_seq_length, str(bare.dtype)]
     runs_by_system, speed = {}, {}
     for system in systems:
         path = out / "items" / f"{system.name}-{system.seed}.jsonl"
@@ -353,94 +343,97 @@ def main(argv=None):
     key = cache.key([shared, BEST_OF], sys.modules[__name__], *SOURCES)
     floors = measure_floors(bare, items, cfg, scorers, has_base, out / "items" / "base-best.jsonl", key)
 
-    # --- tables
+    # --- tables and report
+    judge = cfg.evaluation.reward_checkpoint
+    results = tables(cfg, systems, runs_by_system, floors) | {
+        "speed": speed,
+        "judge": judge_accuracy(scorers["judge"], items, bare.tokenizer, judge) if judge else None,
+        "left_out": counts,
+        "notes": notes + remarks(cfg, systems, floors),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    if dist.is_main():
+        log.write_json(out / "results.json", results)
+        curves = {s.name: comparison.curve(s.runs) for s in systems if s.seed == 0 and s.runs}
+        report.write(out, results, curves, side_by_side(items, runs_by_system, results["item_score"]))
+        if job.human_eval:
+            write_sheets(sheet, task, items, runs_by_system)
+        for name, row in results["cells"][results["headline"]].items():
+            say(f"{results['headline']} of {name}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+        for sentence in report.verdicts(results):
+            say(sentence)
+        say(f"wrote {out}/report.md, report.html, results.json and items/")
+    dist.barrier()
+    return {name: results[name] for name in ("headline", "cells", "pairs")} | {"folder": str(out)}
+
+
+def tables(cfg, systems, runs_by_system, floors):
+    """The tables of results.json that follow from the answers alone."""
     draws, judge = cfg.evaluation.draws, cfg.evaluation.reward_checkpoint
-    all_runs = runs_by_system | {name: [lines] for name, lines in floors.items()}
-    table = comparison.cells(all_runs, draws)
-    headline = next((name for name in HEADLINES[task] if name in table), next(iter(table)))
+    table = comparison.cells(runs_by_system | {name: [lines] for name, lines in floors.items()}, draws)
+    headline = next((name for name in HEADLINES[cfg.task] if name in table), next(iter(table)))
     order = [headline, *(name for name in table if name != headline)]
-    runs = {system.name: system.runs for system in systems if system.seed == 0}
-    costs = {name: comparison.cost(folders) for name, folders in runs.items()}
-    notes += remarks(cfg, named, costs, floors, judge)
-    if any(system.four_bit for system in systems):
-        names = ", ".join(dict.fromkeys(system.name for system in systems if system.four_bit))
-        notes.append(
-            f"Trained on a 4-bit base and measured on it: {names}. The KL to the base, which is not quantised, "
-            "counts what the 4 bits change, too."
-        )
-    results = {
-        "task": task,
-        "items": len(items),
+    by_seed = {}
+    for name in order:
+        measured = [system for system in runs_by_system if system in table[name]]
+        by_seed[name] = {s: [comparison.value(lines, name) for lines in runs_by_system[s]] for s in measured}
+    models = (("reward model", cfg.reward.checkpoint), ("second reward model", judge))
+    return {
+        "task": cfg.task,
+        "items": len(next(iter(runs_by_system.values()))[0]),
         "draws": draws,
-        "systems": list(named),
+        "systems": list(runs_by_system),
         "headline": headline,
-        "seeds": {name: len(sources) for name, sources in named.items()},
+        "item_score": "reward" if "reward" in table else headline,
+        "seeds": {name: len(seeds) for name, seeds in runs_by_system.items()},
         "metrics": {name: vars(metrics.METRICS[name]) for name in order},
         "cells": {name: table[name] for name in order},
         "floors": list(floors),
         "pairs": comparison.pairs(runs_by_system, order, draws),
         "wins": comparison.wins(runs_by_system, headline) if metrics.METRICS[headline].kind != "corpus" else [],
-        "by_seed": {
-            m: {
-                name: [comparison.value(lines, m) for lines in runs_by_system[name]]
-                for name in named
-                if name in table[m]
-            }
-            for m in order
-        },
-        "cost": costs,
+        "by_seed": by_seed,
+        "cost": {system.name: comparison.cost(system.runs) for system in systems if system.seed == 0},
         "extra_cost": {
             title: comparison.cost([Path(folder).resolve().parent])
-            for title, folder in (("reward model", cfg.reward.checkpoint), ("second reward model", judge))
+            for title, folder in models
             if folder and comparison.history(folder)
         },
-        "speed": speed,
-        "judge": judge_accuracy(scorers["judge"], items, bare.tokenizer, judge) if judge else None,
         "decoding": f"temperature {cfg.evaluation.temperature:g}, top_p {cfg.evaluation.top_p:g}, at most "
         f"{cfg.evaluation.max_new_tokens} tokens, seed {cfg.seed}",
-        "left_out": counts,
-        "notes": notes,
-        "command": " ".join(["python", *sys.argv]),
-        "item_score": "reward" if "reward" in table else headline,
     }
 
-    # --- report
-    if dist.is_main():
-        log.write_json(out / "results.json", results)
-        curves = {name: comparison.curve(folders) for name, folders in runs.items() if folders}
-        report.write(out, results, curves, side_by_side(items, runs_by_system, results["item_score"]))
-        if job.human_eval and sheet.exists() and manifest.key_path(sheet).exists():
-            say(f"{sheet} is there already and may have been rated: kept")
-        elif job.human_eval:
-            texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in runs_by_system.items()}
-            asked = [
-                {"task": task, "prompt": line["prompt"], "reference": item.record["reference"] or ""}
-                for item, line in zip(items, next(iter(runs_by_system.values()))[0])
-            ]
-            manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
-        for name, row in results["cells"][headline].items():
-            say(f"{headline} of {name}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
-        for sentence in report.verdicts(results):
-            say(sentence)
-        say(f"wrote {out}/report.md, report.html, results.json and items/")
-    dist.barrier()
-    return {"headline": headline, "cells": results["cells"], "pairs": results["pairs"], "folder": str(out)}
+
+def write_sheets(sheet, task, items, runs_by_system):
+    """The blind file for raters and its key, once."""
+    if sheet.exists() and manifest.key_path(sheet).exists():
+        say(f"{sheet} is there already and may have been rated: kept")
+        return
+    texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in runs_by_system.items()}
+    asked = []
+    for item in items:
+        prompt = measure.dialogue(item.record["prompt"])
+        asked.append({"task": task, "prompt": prompt, "reference": item.record["reference"] or ""})
+    manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
 
 
-def remarks(cfg, systems, costs, floors, judge):
+def remarks(cfg, systems, floors):
     """What a reader of the tables should know, in sentences."""
-    spent, said = {name: cost["tokens"] for name, cost in costs.items() if cost}, []
+    spent = {s.name: comparison.cost(s.runs)["tokens"] for s in systems if s.seed == 0 and s.runs}
+    said = []
     if spent and max(spent.values()) > 1.05 * min(spent.values()):
+        tokens = ", ".join(f"{name} {count:,} tokens" for name, count in spent.items())
+        said.append(f"The systems did not cost the same: {tokens}.")
+    if any(system.four_bit for system in systems):
+        names = ", ".join(dict.fromkeys(system.name for system in systems if system.four_bit))
         said.append(
-            "The systems did not cost the same: "
-            + ", ".join(f"{name} {tokens:,} tokens" for name, tokens in spent.items())
-            + "."
+            f"Trained on a 4-bit base and measured on it: {names}. The KL to the base, which is not quantised, "
+            "counts what the 4 bits change, too."
         )
-    if any(len(sources) > 1 for sources in systems.values()):
+    if any(system.seed for system in systems):
         said.append("Cost and learning curves are those of each system's first seed.")
     if cfg.evaluation.temperature != 1 or cfg.evaluation.top_p < 1:
         said.append("Answers were not drawn from the policy itself, so the KL along them is no expectation under it.")
-    if judge:
+    if cfg.evaluation.reward_checkpoint:
         said.append(
             "No policy was optimised against the judge's scores, but SFT may have learned the answers that the "
             "judge learned to prefer."

@@ -183,11 +183,12 @@ def test_real_safety_counts(real, tmp_path):
 
 
 @needs_real
-def test_real_safety_without_its_train_file_names_it(real, capsys):
-    if (REAL / HH_TRAIN[1:]).exists():
-        pytest.skip("the train file is there")
+def test_real_safety_without_its_train_file_names_it(real, capsys, tmp_path):
+    test_file = tmp_path / "publishers" / HH_TEST[1:]
+    test_file.parent.mkdir(parents=True)
+    test_file.symlink_to(REAL / HH_TEST[1:])
     with pytest.raises(SystemExit):
-        real("safety")
+        real("safety", source=tmp_path / "publishers")
     assert "harmless-base/train.jsonl.gz: no such file" in capsys.readouterr().err
 
 

@@ -182,8 +182,8 @@ def harmed(name, system="rl", other="base", headline="better"):
     pair = {"a": system, "b": other, "low": None, "high": None, "difference": difference, "p_holm": 0.01}
     pair["p_holm"] = 0.01 if headline else 0.6
     harm = pair | {"difference": -0.41 * facts[name]["better"], "p_holm": 0.001}
-    return {"systems": list(dict.fromkeys(["base", other, system])), "headline": "judge", "metrics": facts, "cells": cells,
-            "pairs": {"judge": [pair], name: [harm]}}  # fmt: skip
+    systems, pairs = list(dict.fromkeys(["base", other, system])), {"judge": [pair], name: [harm]}
+    return {"systems": systems, "headline": "judge", "metrics": facts, "cells": cells, "pairs": pairs}
 
 
 def test_the_guard_set_has_directions():

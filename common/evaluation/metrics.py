@@ -16,6 +16,7 @@ import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -82,6 +83,7 @@ METRICS = {  # in the order of the tables
     "bleu": Metric("CoNaLa's corpus BLEU-4, 0 to 100, no smoothing, official tokens", 1, "corpus", "Answers", digits=2),
     "exact": Metric("share of answers whose official tokens equal the reference's", 1, "rate", "Answers"),
     "parses": Metric("share of answers that Python can parse (nothing is executed)", 1, "rate", "Answers"),
+    "fenced": Metric("share of answers that stand in one Markdown fence, which was taken off", 0, "rate", "Answers"),
     "judge": Metric("mean score by a second reward model that no policy was trained on", 1, "mean", "Rewards"),
     "reward": Metric("mean of the reward that was optimised", 1, "mean", "Rewards"),
     "preference": Metric(
