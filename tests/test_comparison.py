@@ -7,21 +7,23 @@ import numpy as np
 import pytest
 
 from common import config, stats
-from common.evaluation import comparison, metrics
+from common.evaluation import comparison, metrics, statistics
 
 
 def line(number, **values):
     """An item's line; a value is x (a mean) or (x, n)."""
     found = {name: list(x) if isinstance(x, tuple) else [float(x), 1.0] for name, x in values.items()}
     scores = {name: a / b for name, (a, b) in found.items() if b}
-    return {"id": f"item-{number}", "prompt": "p", "answer": "a", "tokens": 5 + number, "stopped": True,
-            "stats": found, "scores": scores}  # fmt: skip
+    what = {"id": f"item-{number}", "prompt": "p", "answer": "a", "tokens": 5 + number, "stopped": True}
+    return what | {"stats": found, "scores": scores}
 
 
 def system(seed, shift, n=30):
     rng = np.random.default_rng(seed)
-    return [line(i, judge=shift + rng.normal(), stops=int(rng.random() < 0.5), loss_per_byte=(i + shift, 2.0))
-            for i in range(n)]  # fmt: skip
+    return [
+        line(i, judge=shift + rng.normal(), stops=int(rng.random() < 0.5), loss_per_byte=(i + shift, 2.0))
+        for i in range(n)
+    ]
 
 
 def test_cells_are_means_ratios_and_rates_with_their_intervals():
@@ -53,7 +55,7 @@ def test_pairs_are_every_two_systems_with_holm_over_them():
     for row in rows["judge"]:
         ours, theirs = (comparison.stack(systems[row[side]], "judge") for side in "ab")
         value = functools.partial(metrics.value, "judge")
-        expected = stats.compare(ours, theirs, value, 2000)
+        expected = statistics.compare(ours, theirs, value, 2000)
         assert [row[key] for key in ("difference", "low", "high", "p")] == pytest.approx(list(expected))
         assert row["p_holm"] >= row["p"] and row["test"] == "randomisation"
     assert sorted(row["p_holm"] for row in rows["judge"])[0] == pytest.approx(6 * min(r["p"] for r in rows["judge"]))
@@ -84,15 +86,35 @@ def test_seeds_that_only_repeat_the_items_teach_nothing_more():
     assert comparison.cell(always, "stops", 100)["low"] == pytest.approx(stats.wilson(20, 20)[0])
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_without_width_there_is_no_interval(seeds):
+    """B7: one item, or a metric that is equal in both systems: no interval, so nobody can say what would be seen."""
+    equal = [[line(i, length=7.1, repetition=0.1, stops=1, bleu=1) for i in range(20)]] * seeds
+    for name, runs in (("equal", equal), ("one item", [lines[:1] for lines in equal])):
+        for lines in runs:
+            for each in lines:
+                each["stats"]["bleu"] = [4.0, 4, 4, 3, 2, 1, 4, 3, 2, 1]
+        for metric, rows in comparison.pairs({"a": runs, "b": runs}, ["length", "repetition", "bleu"], 300).items():
+            assert [(row["difference"], row["low"], row["high"], row["p"]) for row in rows] == [(0, None, None, 1.0)]
+            cell = comparison.cell(runs, metric, 300)
+            assert (cell["low"], cell["high"]) == (None, None) and cell["n"] == len(runs[0]), name
+        stops = comparison.cell(runs, "stops", 300)
+        assert (stops["low"], stops["high"]) == pytest.approx(stats.wilson(len(runs[0]), len(runs[0])))
+
+
 def test_luck_with_seeds_is_seldom_taken_for_a_difference():
     """Two equal paradigms whose seeds differ more than their items: p < 0.05 far less often than by items alone."""
     rng, found = np.random.default_rng(0), {1: 0, 3: 0}
     for _ in range(60):
-        draw = {name: [[line(i, judge=x) for i, x in enumerate(shift + rng.normal(size=40))]
-                       for shift in rng.normal(0, 0.5, 3)] for name in ("a", "b")}  # fmt: skip
+        draw = {
+            name: [
+                [line(i, judge=x) for i, x in enumerate(shift + rng.normal(size=40))] for shift in rng.normal(0, 0.5, 3)
+            ]
+            for name in ("a", "b")
+        }
         pooled = {name: comparison.stack(runs, "judge").mean(0, keepdims=True) for name, runs in draw.items()}
         value = functools.partial(metrics.value, "judge")
-        found[1] += stats.compare(pooled["b"], pooled["a"], value, 200)[3] < 0.05
+        found[1] += statistics.compare(pooled["b"], pooled["a"], value, 200)[3] < 0.05
         found[3] += comparison.pairs(draw, ["judge"], 200)["judge"][0]["p"] < 0.05
     assert found[3] < 0.5 * found[1] and found[1] > 20, found
 

@@ -5,27 +5,34 @@ from pathlib import Path
 
 import numpy as np
 
-from common import config, log, stats
-from common.evaluation import metrics
+from common import config, log
+from common.evaluation import metrics, statistics
 from common.evaluation.measure import stack
+from common.stats import mcnemar, wilson
 
 
 def cell(runs, name, draws):
     """{"value", "low", "high", "n"} of metric `name` over runs (lists of lines, one a seed), or None without a value.
 
-    The interval is the hierarchical bootstrap's; of a rate under one seed, Wilson's. n: items that count.
+    The interval is the hierarchical bootstrap's; of a rate under one seed, Wilson's. n: items that count. low and high
+    are None where the bootstrap has no width: all items are equal, or there is one.
     """
-    statistics = stack(runs, name)
-    if statistics is None or not np.isfinite(metrics.value(name, statistics.sum((0, 1)))):
+    stats = stack(runs, name)
+    if not _has_value(stats, name):
         return None
-    value, low, high = stats.interval(statistics, lambda sums: metrics.value(name, sums), draws)
-    kind, counting = metrics.METRICS[name].kind, int((statistics[0, :, -1] > 0).sum())
+    value, low, high = statistics.interval(stats, lambda sums: metrics.value(name, sums), draws)
+    kind, n = metrics.METRICS[name].kind, int((stats[0, :, -1] > 0).sum())
     if kind == "corpus":
-        counting = statistics.shape[1]
-    if kind == "rate":  # of several seeds the wider of both, as the bootstrap has no width at 0 and 1
-        least, most = stats.wilson(value * counting, counting)
-        low, high = (least, most) if len(runs) == 1 else (min(low, least), max(high, most))
-    return {"value": value, "low": low, "high": high, "n": counting}
+        n = stats.shape[1]
+    if kind == "rate":
+        least, most = wilson(value * n, n)
+        narrow = len(runs) == 1 or low is None  # of several seeds the wider of both
+        low, high = (least, most) if narrow else (min(low, least), max(high, most))
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def _has_value(stats, name):
+    return stats is not None and bool(np.isfinite(metrics.value(name, stats.sum((0, 1)))))
 
 
 def cells(systems, draws):
@@ -39,25 +46,26 @@ def pairs(systems, names, draws):
     """{metric: [{"a", "b", "difference", "low", "high", "p", "p_holm", "test"}]}: each system against each before it.
 
     p: paired randomisation, for a rate under one seed exact McNemar; p_holm: adjusted for the pairs of the metric.
+    low and high are None where the bootstrap has no width, as with one item or equal answers.
     """
     table = {}
     for name in names:
         rows = []
         for b, a in itertools.combinations(systems, 2):
             ours, theirs = (stack(systems[system], name) for system in (a, b))
-            if ours is None or theirs is None or len({len(ours), len(theirs), 1}) > 2:
+            if not _has_value(ours, name) or not _has_value(theirs, name):
                 continue
-            if not all(np.isfinite(metrics.value(name, side.sum((0, 1)))) for side in (ours, theirs)):
+            if len({len(ours), len(theirs), 1}) > 2:  # two seeds never meet three
                 continue
-            compared = stats.compare(ours, theirs, lambda sums, name=name: metrics.value(name, sums), draws)
+            compared = statistics.compare(ours, theirs, lambda sums, name=name: metrics.value(name, sums), draws)
             row = dict(zip(("difference", "low", "high", "p"), compared)) | {"test": "randomisation"}
             if metrics.METRICS[name].kind == "rate" and len(ours) == len(theirs) == 1:
                 both = (ours[0, :, 1] > 0) & (theirs[0, :, 1] > 0)
-                halves = [side[0, both, 0] for side in (ours, theirs)]
-                if not any((half % 1).any() for half in halves):
-                    row |= {"p": stats.mcnemar(*(half > 0 for half in halves))[2], "test": "McNemar"}
+                right, other = ours[0, both, 0], theirs[0, both, 0]
+                if not (right % 1).any() and not (other % 1).any():  # no half right
+                    row |= {"p": mcnemar(right > 0, other > 0)[2], "test": "McNemar"}
             rows.append({"a": a, "b": b} | row)
-        for row, adjusted in zip(rows, stats.holm([row["p"] for row in rows])):
+        for row, adjusted in zip(rows, statistics.holm([row["p"] for row in rows])):
             row["p_holm"] = adjusted
         if rows:
             table[name] = rows
@@ -74,18 +82,18 @@ def wins(systems, name):
         both = [list(zip(*systems[system])) for system in (a, b)]  # an item's lines under all seeds
         kept = [item for item in zip(*both) if all(name in line["scores"] for side in item for line in side)]
         if kept:
-            columns = [[better * np.mean([line["scores"][name] for line in lines]) for lines in side]
-                       for side in zip(*kept)]  # fmt: skip
+            columns = [
+                [better * np.mean([line["scores"][name] for line in lines]) for lines in side] for side in zip(*kept)
+            ]
             lengths = [[np.mean([line["tokens"] for line in lines]) for lines in side] for side in zip(*kept)]
-            rows.append({"a": a, "b": b, "by": name} | stats.win_rate(*columns, *lengths))
+            rows.append({"a": a, "b": b, "by": name} | statistics.win_rate(*columns, *lengths))
     return rows
 
 
 def value(lines, name):
     """Metric `name` over the lines of one run, or None without a value."""
-    statistics = stack([lines], name)
-    result = np.nan if statistics is None else float(metrics.value(name, statistics.sum((0, 1))))
-    return result if np.isfinite(result) else None
+    stats = stack([lines], name)
+    return float(metrics.value(name, stats.sum((0, 1)))) if _has_value(stats, name) else None
 
 
 def history(source):
@@ -103,20 +111,21 @@ def cost(runs):
     stages = []
     for run in runs:
         records = log.read_records(run / "metrics.jsonl")
-        memory = [record["peak_memory_gb"] for record in records if record.get("peak_memory_gb")]
-        stages.append({
-            "name": run.name,
+        stage = {
             "tokens": int(max((record.get("tokens_seen") or 0) for record in records)),
             "seconds": sum(record.get("seconds") or 0.0 for record in records),
-            "peak_memory_gb": max(memory) if memory else None,
-        })  # fmt: skip
-    memory = [stage["peak_memory_gb"] for stage in stages if stage["peak_memory_gb"]]
-    return {
-        "tokens": sum(stage["tokens"] for stage in stages),
-        "seconds": sum(stage["seconds"] for stage in stages),
-        "peak_memory_gb": max(memory) if memory else None,
-        "stages": stages,
-    } if stages else {}  # fmt: skip
+            "peak_memory_gb": _peak(records),
+        }
+        stages.append({"name": run.name} | stage)
+    if not stages:
+        return {}
+    tokens, seconds = (sum(stage[key] for stage in stages) for key in ("tokens", "seconds"))
+    return {"tokens": tokens, "seconds": seconds, "peak_memory_gb": _peak(stages), "stages": stages}
+
+
+def _peak(records):
+    """The highest peak_memory_gb of the records that have one, or None."""
+    return max((record["peak_memory_gb"] for record in records if record.get("peak_memory_gb")), default=None)
 
 
 def curve(runs):

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.human import agreement
 from common.log import UserError
-from common.stats import wilson
+from common.stats import binomial_p, percentile_interval, wilson
 
 MAX_FAILED = 1  # the rule fixed before: a rater who fails more checks than this is excluded
 PRIOR = 0.5  # wins added each way to every pair of systems: Jeffreys' prior where there are two (Firth 1993)
@@ -90,14 +90,6 @@ def _share(successes, n):
     return {"share": successes / n if n else None, "low": low, "high": high, "n": n}
 
 
-def _interval(draws):
-    """95 % percentile interval of `draws`, of those that are defined; (None, None) if none is or they do not vary."""
-    draws = np.asarray(draws)[np.isfinite(draws)]
-    if not len(draws) or np.ptp(draws) < 1e-12:
-        return None, None
-    return tuple(float(value) for value in np.quantile(draws, (0.025, 0.975)))
-
-
 def _strengths(chosen, systems, n, weights):
     """Win matrix, win rates of each pair and Bradley-Terry strengths, with intervals over items."""
     k = len(systems)
@@ -109,7 +101,11 @@ def _strengths(chosen, systems, n, weights):
     wins, drawn = item_wins.sum(0), (weights @ item_wins.reshape(n, -1)).reshape(-1, k, k)
     rates = [_win_rate(systems, pair, item_wins, drawn) for pair in itertools.combinations(range(k), 2)]
     finite, strengths = agreement.connected(wins), agreement.bradley_terry(wins, PRIOR)
-    bounds = [_interval(column) for column in agreement.bradley_terry(drawn, PRIOR).T] if finite else [(None, None)] * k
+    bounds = (
+        [percentile_interval(column) for column in agreement.bradley_terry(drawn, PRIOR).T]
+        if finite
+        else [(None, None)] * k
+    )
     table = {s: {"strength": float(v), "low": b[0], "high": b[1]} for s, v, b in zip(systems, strengths, bounds)}
     return {"wins": wins.tolist(), "win_rates": rates, "bradley_terry": table, "strengths_finite": finite}
 
@@ -118,23 +114,17 @@ def _win_rate(systems, pair, item_wins, drawn):
     """Share of the comparisons of systems a and b that a won. Where resampled items all agree: Wilson's over items."""
     a, b = pair
     compared, many = item_wins[:, a, b] + item_wins[:, b, a], drawn[:, a, b] + drawn[:, b, a]
-    row = {
-        "first": systems[a],
-        "second": systems[b],
-        "n": float(compared.sum()),
-        "rate": None,
-        "low": None,
-        "high": None,
-    }
+    row = {"first": systems[a], "second": systems[b], "n": float(compared.sum())}
     if not compared.any():
-        return row
+        return row | {"rate": None, "low": None, "high": None}
     rate, n = float(item_wins[:, a, b].sum() / compared.sum()), int((compared > 0).sum())
-    low, high = _interval(np.divide(drawn[:, a, b], many, out=np.full(len(many), np.nan), where=many > 0))
-    return {**row, "rate": rate, **dict(zip(("low", "high"), wilson(rate * n, n) if low is None else (low, high)))}
+    low, high = percentile_interval(np.divide(drawn[:, a, b], many, out=np.full(len(many), np.nan), where=many > 0))
+    low, high = wilson(rate * n, n) if low is None else (low, high)
+    return row | {"rate": rate, "low": low, "high": high}
 
 
 def _agreement(chosen, raters, weights):
-    """Alpha, kappa and raw agreement over the preferred systems, or why there is none."""
+    """Alpha and raw agreement over the preferred systems, or why there is none."""
     labels = sorted({tuple(sorted(preferred)) for _, preferred in chosen})
     counts = np.zeros((weights.shape[1], len(labels)))
     for item, preferred in chosen:
@@ -147,11 +137,16 @@ def _agreement(chosen, raters, weights):
         reason = "no item was rated by two raters"
     elif math.isnan(alpha):
         reason = "all ratings are the same: agreement beyond chance is not defined"
-    low, high = (None, None) if reason else _interval(agreement.krippendorff_alpha(counts, weights))
-    kappa, raw = agreement.fleiss_kappa(counts), agreement.raw_agreement(counts)
-    values = {"alpha": alpha, "low": low, "high": high, "kappa": kappa, "raw": raw}
-    values = {name: None if value is None or math.isnan(value) or reason else value for name, value in values.items()}
-    return {**values, "raw": raw if shared else None, "items": shared, "reason": reason}
+    low, high = (None, None) if reason else percentile_interval(agreement.krippendorff_alpha(counts, weights))
+    raw = agreement.raw_agreement(counts) if shared else None
+    return {
+        "alpha": None if reason else alpha,
+        "low": low,
+        "high": high,
+        "raw": raw,
+        "items": shared,
+        "reason": reason,
+    }
 
 
 def _position_bias(key, ratings):
@@ -159,11 +154,7 @@ def _position_bias(key, ratings):
     single = [rating for rating in ratings if len(rating["preferred"]) == 1]
     first = sum(r["preferred"][0] == (r["order"] or key[r["item_id"]]["slots"])[0] for r in single)
     expected = 1 / len(next(iter(key.values()))["slots"])
-    return {
-        **_share(first, len(single)),
-        "expected": expected,
-        "p": agreement.binomial_test(first, len(single), expected),
-    }
+    return _share(first, len(single)) | {"expected": expected, "p": binomial_p(first, len(single), expected)}
 
 
 def _length_bias(key, ratings):
