@@ -19,7 +19,7 @@ from transformers import Gemma3ForCausalLM as Gemma
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, data, lora, model, rewards
-from common.log import UserError, say, write_json
+from common.log import UserError, warn, write_json
 from common.runtime import checkpoint
 
 ALIKE = (
@@ -143,7 +143,7 @@ def scorer(
     """
     head, reward_stats = load(net, name, reward.checkpoint, fingerprint)
     if reward.normalize_rewards and reward_stats["std"] < rewards.SMALLEST_STD:
-        say(f"warning: {reward.checkpoint}: {ALIKE}")
+        warn(f"{reward.checkpoint}: {ALIKE}")
 
     def score(records, answers):
         prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
