@@ -101,11 +101,8 @@ def _strengths(chosen, systems, n, weights):
     wins, drawn = item_wins.sum(0), (weights @ item_wins.reshape(n, -1)).reshape(-1, k, k)
     rates = [_win_rate(systems, pair, item_wins, drawn) for pair in itertools.combinations(range(k), 2)]
     finite, strengths = agreement.connected(wins), agreement.bradley_terry(wins, PRIOR)
-    bounds = (
-        [percentile_interval(column) for column in agreement.bradley_terry(drawn, PRIOR).T]
-        if finite
-        else [(None, None)] * k
-    )
+    resampled = agreement.bradley_terry(drawn, PRIOR).T if finite else [[]] * k
+    bounds = [percentile_interval(column) for column in resampled]
     table = {s: {"strength": float(v), "low": b[0], "high": b[1]} for s, v, b in zip(systems, strengths, bounds)}
     return {"wins": wins.tolist(), "win_rates": rates, "bradley_terry": table, "strengths_finite": finite}
 
@@ -139,14 +136,8 @@ def _agreement(chosen, raters, weights):
         reason = "all ratings are the same: agreement beyond chance is not defined"
     low, high = (None, None) if reason else percentile_interval(agreement.krippendorff_alpha(counts, weights))
     raw = agreement.raw_agreement(counts) if shared else None
-    return {
-        "alpha": None if reason else alpha,
-        "low": low,
-        "high": high,
-        "raw": raw,
-        "items": shared,
-        "reason": reason,
-    }
+    alpha = None if reason else alpha
+    return {"alpha": alpha, "low": low, "high": high, "raw": raw, "items": shared, "reason": reason}
 
 
 def _position_bias(key, ratings):
