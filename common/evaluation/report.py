@@ -214,9 +214,9 @@ def difference(pair, digits):
 def contents(results, items):
     """All that both templates need beside `results`."""
     metrics, pairs, base, systems = results["metrics"], results["pairs"], reference(results), results["systems"]
-    everyone, topics, constant = [*systems, *results.get("floors", ())], {}, []
+    beside_floors, topics, constant = [*systems, *results.get("floors", ())], {}, []
     for name, facts in metrics.items():
-        kept = topics.setdefault(facts["topic"], []) if varies(results, name, everyone) else constant
+        kept = topics.setdefault(facts["topic"], []) if varies(results, name, beside_floors) else constant
         kept.append(name)
     costs = []
     for name, cost in ({key: {} for key in systems} | results.get("cost", {}) | results.get("extra_cost", {})).items():
@@ -227,7 +227,7 @@ def contents(results, items):
     return {
         "results": results,
         "base": base,
-        "everyone": everyone,
+        "beside_floors": beside_floors,
         "topics": topics,
         "constant": constant,
         "costs": costs,
@@ -235,7 +235,9 @@ def contents(results, items):
         "certainty": certainty(results),
         "marks": {(name, pair["a"]): pair["verdict"] for name in metrics for pair in pairs[name] if pair["b"] == base},
         "compared": list(dict.fromkeys((pair["a"], pair["b"]) for rows in pairs.values() for pair in rows)),
-        "seeded": [name for name, seeds in results.get("by_seed", {}).items() if max(map(len, seeds.values())) > 1],
+        "seeded": [
+            name for name, seeds in results.get("by_seed", {}).items() if max(map(len, seeds.values()), default=0) > 1
+        ],
         "all_items": items,
         "few_items": items[:: max(1, len(items) // SHOWN)][:SHOWN],
     }
@@ -251,7 +253,8 @@ def varies(results, metric, names):
 def first_metrics(results):
     """At most ROWS metrics for the first table: the headline, the guard set (significant ones first), others."""
     metrics, headline = results["metrics"], results["headline"]
-    names = [metric for metric in metrics if varies(results, metric, results["systems"]) and metrics[metric]["better"]]
+    names = [metric for metric in metrics if metrics[metric]["better"] or metric == headline]
+    names = [metric for metric in names if varies(results, metric, results["systems"])]
 
     def rank(metric):
         significant = any(pair["verdict"] for pair in results["pairs"][metric])
