@@ -46,7 +46,8 @@ from common import (
     stats,
 )
 from common.evaluation import comparison, export, measure, metrics, report
-from common.human import manifest
+from common.human import analysis, manifest, ratings
+from common.human import report as human_report
 from common.log import UserError, command, say
 from common.runtime import base, cache, checkpoint, resume
 
@@ -486,8 +487,8 @@ def human_results(out, files, draws):
     path = out / "human_eval.key.csv"
     key = manifest.read_key(path)
     remedy = f"{path} is not its key, name the run that wrote its blind file with --logging.run_name"
-    results = manifest.analyse(key, manifest.read_ratings(files, key, remedy), draws)
-    text = manifest.report(results)
+    results = analysis.analyse(key, ratings.read_ratings(files, key, remedy), draws)
+    text = human_report.report(results)
     log.write_json(out / "human_results.json", results)
     (out / "human_results.md").write_text(text, encoding="utf-8")
     say(text)

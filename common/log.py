@@ -259,6 +259,7 @@ def reset_peak_memory() -> None:
 def provenance(**facts: object) -> dict[str, object]:
     """What run.json holds: command, git commit, versions, machine, and what the script adds (hashes, counts)."""
     from importlib.metadata import version
+    from importlib.util import find_spec
 
     import torch
 
@@ -272,7 +273,7 @@ def provenance(**facts: object) -> dict[str, object]:
         "command": sys.argv,
         "commit": commit or None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
         "machine": f"{platform.machine()} {platform.system()}",
         "threads": torch.get_num_threads(),
         "world_size": dist.world_size(),

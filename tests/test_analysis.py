@@ -8,6 +8,8 @@ import pytest
 
 from common.human import analysis as human
 from common.human import manifest
+from common.human.ratings import read_ratings
+from common.human.report import report
 from common.log import UserError
 from tests.studies import NAMES, made_key, rate_all, rated, two_studies
 
@@ -21,7 +23,7 @@ def test_wins_and_ties_by_hand():
     assert found["wins"] == [[0, 1, 1.5], [2, 0, 2.5], [0.5, 0.5, 0]]
     assert (found["items"], found["ratings"], found["replaced"], found["excluded"]) == (3, 3, 0, [])
     assert found["agreement"]["alpha"] is None and "two raters" in found["agreement"]["reason"]
-    assert "needs two raters" in manifest.report(found)
+    assert "needs two raters" in report(found)
 
 
 def test_equal_answers_are_preferred_together():
@@ -55,7 +57,7 @@ def test_raters_who_fail_two_checks_are_excluded_by_name():
     found = human.analyse(key, ratings, draws=20)
     assert found["excluded"] == ["b|d"] and found["ratings"] == 5 and found["wins"][0] == [0, 0, 0]
     assert [(row["failed"], row["checks"]) for row in found["raters"]] == [(2, 2), (1, 1)]
-    assert r"b\|d (2 of 2 checks failed)" in manifest.report(found)
+    assert r"b\|d (2 of 2 checks failed)" in report(found)
     with pytest.raises(UserError, match="no rating is left"):
         human.analyse(key, [rating for rating in ratings if rating["rater_id"] == "b|d"])
     with pytest.raises(UserError, match="no rating is left"):
@@ -69,13 +71,13 @@ def test_no_win_has_no_interval_and_all_ties_no_difference():
     assert found["bradley_terry"]["staged"]["strength"] < found["bradley_terry"]["sft"]["strength"]
     rate = next(row for row in found["win_rates"] if (row["first"], row["second"]) == ("sft", "staged"))
     assert rate["rate"] == 1 and rate["low"] < 0.7 and rate["high"] == pytest.approx(1)  # Wilson of 5 of 5
-    assert "no bound" in manifest.report(found)
+    assert "no bound" in report(found)
     tied = human.analyse(key, [rated(key, f"i{i}", *NAMES, rater=r) for i in range(10) for r in "ab"], draws=50)
     assert {row["strength"] for row in tied["bradley_terry"].values()} == {0.0} and tied["strengths_finite"]
     assert tied["agreement"]["alpha"] is None and "all ratings are the same" in tied["agreement"]["reason"]
     assert tied["position_bias"]["n"] == 0 and tied["length_bias"]["n"] == 0
     for result in (found, tied):
-        assert "nan" not in json.dumps(result, allow_nan=False) + manifest.report(result)
+        assert "nan" not in json.dumps(result, allow_nan=False) + report(result)
 
 
 def test_agreement_of_raters_by_system_not_by_slot():
@@ -94,7 +96,7 @@ def test_raters_who_share_no_item_have_no_agreement():
     found = human.analyse(key, [rated(key, "i0", "rl", rater="a"), rated(key, "i1", "rl", rater="b")], draws=10)
     nothing = dict.fromkeys(("alpha", "low", "high", "raw"))
     assert found["agreement"] == nothing | {"items": 0, "reason": "no item was rated by two raters"}
-    assert "Agreement: no item was rated by two raters.\n" in manifest.report(found)
+    assert "Agreement: no item was rated by two raters.\n" in report(found)
 
 
 def test_position_bias_is_found_in_the_slots_as_shown():
@@ -128,7 +130,7 @@ def test_scores_and_power_are_reported():
     found = human.analyse(key, [rated(key, f"i{i}", "rl", helpful_1_5=4 + i % 2) for i in range(100)], draws=10)
     assert found["scores"] == {"rl": {"helpful_1_5": {"mean": 4.5, "n": 100}}}
     assert found["half_width"] == pytest.approx(1.96 * math.sqrt(0.25 / (100 + 1.96**2)), abs=1e-4)
-    text = manifest.report(found)
+    text = report(found)
     assert "known to ±9.6 points" in text and "4.50 (n = 100)" in text
 
 
@@ -149,7 +151,7 @@ def test_simulated_raters_are_recovered_with_honest_intervals():
 def test_ratings_read_with_one_key_are_not_analysed_with_another(tmp_path):
     first, second = two_studies(tmp_path)
     keys = [manifest.read_key(folder / "human_eval.key.csv") for folder in (first, second)]
-    found = manifest.read_ratings(rate_all(first, tmp_path / "mine.csv"), keys[0])
-    assert manifest.analyse(keys[0], found, draws=10)["ratings"] == 40
+    found = read_ratings(rate_all(first, tmp_path / "mine.csv"), keys[0])
+    assert human.analyse(keys[0], found, draws=10)["ratings"] == 40
     with pytest.raises(UserError, match="is not in the key: analyse ratings with the key of their own study"):
-        manifest.analyse(keys[1], found, draws=10)
+        human.analyse(keys[1], found, draws=10)

@@ -203,3 +203,12 @@ def test_a_failed_picture_is_a_warning_once(tmp_path, capsys):
     assert out.startswith(f"warning: {path} was not drawn: FileNotFoundError") and out.count("\n") == 1
     log.plot_curves(records, (("loss", ("loss",)),), tmp_path / "curves.png")
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]  # no draft is left
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    versions = log.provenance()["versions"]
+    assert "bitsandbytes" not in versions and versions["torch"].startswith("2.")

@@ -10,7 +10,8 @@ import pytest
 
 import evaluate
 import serve
-from common.human import manifest, ratings
+from common.human import analysis, manifest, ratings
+from common.human.report import report
 from common.log import UserError
 from tests import processes
 from tests.studies import NAMES, NO_PORT, answers, rate_all, study, take_marks_off, two_studies
@@ -223,7 +224,7 @@ def test_a_whole_study_from_files(tmp_path):
                 file.write(
                     json.dumps({"rater_id": rater, "item_id": name, "preferred": "/".join(best) or "none"}) + "\n"
                 )
-    found = manifest.analyse(key, manifest.read_ratings([path], key), draws=100)
+    found = analysis.analyse(key, ratings.read_ratings([path], key), draws=100)
     assert found["excluded"] == [] and found["items"] == 60 and found["ratings"] == 120
     assert max(found["bradley_terry"], key=lambda name: found["bradley_terry"][name]["strength"]) == "staged"
     assert found["self_consistency"] == {
@@ -232,7 +233,7 @@ def test_a_whole_study_from_files(tmp_path):
         "high": pytest.approx(1),
         "n": 12,
     }
-    assert manifest.report(found).startswith("## Human evaluation\n\n60 items, 2 raters, 120 ratings counted")
+    assert report(found).startswith("## Human evaluation\n\n60 items, 2 raters, 120 ratings counted")
 
 
 # ---------------------------------------------------------------- two studies, and files without marks

@@ -31,13 +31,13 @@ def test_ratings_are_read_from_csv_and_jsonl_alike(tmp_path):
         {"rater_id": "bob", "item_id": "i1", "preferred": "A", "order": None},
     ]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    first, second, third, fourth = manifest.read_ratings([tmp_path / "a.csv", tmp_path / "b.jsonl"], key)
+    first, second, third, fourth = ratings.read_ratings([tmp_path / "a.csv", tmp_path / "b.jsonl"], key)
     assert first["preferred"] == ("A",) and first["harmless_1_5"] == 5 and first["seconds"] == 3.5
     assert first["comment"] == "=two\nlines" and first["order"] is None and first["helpful_1_5"] is None
     assert second["preferred"] == ("A", "C") and second["order"] == ("B", "A", "C")
     assert third["preferred"] == () and third["harmless_1_5"] == 1 and third["comment"] == "=x\u2028y"
     assert fourth["order"] is None and fourth["seconds"] is None
-    assert manifest.read_ratings(tmp_path / "b.jsonl", key) == [third, fourth]
+    assert ratings.read_ratings(tmp_path / "b.jsonl", key) == [third, fourth]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_bad_ratings_are_refused_by_line(tmp_path, changed, message):
     good, path = {"rater_id": "ann", "item_id": "i0", "preferred": "A"}, tmp_path / "r.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, **changed}) + "\n")
     with pytest.raises(UserError, match=rf"r\.jsonl, line 2: .*{message}") as caught:
-        manifest.read_ratings([path], made_key(1))
+        ratings.read_ratings([path], made_key(1))
     assert "\n" not in str(caught.value)
 
 
@@ -77,7 +77,7 @@ def test_files_that_are_no_ratings_are_refused(tmp_path):
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):
-            manifest.read_ratings([tmp_path / name], made_key(1))
+            ratings.read_ratings([tmp_path / name], made_key(1))
 
 
 def test_a_slip_in_an_item_id_is_not_called_another_study(tmp_path):

@@ -30,22 +30,9 @@ from pathlib import Path
 import numpy as np
 
 from common.human import sheets
-from common.human.analysis import analyse
-from common.human.ratings import mark_of, parse_rating, read_ratings
-from common.human.report import report
+from common.human.ratings import mark_of
 from common.log import UserError, say
 
-__all__ = [
-    "analyse",
-    "generate_manifest",
-    "key_path",
-    "parse_rating",
-    "read_key",
-    "read_manifest",
-    "read_ratings",
-    "report",
-    "write",
-]
 SLOTS, WIDTHS = "ABCD", ("AB", "ABC", "ABCD")
 KINDS = ("item", "duplicate", "check")
 KEY = ("item_id", "slot", "system", "kind", "trap", "original", "source", "characters", "digest", "seed")
