@@ -131,12 +131,14 @@ def check_arms(cfg, arms, text):
 
 
 class Answers:
-    """What each checkpoint answers, greedily, to the first held-out prompt."""
+    """What each checkpoint answers, greedily, to the first held-out prompt that asks for no harm."""
 
     def __init__(self, cfg, base_folder):
         self.cfg, self.known, self.tokenizer = cfg, {}, base.load_tokenizer(base_folder)
         records = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed)
-        self.prompts, _ = prompts.encode_prompts(records, self.tokenizer, cfg.training.max_seq_length)
+        encoded, _ = prompts.encode_prompts(records, self.tokenizer, cfg.training.max_seq_length)
+        harmless = [prompt for prompt in encoded if not rewards.is_harmful_request(prompt.record["prompt"])]
+        self.prompts = harmless or encoded
 
     def by(self, source):
         """The answer of a base, or of the policy in the final/ of a run."""
@@ -168,11 +170,11 @@ def in_one_sentence(run_dir, mode):
         for name, value in record.items():
             evaluations.setdefault(name, []).append(value)
     if mode == "sft":
-        first, *_, last = evaluations["eval/loss"]
-        return f"its loss on held-out answers went from {first:.2f} to {last:.2f} nats per token"
+        losses = evaluations["eval/loss"]
+        return f"its loss on held-out answers went from {losses[0]:.2f} to {losses[-1]:.2f} nats per token"
     if "eval/reward" in evaluations:
-        first, *_, last = evaluations["eval/reward"]
-        return f"the mean reward of its held-out answers went from {first:.2f} to {last:.2f}"
+        means = evaluations["eval/reward"]
+        return f"the mean reward of its held-out answers went from {means[0]:.2f} to {means[-1]:.2f}"
     accuracy = evaluations["eval/accuracy"][-1]
     return f"it prefers the better of two held-out answers in {accuracy:.0%} of pairs, where a coin would in 50%"
 

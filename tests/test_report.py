@@ -233,6 +233,21 @@ def test_the_verdict_of_the_arm_that_declines_all():
     assert "80.4 % of harmless requests, was 80.1 %" in report.verdicts(found)[0]
 
 
+def test_next_steps_follow_from_the_results():
+    results = harmed("refusal_benign")
+    harm, seeds = report.next_steps(results)
+    assert harm.startswith("Next: rl did harm") and "one seed may mislead" in seeds
+    free = {"floors": ["base, best of 4"], "seeds": {"base": 3, "rl": 3}}
+    results["cells"]["judge"]["base, best of 4"] = {"value": 0.6}
+    assert [step.split(",")[0] for step in report.next_steps(results | free)] == [
+        "Next: rl did harm: let the data or the reward speak of it",
+        "Next: base",
+    ]
+    results["cells"]["judge"]["base, best of 4"] = {"value": 0.4}  # below rl
+    results["pairs"]["refusal_benign"][0]["p_holm"] = 0.2
+    assert report.next_steps(results | free) == []
+
+
 def test_no_width_is_no_interval_and_no_power(tmp_path):
     """One item, or a metric that is equal in both systems: the bootstrap has no width and says nothing."""
     results = found()

@@ -17,6 +17,7 @@ import train_rl
 import train_sft
 import train_staged
 from common import chat, config, data
+from common.rewards import is_harmful_request
 from common.runtime import base as bases
 from common.runtime import checkpoint
 from tests import checks, processes
@@ -135,10 +136,11 @@ def test_staged_says_what_it_does_and_compares_at_the_end(tmp_path, settings):
 
 
 def by_transformers(adapter, cfg):
-    """What plain transformers and peft answer greedily to the first held-out prompt, cut as the console does."""
+    """The greedy answer of plain transformers and peft to the first harmless held-out prompt, cut as on the console."""
     base = AutoModelForCausalLM.from_pretrained(cfg.model.base_checkpoint, dtype=torch.float32)
     net, tokenizer = PeftModel.from_pretrained(base, adapter), bases.load_tokenizer(Path(cfg.model.base_checkpoint))
-    record = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed)[0]
+    records = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed)
+    record = next(record for record in records if not is_harmful_request(record["prompt"]))
     ids = torch.tensor([chat.encode_prompt(tokenizer, record["prompt"])])
     made = net.generate(ids, do_sample=False, max_new_tokens=train_staged.SHOWN_TOKENS, eos_token_id=[1, 106])
     text = " ".join(chat.decode(tokenizer, made[0, ids.shape[1] :].tolist()).split())

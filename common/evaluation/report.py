@@ -57,6 +57,32 @@ def verdicts(results):
     return [part["claim"] + "".join(f", {joint} {harm}" for joint, harm in part["harms"]) + "." for part in parts]
 
 
+def next_steps(results):
+    """What to do after this comparison, and why; a sentence each."""
+    results = finite(results)
+    results |= {"pairs": judged(results)}
+    base, name, steps = reference(results), results["headline"], []
+    harmed = [system for system in results["systems"] if system != base and harms(results, system, base, base)]
+    if harmed:
+        steps.append(
+            f"{' and '.join(harmed)} did harm: let the data or the reward speak of it, or hold the policy closer to "
+            "where it started (--rl.kl_coef), and compare again"
+        )
+    better, values = results["metrics"][name]["better"], {}
+    for system, cell in results["cells"].get(name, {}).items():
+        values[system] = better * cell["value"]
+    free = [floor for floor in results.get("floors", ()) if floor.startswith("base, best of") and floor in values]
+    trained = [values[system] for system in results["systems"] if system in values]
+    if free and better and max(values[floor] for floor in free) > max(trained, default=0):
+        steps.append(f"{free[-1]}, picked by the reward, scores above every system without training: ask what it adds")
+    if len(results["systems"]) > 1 and max(results.get("seeds", {"": 1}).values()) == 1:
+        steps.append(
+            "one seed may mislead: train again with --seed 1 and --seed 2, each with a --logging.run_name of its own, "
+            "and give evaluate.py all of them under the same NAME"
+        )
+    return [f"Next: {step}." for step in steps]
+
+
 # ---------------------------------------------------------------- numbers and texts
 
 
@@ -233,6 +259,7 @@ def contents(results, items):
         "costs": costs,
         "verdicts": pair_verdicts(results),
         "certainty": certainty(results),
+        "next_steps": next_steps(results),
         "marks": {(name, pair["a"]): pair["verdict"] for name in metrics for pair in pairs[name] if pair["b"] == base},
         "compared": list(dict.fromkeys((pair["a"], pair["b"]) for rows in pairs.values() for pair in rows)),
         "seeded": [
