@@ -14,20 +14,17 @@ from common.stats import mcnemar, wilson
 def cell(runs, name, draws):
     """{"value", "low", "high", "n"} of metric `name` over runs (lists of lines, one a seed), or None without a value.
 
-    The interval is the hierarchical bootstrap's; of a rate under one seed, Wilson's. n: items that count. low and high
-    are None where the bootstrap has no width: all items are equal, or there is one.
+    The interval is that of `statistics.interval`; of a rate under one seed, Wilson's. n: items that count.
     """
     stats = stack(runs, name)
     if not _has_value(stats, name):
         return None
     value, low, high = statistics.interval(stats, lambda sums: metrics.value(name, sums), draws)
-    kind, n = metrics.METRICS[name].kind, int((stats[0, :, -1] > 0).sum())
-    if kind == "corpus":
-        n = stats.shape[1]
-    if kind == "rate":
+    kind = metrics.METRICS[name].kind
+    n = stats.shape[1] if kind == "corpus" else int((stats[0, :, -1] > 0).sum())
+    if kind == "rate":  # of several seeds the wider of both, as the bootstrap has no width at 0 and 1
         least, most = wilson(value * n, n)
-        narrow = len(runs) == 1 or low is None  # of several seeds the wider of both
-        low, high = (least, most) if narrow else (min(low, least), max(high, most))
+        low, high = (least, most) if len(runs) == 1 or low is None else (min(low, least), max(high, most))
     return {"value": value, "low": low, "high": high, "n": n}
 
 
@@ -46,16 +43,13 @@ def pairs(systems, names, draws):
     """{metric: [{"a", "b", "difference", "low", "high", "p", "p_holm", "test"}]}: each system against each before it.
 
     p: paired randomisation, for a rate under one seed exact McNemar; p_holm: adjusted for the pairs of the metric.
-    low and high are None where the bootstrap has no width, as with one item or equal answers.
     """
     table = {}
     for name in names:
         rows = []
         for b, a in itertools.combinations(systems, 2):
             ours, theirs = (stack(systems[system], name) for system in (a, b))
-            if not _has_value(ours, name) or not _has_value(theirs, name):
-                continue
-            if len({len(ours), len(theirs), 1}) > 2:  # two seeds never meet three
+            if not _has_value(ours, name) or not _has_value(theirs, name) or len({len(ours), len(theirs), 1}) > 2:
                 continue
             compared = statistics.compare(ours, theirs, lambda sums, name=name: metrics.value(name, sums), draws)
             row = dict(zip(("difference", "low", "high", "p"), compared)) | {"test": "randomisation"}
@@ -111,16 +105,12 @@ def cost(runs):
     stages = []
     for run in runs:
         records = log.read_records(run / "metrics.jsonl")
-        stage = {
-            "tokens": int(max((record.get("tokens_seen") or 0) for record in records)),
-            "seconds": sum(record.get("seconds") or 0.0 for record in records),
-            "peak_memory_gb": _peak(records),
-        }
-        stages.append({"name": run.name} | stage)
-    if not stages:
-        return {}
+        tokens = int(max((record.get("tokens_seen") or 0) for record in records))
+        seconds = sum(record.get("seconds") or 0.0 for record in records)
+        stages.append({"name": run.name, "tokens": tokens, "seconds": seconds, "peak_memory_gb": _peak(records)})
     tokens, seconds = (sum(stage[key] for stage in stages) for key in ("tokens", "seconds"))
-    return {"tokens": tokens, "seconds": seconds, "peak_memory_gb": _peak(stages), "stages": stages}
+    total = {"tokens": tokens, "seconds": seconds, "peak_memory_gb": _peak(stages), "stages": stages}
+    return total if stages else {}
 
 
 def _peak(records):

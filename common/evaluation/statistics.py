@@ -46,10 +46,9 @@ def _times_drawn(picks, n):
 def interval(stats, value, draws, seed=0):
     """(estimate, low, high) of value(sums): 95 % percentile bootstrap over items, and over seeds if there are several.
 
-    Draws without a value (0/0) are left out. low and high are None where none has one, or where all are equal.
+    low and high are None where the bootstrap has no width: one item, or all equal. Draws without a value are left out.
     """
-    total = np.asarray(stats, dtype=np.float64).sum((0, 1))
-    return float(value(total)), *percentile_interval(value(resample(stats, draws, seed)))
+    return float(value(np.sum(stats, (0, 1)))), *percentile_interval(value(resample(stats, draws, seed)))
 
 
 def compare(a, b, value, draws, seed=0):
@@ -67,9 +66,8 @@ def compare(a, b, value, draws, seed=0):
         raise ValueError(f"expected statistics (seeds, items, k) of the same items, got {a.shape} and {b.shape}")
     a, b = np.broadcast_arrays(a, b)
     sums_a, sums_b = np.split(resample(np.concatenate([a, b], -1), draws, seed), 2, axis=-1)
-    drawn = value(sums_a) - value(sums_b)
     sum_a, sum_b = a.sum((0, 1)), b.sum((0, 1))
-    difference = float(value(sum_a) - value(sum_b))
+    difference, drawn = float(value(sum_a) - value(sum_b)), value(sums_a) - value(sums_b)
     p = _randomisation_p((a - b).sum(0), sum_a, sum_b, value, draws, seed)
     if len(a) > 1:
         tail = min((~(drawn > 0)).mean(), (~(drawn < 0)).mean())  # a nan is never evidence
