@@ -360,7 +360,7 @@ def main(argv=None):
         if job.human_eval:
             write_sheets(sheet, task, items, runs_by_system)
         for name, row in results["cells"][results["headline"]].items():
-            say(f"{results['headline']} of {name}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+            say(f"{results['headline']} of {name}: {row['value']:.3f} {report.interval(row)}")
         for sentence in report.verdicts(results) + report.next_steps(results):
             say(sentence)
         say(f"wrote {out}/report.md, report.html, results.json and items/")

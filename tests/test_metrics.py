@@ -11,8 +11,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from common import rewards, stats
-from common.evaluation import metrics
+from common import rewards
+from common.evaluation import metrics, statistics
 from common.log import UserError
 from common.tasks import synthetic
 from data import download_datasets
@@ -197,11 +197,11 @@ def test_bootstrap_of_sums_is_bleu_of_the_resampled_texts(conala):
     pairs = [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in conala[:60]]
     counts = metrics.score("conala", *rows(pairs))["bleu"]
     marked = np.concatenate([counts, np.eye(60)], 1)[None]  # the added columns say how often an item was drawn
-    for sums in stats.resample(marked, 10, seed=3):
+    for sums in statistics.resample(marked, 10, seed=3):
         drawn = [pair for pair, times in zip(pairs, sums[10:]) for _ in range(int(times))]
         assert len(drawn) == 60
         assert metrics.value("bleu", sums[:10]) == pytest.approx(sacre_bleu(drawn), abs=1e-9)
-    estimate, low, high = stats.interval(counts[None], partial(metrics.value, "bleu"), 500)
+    estimate, low, high = statistics.interval(counts[None], partial(metrics.value, "bleu"), 500)
     assert estimate == pytest.approx(sacre_bleu(pairs)) and low < estimate < high
 
 

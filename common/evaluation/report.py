@@ -68,9 +68,8 @@ def next_steps(results):
             f"{' and '.join(harmed)} did harm: let the data or the reward speak of it, or hold the policy closer to "
             "where it started (--rl.kl_coef), and compare again"
         )
-    better, values = results["metrics"][name]["better"], {}
-    for system, cell in results["cells"].get(name, {}).items():
-        values[system] = better * cell["value"]
+    better, cells = results["metrics"][name]["better"], results["cells"].get(name, {})
+    values = {system: better * cell["value"] for system, cell in cells.items() if cell["value"] is not None}
     free = [floor for floor in results.get("floors", ()) if floor.startswith("base, best of") and floor in values]
     trained = [values[system] for system in results["systems"] if system in values]
     if free and better and max(values[floor] for floor in free) > max(trained, default=0):

@@ -72,8 +72,9 @@ def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
     tensors = load_file(smaller / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if f"layers.{about['num_hidden_layers']}." not in name}
     save_file(kept, smaller / "model.safetensors", metadata={"format": "pt"})
-    spoken = Path(shutil.copytree(tiny_folder, tmp_path / "spoken"))  # the same tokens, another file
+    spoken = Path(shutil.copytree(tiny_folder, tmp_path / "spoken"))  # a merge less
     text = json.loads((spoken / "tokenizer.json").read_text())
+    text["model"]["merges"].pop()
     (spoken / "tokenizer.json").write_text(json.dumps(text, indent=1))
     checks.check_refusals(
         MAIN,
@@ -278,7 +279,7 @@ def test_R16_a_spike_is_clipped_logged_and_said(tmp_path, settings):
     assert spike[6]["grad_norm"] == pytest.approx(2**20 * plain[6]["grad_norm"], rel=1e-5)
     assert all(torch.allclose(found[0][name], tensor, rtol=1e-4, atol=1e-7) for name, tensor in found[1].items())
     assert [line["step"] for line in spike if "warning" in line] == [6] and "warning" not in str(plain)
-    assert said[0] == [] and len(said[1]) == 1 and said[1][0].startswith("step 6: grad_norm was ")
+    assert said[0] == [] and len(said[1]) == 1 and said[1][0].startswith("warning: step 6: grad_norm was ")
 
 
 def test_R16_ten_times_the_running_median_is_a_spike():
