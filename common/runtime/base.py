@@ -294,6 +294,13 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
     Hashed as `tokenizers` writes it, so for a file that it wrote this is the file's own hash.
     """
+    facts = (folder / "tokenizer.json").stat()
+    return _tokenizer_fingerprint(folder, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.cache
+def _tokenizer_fingerprint(folder, size, time):
+    """Of the file as it is at this size and time: Gemma's takes seconds to read, and is read once in a process."""
     return hashlib.sha256(load_tokenizer(folder).backend_tokenizer.to_str(pretty=True).encode()).hexdigest()
 
 
