@@ -52,10 +52,10 @@ def test_R02_R13_b1_two_ranks_stop_resume_and_equal_one(tmp_path, settings):
     assert len(records(whole)) == 7
 
 
-def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
+def test_R09_resume_refusals(tmp_path, settings, straight, few, micro_folder):
     other = shutil.copytree(few, tmp_path / "other")
     shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
-    changed = inputs.another_base(tmp_path / "base", tiny_folder)
+    changed = inputs.another_base(tmp_path / "base", micro_folder)
     checks.check_refusals(
         MAIN,
         tmp_path,

@@ -63,19 +63,19 @@ def test_S1_pickles_are_never_loaded(refused, folder, tmp_path):
     assert (tmp_path / "marker").exists()  # it would have shown
 
 
-def test_S1_a_hostile_folder_is_neither_resumed_nor_a_model(tmp_path, tiny_folder):
+def test_S1_a_hostile_folder_is_neither_resumed_nor_a_model(tmp_path, micro_folder):
     """Whole commands: a step folder and a model's folder of pickles, given by path and found by themselves."""
     evil, marker = tmp_path / "run" / "step-000009", tmp_path / "marker"
     evil.mkdir(parents=True)
     for name in ("pytorch_model.bin", "optimizer.pt", "adapter_model.bin", "optimizer.safetensors", "state.json"):
         (evil / name).write_bytes(pickle.dumps(Evil(marker)))
-    argv = trainers.settings("sft", tiny_folder, trainers.write_data(tmp_path / "data", "sft"))
+    argv = trainers.settings("sft", micro_folder, trainers.write_data(tmp_path / "data", "sft"))
     main = train_sft.main
     processes.refused(main, tmp_path, argv(tmp_path, "--training.resume", evil), "MANIFEST.json", str(evil))
     processes.refused(main, tmp_path, argv(tmp_path, "--model.base_checkpoint", evil), "no config.json", str(evil))
     processes.refused(main, tmp_path, argv(tmp_path, "--model.adapter", evil), "model.adapter", str(evil))
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tiny_folder / name, evil / name)
+        shutil.copyfile(micro_folder / name, evil / name)
     processes.refused(
         main, tmp_path, argv(tmp_path, "--model.base_checkpoint", evil), "truncated or not a safetensors file"
     )

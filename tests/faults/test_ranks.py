@@ -30,8 +30,8 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    return inputs.settings(tiny_folder, few, "--training.timeout", TIMEOUT)
+def settings(few, micro_folder):
+    return inputs.settings(micro_folder, few, "--training.timeout", TIMEOUT)
 
 
 def together(main, folder, argv, bodies, limit):
@@ -161,7 +161,7 @@ def test_a_bug_on_one_rank_is_told_to_the_others(tmp_path, settings):
     assert "Traceback" in second[2], second
 
 
-def test_a_score_that_fails_on_one_rank_ends_the_evaluation(tmp_path, few, tiny_folder):
+def test_a_score_that_fails_on_one_rank_ends_the_evaluation(tmp_path, few, micro_folder):
     """The others end with its words, long before training.timeout."""
 
     def body(main, argv):
@@ -177,9 +177,9 @@ def test_a_score_that_fails_on_one_rank_ends_the_evaluation(tmp_path, few, tiny_
         rewards.scorer = scorer
         processes.call(main, argv)
 
-    argv = ["--debug", "--model.base_checkpoint", tiny_folder, "--dataset_path", few, "--reward.type", "heuristic"]
+    argv = ["--debug", "--model.base_checkpoint", micro_folder, "--dataset_path", few, "--reward.type", "heuristic"]
     argv += ["--evaluation.max_new_tokens", 8, "--evaluation.draws", 100, "--logging.output_dir", tmp_path]
-    argv += ["--checkpoints", f"base={tiny_folder}"]
+    argv += ["--checkpoints", f"base={micro_folder}"]
     for status, _, err in together(evaluate.main, tmp_path, argv, (body, body), SLACK):
         assert status == 2 and err == "error: no score for this\n", (status, err)
 

@@ -38,12 +38,12 @@ def test_R02_R13_two_ranks_stop_together_and_resume(tmp_path, settings):
     checks.check_two_ranks(MAIN, tmp_path, settings)
 
 
-def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
+def test_R09_resume_refusals(tmp_path, settings, straight, few, micro_folder):
     other = shutil.copytree(few, tmp_path / "other")
     lines = (few / "train.jsonl").read_text().splitlines(True)
     first = json.dumps(json.loads(lines[0]) | {"margin": 0.5}) + "\n"
     (other / "train.jsonl").write_text("".join([first, *lines[1:]]))
-    changed = inputs.another_base(tmp_path / "base", tiny_folder)
+    changed = inputs.another_base(tmp_path / "base", micro_folder)
     checks.check_refusals(
         MAIN,
         tmp_path,

@@ -61,18 +61,18 @@ def test_R11_second_start_is_refused(tmp_path, settings):
     assert train(tmp_path, argv)["step"] == 4
 
 
-def test_R09_resume_refusals(tmp_path, settings, straight, few, tiny_folder):
+def test_R09_resume_refusals(tmp_path, settings, straight, few, micro_folder):
     other = tmp_path / "other"
     shutil.copytree(few, other)
     shutil.copyfile(few / "val.jsonl", other / "train.jsonl")
-    smaller = Path(shutil.copytree(tiny_folder, tmp_path / "smaller"))  # a layer less
+    smaller = Path(shutil.copytree(micro_folder, tmp_path / "smaller"))  # a layer less
     about = json.loads((smaller / "config.json").read_text())
     about |= {"num_hidden_layers": about["num_hidden_layers"] - 1, "layer_types": about["layer_types"][:-1]}
     (smaller / "config.json").write_text(json.dumps(about))
     tensors = load_file(smaller / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if f"layers.{about['num_hidden_layers']}." not in name}
     save_file(kept, smaller / "model.safetensors", metadata={"format": "pt"})
-    spoken = Path(shutil.copytree(tiny_folder, tmp_path / "spoken"))  # a merge less
+    spoken = Path(shutil.copytree(micro_folder, tmp_path / "spoken"))  # a merge less
     text = json.loads((spoken / "tokenizer.json").read_text())
     text["model"]["merges"].pop()
     (spoken / "tokenizer.json").write_text(json.dumps(text, indent=1))
@@ -158,7 +158,7 @@ def limited(number, size):
     return inject.at_step(number, full)
 
 
-@pytest.mark.parametrize(("size", "words"), [(100_000, "cannot save"), (1_000, "cannot write")], ids=["save", "log"])
+@pytest.mark.parametrize(("size", "words"), [(50_000, "cannot save"), (1_000, "cannot write")], ids=["save", "log"])
 def test_R05_a_full_disk_ends_the_run_in_one_line(tmp_path, settings, straight, size, words):
     """At a checkpoint, and at a log that no checkpoint waits for: what was saved stays, and the run goes on later."""
     status, out, err = run(tmp_path, settings(tmp_path), limited(4, size))
@@ -192,13 +192,13 @@ def test_R06_R07_a_damaged_checkpoint_is_passed_over(tmp_path, settings, straigh
     checks.assert_same_run(tmp_path / "run", straight())
 
 
-def test_R07_what_a_run_published_is_verified_where_it_is_used(tmp_path, settings, straight, tiny_folder):
+def test_R07_what_a_run_published_is_verified_where_it_is_used(tmp_path, settings, straight, micro_folder):
     """One flipped bit in final/ as an adapter, in a base with a manifest, in a reward model: refused by name."""
     final = Path(shutil.copytree(straight() / "final", tmp_path / "final"))
     adapter = final / inputs.WEIGHTS["lora"]
     adapter.write_bytes(inputs.flipped(adapter.read_bytes()))
     refused(tmp_path, settings(tmp_path, "--model.adapter", final), f"{adapter} is damaged")
-    net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    net, tokenizer = model.load(micro_folder, torch.device("cpu"), torch.float32)
     step = save_step(tmp_path / "whole", 1, {}, {}, functools.partial(model.save_model, net, tokenizer))
     weights = step / "model.safetensors"
     assert base.resolve(str(step)) == step
@@ -206,9 +206,9 @@ def test_R07_what_a_run_published_is_verified_where_it_is_used(tmp_path, setting
     refused(tmp_path, settings(tmp_path, "--model.base_checkpoint", step), f"{weights} is damaged")
 
 
-def test_R09_another_layout_of_the_bases_json_is_the_same_base(tmp_path, settings, tiny_folder):
+def test_R09_another_layout_of_the_bases_json_is_the_same_base(tmp_path, settings, micro_folder):
     """Its tokenizer.json and config.json are saved again while the run is stopped."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    folder = shutil.copytree(micro_folder, tmp_path / "base")
     argv = settings(tmp_path, "--model.base_checkpoint", folder, "--training.save_interval", 1)
     train(tmp_path, [*argv, "--training.max_steps", 1])
     for name in ("tokenizer.json", "config.json"):

@@ -18,9 +18,9 @@ train, run = (functools.partial(each, MAIN) for each in (processes.train, proces
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, tiny_folder):
+def settings(tmp_path_factory, micro_folder):
     few = trainers.write_data(tmp_path_factory.mktemp("data") / "few", "staged")
-    return trainers.settings("staged", tiny_folder, few)
+    return trainers.settings("staged", micro_folder, few)
 
 
 def in_stage(name, act):

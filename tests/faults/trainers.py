@@ -1,4 +1,4 @@
-"""The trainers as the fault tests and soak.py drive them: short runs of the tiny base, with dropout and epoch edges."""
+"""The trainers as the fault tests and soak.py drive them: short runs with dropout and epoch edges."""
 
 import functools
 
@@ -53,10 +53,10 @@ def fixtures(kind):
         return write_data(tmp_path_factory.mktemp("data") / "few", kind)
 
     @pytest.fixture(scope="module")
-    def flags(few, tiny_folder):
+    def flags(few, micro_folder):
         if kind == "online":
-            return lambda algorithm, *more: settings(algorithm, tiny_folder, few, *more)
-        return settings(kind, tiny_folder, few)
+            return lambda algorithm, *more: settings(algorithm, micro_folder, few, *more)
+        return settings(kind, micro_folder, few)
 
     @pytest.fixture(scope="module")
     def straight(request, tmp_path_factory):
@@ -69,7 +69,7 @@ def fixtures(kind):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory, tiny_folder):
+def cache(tmp_path_factory, micro_folder):
     """No reference that another version left in the user's cache may take part; the base is built before."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
@@ -78,13 +78,13 @@ def cache(tmp_path_factory, tiny_folder):
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory, tiny_folder):
-    return inputs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", tiny_folder)
+def judge(tmp_path_factory, micro_folder):
+    return inputs.random_reward_model(tmp_path_factory.mktemp("judge") / "model", micro_folder)
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, tiny_folder):
-    return inputs.random_start(tmp_path_factory.mktemp("start") / "final", tiny_folder)
+def start(tmp_path_factory, micro_folder):
+    return inputs.random_start(tmp_path_factory.mktemp("start") / "final", micro_folder)
 
 
 def staged_settings(base_folder, source):
