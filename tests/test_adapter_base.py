@@ -28,19 +28,19 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory, tiny_folder):
+def other(tmp_path_factory, micro_folder):
     """A base of the same shape with another weight."""
-    return inputs.another_base(tmp_path_factory.mktemp("other") / "base", tiny_folder)
+    return inputs.another_base(tmp_path_factory.mktemp("other") / "base", micro_folder)
 
 
 @pytest.fixture(scope="module")
-def settings(few, tiny_folder):
-    return inputs.settings(tiny_folder, few)
+def settings(few, micro_folder):
+    return inputs.settings(micro_folder, few)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, settings):
-    """The final/ of SFT on the tiny base."""
+    """The final/ of SFT."""
     out = tmp_path_factory.mktemp("trained")
     processes.train(train_sft.main, out, settings(out, *SHORT))
     return out / "run" / "final"
@@ -67,17 +67,17 @@ def without_record(folder, target):
 # ---------------------------------------------------------------- what is written
 
 
-def test_the_record_names_the_base_and_peft_passes_it_by(trained, tiny_folder):
+def test_the_record_names_the_base_and_peft_passes_it_by(trained, micro_folder):
     import peft
 
     record = json.loads((trained / "base.json").read_text())
     assert record == {
-        "base_checkpoint": str(tiny_folder),
-        "fingerprint": base.fingerprint(tiny_folder),
+        "base_checkpoint": str(micro_folder),
+        "fingerprint": base.fingerprint(micro_folder),
         "quantised": None,
     }
     assert "base.json" in checkpoint.verify(trained)["files"]
-    net, _ = model.load(str(tiny_folder), torch.device("cpu"), torch.float32)
+    net, _ = model.load(str(micro_folder), torch.device("cpu"), torch.float32)
     assert peft.PeftModel.from_pretrained(net, trained).peft_config["default"].r == 8
 
 
@@ -95,58 +95,58 @@ def test_a_record_that_is_changed_or_damaged_is_one_line(tmp_path, trained, sett
 # ---------------------------------------------------------------- where an adapter meets a base
 
 
-def test_training_from_an_adapter_of_another_base_is_refused(tmp_path, trained, few, tiny_folder, other):
-    words = [str(trained), "another base", str(tiny_folder), str(other), f"--model.base_checkpoint {tiny_folder}"]
+def test_training_from_an_adapter_of_another_base_is_refused(tmp_path, trained, few, micro_folder, other):
+    words = [str(trained), "another base", str(micro_folder), str(other), f"--model.base_checkpoint {micro_folder}"]
     start = ["--model.adapter", trained, *SHORT]
     for mode, main in (("sft", train_sft.main), ("reward", train_reward.main), ("rl", train_rl.main)):
         flags = [*start, "--training.mode", mode, *(["--rl.algorithm", "dpo"] if mode == "rl" else [])]
         processes.refused(main, tmp_path, inputs.settings(other, few)(tmp_path / mode, *flags), *words)
-        processes.train(main, tmp_path, inputs.settings(tiny_folder, few)(tmp_path / mode, *flags))
+        processes.train(main, tmp_path, inputs.settings(micro_folder, few)(tmp_path / mode, *flags))
     flags = [*start, "--training.mode", "staged", "--rl.algorithm", "dpo"]
     processes.refused(train_staged.main, tmp_path, inputs.settings(other, few)(tmp_path / "staged", *flags), *words)
 
 
-def test_it_starts_from_its_own_base_wherever_that_lies(tmp_path, trained, few, tiny_folder):
-    moved = shutil.copytree(tiny_folder, tmp_path / "moved")
+def test_it_starts_from_its_own_base_wherever_that_lies(tmp_path, trained, few, micro_folder):
+    moved = shutil.copytree(micro_folder, tmp_path / "moved")
     flags = inputs.settings(moved, few)(tmp_path, "--model.adapter", trained, *SHORT)
     processes.train(train_sft.main, tmp_path, flags)
     record = json.loads((tmp_path / "run" / "final" / "base.json").read_text())
-    assert record["base_checkpoint"] == str(moved) and record["fingerprint"] == base.fingerprint(tiny_folder)
+    assert record["base_checkpoint"] == str(moved) and record["fingerprint"] == base.fingerprint(micro_folder)
 
 
 @pytest.fixture
-def changed(tmp_path, tiny_folder, few):
+def changed(tmp_path, micro_folder, few):
     """The final/ of DPO from an adapter on a base whose files have changed since."""
-    home = shutil.copytree(tiny_folder, tmp_path / "home")
+    home = shutil.copytree(micro_folder, tmp_path / "home")
     flags = inputs.settings(home, few)
     processes.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
     more = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--model.adapter", tmp_path / "sft" / "run" / "final"]
     processes.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
     shutil.rmtree(home)
-    inputs.another_base(home, tiny_folder)
+    inputs.another_base(home, micro_folder)
     return tmp_path / "rl" / "run" / "final"
 
 
-def test_a_changed_base_is_refused_by_evaluate_export_and_serve(tmp_path, changed, few, tiny_folder):
+def test_a_changed_base_is_refused_by_evaluate_export_and_serve(tmp_path, changed, few, micro_folder):
     words = [str(changed), "another base", str(tmp_path / "home"), "have changed since"]
-    for home in (tiny_folder, tmp_path / "home"):
+    for home in (micro_folder, tmp_path / "home"):
         flags = asked(tmp_path / "out", few, home, f"base={home}", f"rl={changed}")
         status, _, err = processes.run(evaluate.main, tmp_path, flags)
         assert status == 2 and err.count("\n") == 1 and "have changed since" in err, err
-    flags = asked(tmp_path, few, tiny_folder, f"rl={changed}", "--export", tmp_path / "merged")
+    flags = asked(tmp_path, few, micro_folder, f"rl={changed}", "--export", tmp_path / "merged")
     processes.refused(evaluate.main, tmp_path, flags, *words)
     assert not (tmp_path / "merged").exists()
     processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", changed], *words)
 
 
-def test_a_reference_stands_on_the_base_of_its_policy(tmp_path, few, tiny_folder, other):
+def test_a_reference_stands_on_the_base_of_its_policy(tmp_path, few, micro_folder, other):
     """RL on one base, compared on another: the KL to the reference is that of the run, as if its base were home."""
     flags = inputs.settings(other, few)
     processes.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
     more = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--model.adapter", tmp_path / "sft" / "run" / "final"]
     processes.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
     found = []
-    for number, home in enumerate((other, tiny_folder)):
+    for number, home in enumerate((other, micro_folder)):
         system = f"rl={tmp_path / 'rl' / 'run' / 'final'}"
         argv = asked(tmp_path / str(number), few, home, f"base={home}", system)
         found.append(processes.train(evaluate.main, tmp_path, argv)["cells"])
@@ -158,10 +158,10 @@ def test_a_reference_stands_on_the_base_of_its_policy(tmp_path, few, tiny_folder
 # ---------------------------------------------------------------- without a record
 
 
-def test_adapters_without_a_record_are_taken(tmp_path, trained, few, tiny_folder, other):
+def test_adapters_without_a_record_are_taken(tmp_path, trained, few, micro_folder, other):
     old = without_record(trained, tmp_path / "old" / "final")
     assert not (old / "base.json").exists()
-    for folder in (tiny_folder, other):
+    for folder in (micro_folder, other):
         net, _ = model.load(str(folder), torch.device("cpu"), torch.float32)
         model.load_adapter(net, "policy", old)
     with pytest.raises(UserError, match="another base"):
@@ -189,7 +189,7 @@ def test_a_run_begun_without_records_goes_on_to_the_same_adapter(tmp_path, setti
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, settings):
-    """The final/ of QLoRA on the tiny base."""
+    """The final/ of QLoRA."""
     out = tmp_path_factory.mktemp("small")
     processes.train(train_sft.main, out, settings(out, *SHORT, peft="qlora"))
     return out / "run" / "final"
@@ -220,15 +220,15 @@ def test_training_from_a_qlora_adapter_needs_qlora(tmp_path, small, trained, set
     assert status == 0 and out.count("trained on the unquantised base") == 1, (out, err)
 
 
-def test_evaluate_measures_each_adapter_on_the_base_it_knows(tmp_path, small, trained, few, tiny_folder):
-    argv = asked(tmp_path, few, tiny_folder, f"base={tiny_folder}", f"lora={trained}", f"qlora={small}")
+def test_evaluate_measures_each_adapter_on_the_base_it_knows(tmp_path, small, trained, few, micro_folder):
+    argv = asked(tmp_path, few, micro_folder, f"base={micro_folder}", f"lora={trained}", f"qlora={small}")
     cells = processes.train(evaluate.main, tmp_path, argv)["cells"]["loss_per_byte"]
     given = {word[2:]: str(value) for word, value in zip(argv[1:-3:2], argv[2:-3:2]) if word.startswith("--eval")}
     cfg = config.load_config("configs/debug.yml", given)
     for name, folder, quantised in (("base", None, False), ("lora", trained, False), ("qlora", small, True)):
         found = []
         for bits in (quantised, not quantised):
-            net, tokenizer = model.load(str(tiny_folder), torch.device("cpu"), torch.float32, quantize=bits)
+            net, tokenizer = model.load(str(micro_folder), torch.device("cpu"), torch.float32, quantize=bits)
             lora.wrap(net)
             if folder:
                 model.load_adapter(net, "policy", folder, trainable=False, any_bits=True)
@@ -240,11 +240,11 @@ def test_evaluate_measures_each_adapter_on_the_base_it_knows(tmp_path, small, tr
     assert "measured on it: qlora." in " ".join(results["notes"])
 
 
-def test_serve_holds_each_adapter_beside_the_base_it_knows(small, trained, tiny_folder, items):
-    sources = {"base": str(tiny_folder), "lora": str(trained), "qlora": str(small)}
+def test_serve_holds_each_adapter_beside_the_base_it_knows(small, trained, micro_folder, items):
+    sources = {"base": str(micro_folder), "lora": str(trained), "qlora": str(small)}
     found, _ = serve.load(sources, torch.device("cpu"), torch.float32)
     assert found["base"][0] is found["lora"][0] is not found["qlora"][0]
-    net, _ = model.load(str(tiny_folder), torch.device("cpu"), torch.float32, quantize=True)
+    net, _ = model.load(str(micro_folder), torch.device("cpu"), torch.float32, quantize=True)
     model.load_adapter(net, "policy", small)
     served, name = found["qlora"]
     with lora.using(served, name):
@@ -261,9 +261,9 @@ def test_an_older_qlora_run_is_known_by_its_config(tmp_path, small):
     assert not model.trained_quantised(without_record(small, tmp_path / "alone" / "final"))
 
 
-def test_a_comparison_of_paradigms_in_4_bits_comes_to_its_end(tmp_path, few, tiny_folder):
+def test_a_comparison_of_paradigms_in_4_bits_comes_to_its_end(tmp_path, few, micro_folder):
     """With reward model and judge, all trained on the 4-bit base and measured on it."""
-    flags = trainers.staged_settings(tiny_folder, few)(
+    flags = trainers.staged_settings(micro_folder, few)(
         tmp_path, "--model.peft_type", "qlora", "--reward.type", "hybrid"
     )
     more = ["--paradigms", "sft,staged", "--training.budget_tokens", 1500, "--evaluation.max_items", 4]
@@ -273,7 +273,7 @@ def test_a_comparison_of_paradigms_in_4_bits_comes_to_its_end(tmp_path, few, tin
     assert first["eval/kl"] == 0  # RL starts from the very policy that SFT ended with
 
     reward = tmp_path / "run" / "reward" / "final"
-    flags = trainers.staged_settings(tiny_folder, few)(tmp_path / "lora", "--reward.type", "hybrid")
+    flags = trainers.staged_settings(micro_folder, few)(tmp_path / "lora", "--reward.type", "hybrid")
     words = ["reward.checkpoint", str(reward), "4-bit base"]
     processes.refused(train_staged.main, tmp_path, [*flags, "--reward.checkpoint", reward], *words)
     assert not (tmp_path / "lora" / "run").exists()  # before SFT

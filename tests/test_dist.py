@@ -35,9 +35,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, tiny_folder):
+def settings(tmp_path_factory, micro_folder):
     few = inputs.write_data(tmp_path_factory.mktemp("data") / "few", "safety", train=13, val=5)
-    return inputs.settings(tiny_folder, few, "--model.peft_dropout", 0, "--training.batch_size", 5)
+    return inputs.settings(micro_folder, few, "--model.peft_dropout", 0, "--training.batch_size", 5)
 
 
 def recording(main, argv):
@@ -164,7 +164,7 @@ def test_an_attempt_has_a_name_no_dead_one_left_in_the_store():
         dist._agree(store, 2, 3, 0.2)
 
 
-def test_slow_work_is_done_before_the_group_forms(tmp_path, settings, tiny_folder, monkeypatch):
+def test_slow_work_is_done_before_the_group_forms(tmp_path, settings, micro_folder, monkeypatch):
     """What may download, convert or build a base comes before dist.init, whose clock is training.timeout."""
     calls = []
 
@@ -173,7 +173,7 @@ def test_slow_work_is_done_before_the_group_forms(tmp_path, settings, tiny_folde
 
     def resolve(checkpoint):
         calls.append("resolve")
-        return tiny_folder
+        return micro_folder
 
     def init(*args):
         calls.append("init")
@@ -182,7 +182,7 @@ def test_slow_work_is_done_before_the_group_forms(tmp_path, settings, tiny_folde
     monkeypatch.setattr(base, "resolve", resolve)
     monkeypatch.setattr(dist, "init", init)
     staged = settings(tmp_path, "--training.mode", "staged", "--rl.algorithm", "dpo")
-    asked = ["--debug", "--checkpoints", "base=tiny", f"sft={tiny_folder}", "--logging.output_dir", tmp_path]
+    asked = ["--debug", "--checkpoints", "base=tiny", f"sft={micro_folder}", "--logging.output_dir", tmp_path]
     jobs = [(main, settings(tmp_path, *own)) for main, own in CASES.values()]
     for main, argv in [*jobs, (train_staged.main, staged), (evaluate.main, asked)]:
         calls.clear()

@@ -1,4 +1,4 @@
-"""evaluate.py end to end on the tiny base: its files, going on, seeds, human evaluation, refusals, the Python call."""
+"""evaluate.py end to end: its files, going on, seeds, human evaluation, refusals, the Python call."""
 
 import csv
 import functools
@@ -28,36 +28,36 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory, tiny_folder):
+def adapters(tmp_path_factory, micro_folder):
     """Folders of two random adapters."""
     out = tmp_path_factory.mktemp("adapters")
     for seed in (1, 2):
-        net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+        net, tokenizer = model.load(micro_folder, torch.device("cpu"), torch.float32)
         random_adapter(net, "policy", seed)
         (out / str(seed)).mkdir()
-        model.save(net, tokenizer, out / str(seed), "policy", str(tiny_folder))
+        model.save(net, tokenizer, out / str(seed), "policy", str(micro_folder))
     return [out / "1", out / "2"]
 
 
 @pytest.fixture(scope="module")
-def settings(few, tiny_folder):
+def settings(few, micro_folder):
     def flags(folder, *more):
         sizes = ["--evaluation.max_items", 12, "--evaluation.max_new_tokens", 10, "--evaluation.draws", 200]
-        where = ["--model.base_checkpoint", tiny_folder, "--dataset_path", few, "--logging.output_dir", folder]
+        where = ["--model.base_checkpoint", micro_folder, "--dataset_path", few, "--logging.output_dir", folder]
         return ["--debug", *sizes, *where, "--logging.run_name", "run", "--reward.type", "heuristic", *more]
 
     return flags
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, settings, adapters, tiny_folder):
+def done(tmp_path_factory, settings, adapters, micro_folder):
     """The folder of a finished comparison with a judge, and its command."""
     out = tmp_path_factory.mktemp("done")
-    judge = random_reward_model(out / "judge", tiny_folder)
+    judge = random_reward_model(out / "judge", micro_folder)
     argv = settings(
         out,
         "--checkpoints",
-        f"base={tiny_folder}",
+        f"base={micro_folder}",
         f"sft={adapters[0]}",
         f"rl={adapters[1]}",
         "--evaluation.reward_checkpoint",
@@ -108,8 +108,8 @@ def test_its_files_hold_what_it_says(done):
         assert pair["difference"] == pytest.approx((ours - theirs).mean())
 
 
-def test_the_best_of_several_answers_are_the_bare_bases(done, few, tiny_model):
-    net, tokenizer = tiny_model
+def test_the_best_of_several_answers_are_the_bare_bases(done, few, micro_model):
+    net, tokenizer = micro_model
     items, _ = measure.items(data.load_split(few, "test"), tokenizer, 118, 12, 0)
     sampling = {"seed": 0, "max_new_tokens": 10, "temperature": 1.0, "top_p": 1.0}
     samples = measure.generate(net, items, sampling, 4)[0]
@@ -144,8 +144,8 @@ def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):
     assert status == 0 and "answered before" not in out, err
 
 
-def test_seeds_of_one_system(tmp_path, settings, adapters, tiny_folder):
-    argv = settings(tmp_path, "--checkpoints", f"base={tiny_folder}", f"sft={adapters[0]}", f"sft={adapters[1]}")
+def test_seeds_of_one_system(tmp_path, settings, adapters, micro_folder):
+    argv = settings(tmp_path, "--checkpoints", f"base={micro_folder}", f"sft={adapters[0]}", f"sft={adapters[1]}")
     result = train(tmp_path, argv)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["seeds"] == {"base": 1, "sft": 2} and result["headline"] == "reward"
@@ -154,12 +154,12 @@ def test_seeds_of_one_system(tmp_path, settings, adapters, tiny_folder):
     assert results["cells"]["reward"]["sft"]["value"] == pytest.approx(np.mean(both))
 
 
-def test_a_tokenizer_of_other_bytes_is_the_same_one(tmp_path, settings, tiny_folder):
+def test_a_tokenizer_of_other_bytes_is_the_same_one(tmp_path, settings, micro_folder):
     """The base's tokenizer.json saved again, compact, beside a whole model that has it as it was."""
-    compact = shutil.copytree(tiny_folder, tmp_path / "base") / "tokenizer.json"
+    compact = shutil.copytree(micro_folder, tmp_path / "base") / "tokenizer.json"
     content = json.loads(compact.read_text())
     compact.write_text(json.dumps(content, separators=(",", ":")))
-    argv = settings(tmp_path, "--checkpoints", f"base={compact.parent}", f"full={tiny_folder}")
+    argv = settings(tmp_path, "--checkpoints", f"base={compact.parent}", f"full={micro_folder}")
     cells = train(tmp_path, [*argv, "--evaluation.max_items", 2])["cells"]["reward"]
     assert cells["base"] == cells["full"]
     content["model"]["merges"].pop()  # the same tokens, but it cuts words otherwise
@@ -188,8 +188,8 @@ def test_human_evaluation_from_sheets_to_results(tmp_path, done):
     refused(tmp_path, [*argv[:-1], tmp_path / "none.csv"], "none.csv")
 
 
-def test_two_ranks_say_what_one_says(tmp_path, settings, adapters, tiny_folder):
-    flags = ["--evaluation.max_items", 5, "--checkpoints", f"base={tiny_folder}", f"sft={adapters[0]}"]
+def test_two_ranks_say_what_one_says(tmp_path, settings, adapters, micro_folder):
+    flags = ["--evaluation.max_items", 5, "--checkpoints", f"base={micro_folder}", f"sft={adapters[0]}"]
     train(tmp_path, [*settings(tmp_path, *flags), "--logging.run_name", "one"])
     done = processes.ranks(MAIN, tmp_path, [*settings(tmp_path, *flags), "--logging.run_name", "two"])
     assert [status for status, *_ in done] == [0, 0] and [out.count("wrote") for _, out, _ in done] == [1, 0], done
@@ -198,22 +198,22 @@ def test_two_ranks_say_what_one_says(tmp_path, settings, adapters, tiny_folder):
         assert json.dumps(one[key]) == json.dumps(two[key]), key
 
 
-def test_other_tasks_and_records_without_any_answer(tmp_path, settings, tiny_folder):
+def test_other_tasks_and_records_without_any_answer(tmp_path, settings, micro_folder):
     for task, name in (("conala", "bleu"), ("clinical", "rougeL")):
         data = write_data(tmp_path / task, task, test=3)
         flags = ["--task", task, "--dataset_path", data, "--evaluation.temperature", 0, "--logging.run_name", task]
-        train(tmp_path, settings(tmp_path, "--checkpoints", f"base={tiny_folder}", *flags))
+        train(tmp_path, settings(tmp_path, "--checkpoints", f"base={micro_folder}", *flags))
         results = json.loads((tmp_path / task / "results.json").read_text())
         assert results["headline"] == name and "base, best of 4 (oracle)" in results["cells"][name]
         assert "reads the reference" in " ".join(results["notes"])
     empty = write_data(tmp_path / "empty", "safety", {"response": "", "rejected": ""}, test=2)
     flags = ["--dataset_path", empty, "--logging.run_name", "empty"]
-    train(tmp_path, settings(tmp_path, "--checkpoints", f"base={tiny_folder}", *flags))
+    train(tmp_path, settings(tmp_path, "--checkpoints", f"base={micro_folder}", *flags))
     assert "loss_per_byte" not in json.loads((tmp_path / "empty" / "results.json").read_text())["cells"]
 
 
-def test_the_python_call(few, tiny_model, adapters):
-    net, tokenizer = tiny_model
+def test_the_python_call(few, micro_model, adapters):
+    net, tokenizer = micro_model
     sizes = {"max_items": 5, "max_new_tokens": 8, "draws": 100, "temperature": 1.0}
     cfg = config.load_config(ROOT / "configs" / "sft_lora_270m.yml", {f"evaluation.{k}": v for k, v in sizes.items()})
     found = evaluate.evaluate(net, tokenizer, data.load_split(few, "test"), cfg)
@@ -223,15 +223,15 @@ def test_the_python_call(few, tiny_model, adapters):
     assert "judge" not in found["metrics"] and "kl_base" not in found["metrics"]
 
 
-def test_bad_input_is_one_line(tmp_path, settings, adapters, tiny_folder, monkeypatch):
-    base = f"base={tiny_folder}"
+def test_bad_input_is_one_line(tmp_path, settings, adapters, micro_folder, monkeypatch):
+    base = f"base={micro_folder}"
     refused(tmp_path, settings(tmp_path), "--checkpoints")
     refused(tmp_path, settings(tmp_path, "--checkpoints", "outputs/x"), "NAME=CHECKPOINT")
-    two, three = ([f"{name}={tiny_folder}"] * n for name, n in (("a", 2), ("b", 3)))
+    two, three = ([f"{name}={micro_folder}"] * n for name, n in (("a", 2), ("b", 3)))
     refused(tmp_path, settings(tmp_path, "--checkpoints", *two, *three), "seeds")
     refused(tmp_path, settings(tmp_path, "--human_eval", "--checkpoints", base), "--human_eval")
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, f"sft={tmp_path}/nowhere"), "nowhere")
-    judge = random_reward_model(tmp_path / "judge", tiny_folder)
+    judge = random_reward_model(tmp_path / "judge", micro_folder)
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, f"sft={judge}"), "is a reward model")
     both = ["--evaluation.reward_checkpoint", judge, "--reward.type", "hybrid", "--reward.checkpoint", judge]
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, *both), "evaluation.reward_checkpoint")
@@ -242,7 +242,7 @@ def test_bad_input_is_one_line(tmp_path, settings, adapters, tiny_folder, monkey
         str(adapters[0]),
     )
     refused(tmp_path, settings(tmp_path, "--checkpoints", base, "--evaluation.max_new_tokens", 127), "max_seq_length")
-    foreign = inputs.another_base(tmp_path / "foreign", tiny_folder)
+    foreign = inputs.another_base(tmp_path / "foreign", micro_folder)
     other = ["--checkpoints", f"base={foreign}", "--evaluation.reward_checkpoint", judge]
     refused(tmp_path, settings(tmp_path, *other), "trained on another base")
 

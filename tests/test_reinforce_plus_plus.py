@@ -76,7 +76,7 @@ def fork(folder, entry):
 
 
 @pytest.fixture
-def settings(tmp_path, few, tiny_folder, monkeypatch):
+def settings(tmp_path, few, micro_folder, monkeypatch):
     """Flags of a short run; configs/ has one word more."""
     copied = shutil.copytree(config.CONFIGS, tmp_path / "configs")
     text, choices = (copied / "defaults.yml").read_text(), "# ppo | grpo | dpo;"
@@ -85,7 +85,7 @@ def settings(tmp_path, few, tiny_folder, monkeypatch):
     monkeypatch.setattr(config, "CONFIGS", copied)
     sizes = ["--rl.kl_coef", KL_COEF, "--model.peft_rank", 4, "--training.max_steps", 2, "--training.save_interval", 1]
     sizes += ["--rl.missing_stop_penalty", 0, "--rl.loss_aggregation", "token", "--training.micro_batch_tokens", 100]
-    return trainers.settings("reinforce_plus_plus", tiny_folder, few, *sizes)
+    return trainers.settings("reinforce_plus_plus", micro_folder, few, *sizes)
 
 
 def caught(main, folder, argv):
@@ -138,7 +138,7 @@ def parameters(net):
 @pytest.mark.parametrize(
     ("reward", "passes", "minibatches"), [("equal_in_groups", 1, 1), ("equal_in_groups", 2, 2), ("mixed", 1, 2)]
 )
-def test_the_gradient_is_that_of_the_formula(tmp_path, settings, tiny_folder, reward, passes, minibatches):
+def test_the_gradient_is_that_of_the_formula(tmp_path, settings, micro_folder, reward, passes, minibatches):
     """At the start, where the KL is 0, and after a step, where it is not."""
     body = {
         "equal_in_groups": "return len(prompt[-1]['content']) % 5",
@@ -148,7 +148,7 @@ def test_the_gradient_is_that_of_the_formula(tmp_path, settings, tiny_folder, re
     flags += ["--training.learning_rate", 1e-2]
     steps = caught(fork(tmp_path, WHOLE), tmp_path, settings(tmp_path, *flags))
     assert len(steps) == 2
-    net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    net, _ = model.load(micro_folder, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     lora.inject(net, "policy", 4, 16)
     for number, step in enumerate(steps):

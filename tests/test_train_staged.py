@@ -37,13 +37,13 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def settings(few, tiny_folder):
+def settings(few, micro_folder):
     def flags(folder, *more, algorithm="grpo"):
         sizes = ["--rl.algorithm", algorithm, "--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8]
         sizes += ["--rl.minibatches", 1, "--rl.critic_warmup", 1, "--rl.max_steps", 3, "--training.max_steps", 3]
         sizes += ["--training.batch_size", 4, "--training.eval_interval", 50, "--training.save_interval", 2]
         sizes += ["--evaluation.max_items", 8, "--evaluation.max_new_tokens", 8, "--evaluation.draws", 100]
-        where = ["--model.base_checkpoint", tiny_folder, "--dataset_path", few, "--logging.output_dir", folder]
+        where = ["--model.base_checkpoint", micro_folder, "--dataset_path", few, "--logging.output_dir", folder]
         return ["--debug", "--training.mode", "staged", *sizes, *where, "--logging.run_name", "run", *more]
 
     return flags
