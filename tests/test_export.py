@@ -51,8 +51,8 @@ def flags(few):
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory, tiny_folder):
-    return saved_adapter(tmp_path_factory.mktemp("adapter") / "final", tiny_folder, 0.1)
+def adapter(tmp_path_factory, micro_folder):
+    return saved_adapter(tmp_path_factory.mktemp("adapter") / "final", micro_folder, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def nothing_left(target):
 # ---------------------------------------------------------------------------------------------------- what it writes
 
 
-def test_an_export_in_fp32_is_the_adapter_in_plain_transformers(tmp_path, flags, adapter, tiny_folder):
+def test_an_export_in_fp32_is_the_adapter_in_plain_transformers(tmp_path, flags, adapter, micro_folder):
     figures = train(tmp_path, flags(tmp_path / "merged", f"sft={adapter}"))
-    net, tokenizer = model.load(str(tiny_folder), CPU, torch.float32)
+    net, tokenizer = model.load(str(micro_folder), CPU, torch.float32)
     model.load_adapter(net, "policy", adapter)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert plain.dtype == torch.float32 and plain.lm_head.weight is plain.model.embed_tokens.weight
@@ -97,17 +97,17 @@ def test_an_export_in_fp32_is_the_adapter_in_plain_transformers(tmp_path, flags,
     written = json.loads((tmp_path / "merged" / "export.json").read_text())
     files = checkpoint.verify(tmp_path / "merged")["files"]
     assert written["check"] == figures and written["model_sha256"] == files["model.safetensors"]["sha256"]
-    assert written["base_sha256"] == base.fingerprint(tiny_folder) and "export.json" in files
+    assert written["base_sha256"] == base.fingerprint(micro_folder) and "export.json" in files
     assert written["adapter_sha256"] == model.adapter_fingerprint(adapter) and written["merged_into"] == "the base"
     assert written["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in written["versions"]["torch"]
     assert {path.name for path in tmp_path.glob("*merged*")} == {"merged"}
 
 
-def test_the_figures_are_those_of_plain_transformers(tmp_path, flags, adapter, tiny_folder, few):
+def test_the_figures_are_those_of_plain_transformers(tmp_path, flags, adapter, micro_folder, few):
     """In bf16, where they are not zero: by hand from logits, and the share that survives from the files."""
     more = ["--evaluation.max_items", 12]
     figures = train(tmp_path, flags(tmp_path / "merged", f"sft={adapter}", dtype="bfloat16", more=more))
-    net, tokenizer = model.load(str(tiny_folder), CPU, torch.float32)
+    net, tokenizer = model.load(str(micro_folder), CPU, torch.float32)
     model.load_adapter(net, "policy", adapter)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     apart = []
@@ -273,7 +273,7 @@ def test_a_kill_leaves_a_whole_export_or_none(tmp_path, flags, adapter):
     assert False in seen
 
 
-def test_what_cannot_be_exported(tmp_path, flags, adapter, tiny_folder):
+def test_what_cannot_be_exported(tmp_path, flags, adapter, micro_folder):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -282,7 +282,7 @@ def test_what_cannot_be_exported(tmp_path, flags, adapter, tiny_folder):
         refused(tmp_path, flags(tmp_path / name, f"sft={adapter}"), f"{name} is there already", "name a new folder")
     assert (tmp_path / "full" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
 
-    judge = random_reward_model(tmp_path / "judge", tiny_folder)
+    judge = random_reward_model(tmp_path / "judge", micro_folder)
     one = f"sft={adapter}"
     for checkpoints, more, line in (
         ([f"judge={judge}"], (), "is a reward model, not a policy"),
@@ -306,10 +306,10 @@ def test_what_cannot_be_exported(tmp_path, flags, adapter, tiny_folder):
 # ------------------------------------------------------------------------------------------------------------ QLoRA
 
 
-def test_a_qlora_adapter_is_merged_into_its_own_base(tmp_path, flags, few, tiny_folder):
+def test_a_qlora_adapter_is_merged_into_its_own_base(tmp_path, flags, few, micro_folder):
     from bitsandbytes import functional
 
-    settings = inputs.settings(tiny_folder, few, rate=1e-2)
+    settings = inputs.settings(micro_folder, few, rate=1e-2)
     processes.train(train_sft.main, tmp_path, settings(tmp_path, "--training.max_steps", 6, peft="qlora"))
     final = tmp_path / "run" / "final"
     figures = train(tmp_path, flags(tmp_path / "merged", f"sft={final}"))
@@ -320,7 +320,7 @@ def test_a_qlora_adapter_is_merged_into_its_own_base(tmp_path, flags, few, tiny_
     assert written["merged_into"] == "the 4-bit base, dequantised"
 
     name = "model.layers.1.mlp.down_proj"
-    weight = load_file(tiny_folder / "model.safetensors")[f"{name}.weight"].float()
+    weight = load_file(micro_folder / "model.safetensors")[f"{name}.weight"].float()
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     tensors = load_file(final / "adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")

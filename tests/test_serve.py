@@ -213,7 +213,7 @@ def test_metrics_are_prometheus_text_and_count(server):
 # ---------------------------------------------------------------- the table
 
 
-def test_H1_health_while_loading_and_behind(tmp_path, adapter):
+def test_H1_health_while_loading_and_behind(tmp_path, adapter, micro_folder):
     """503 loading, then 200; 503 as soon as the worker has died, and what it held is answered."""
 
     def slow_to_load():
@@ -221,7 +221,10 @@ def test_H1_health_while_loading_and_behind(tmp_path, adapter):
         serve.load = lambda *args: (time.sleep(0.5), real(*args))[1]
 
     change = both(slow_to_load, dying(tmp_path / "kill"))
-    with serving(tmp_path, "--checkpoint", "tiny", change=change, ready=False) as one, ThreadPoolExecutor(4) as pool:
+    with (
+        serving(tmp_path, "--checkpoint", micro_folder, change=change, ready=False) as one,
+        ThreadPoolExecutor(4) as pool,
+    ):
         found = ask(one, "GET", "/health")
         assert (found.status, found.json) == (503, {"status": "loading"})
         early = generate(one)
@@ -238,8 +241,8 @@ def test_H1_health_while_loading_and_behind(tmp_path, adapter):
         assert generate(one).status == 503 and number(one, "up") == 0
 
 
-def test_H1_health_answers_while_others_generate(tmp_path):
-    with serving(tmp_path, "--checkpoint", "tiny", change=endless(0)) as one, ThreadPoolExecutor(4) as pool:
+def test_H1_health_answers_while_others_generate(tmp_path, micro_folder):
+    with serving(tmp_path, "--checkpoint", micro_folder, change=endless(0)) as one, ThreadPoolExecutor(4) as pool:
         held = [pool.submit(generate, one, max_tokens=10_000) for _ in range(4)]
         wait_for(lambda: number(one, "requests_running") == 4)
         before = number(one, "engine_tokens_total")
@@ -263,9 +266,9 @@ def test_H1_a_broken_model_is_one_line(tmp_path, source, words):
     assert "ready" not in out
 
 
-def test_H2_dripping_clients_are_cut_off(tmp_path):
+def test_H2_dripping_clients_are_cut_off(tmp_path, micro_folder):
     """100 of them and 2 s for a request."""
-    with serving(tmp_path, "--checkpoint", "tiny") as one:
+    with serving(tmp_path, "--checkpoint", micro_folder) as one:
         generate(one, max_tokens=4)
         rss, threads, files = process(one.pid)
         closed, _ = drip(one, 100, 0.2)
@@ -274,13 +277,13 @@ def test_H2_dripping_clients_are_cut_off(tmp_path):
         assert now[0] - rss < 50e6 and now[1] <= threads + 1 and now[2] <= files + 3, (rss, threads, files, now)
 
 
-def test_H2_connections_beyond_the_limit_are_not_held(tmp_path):
+def test_H2_connections_beyond_the_limit_are_not_held(tmp_path, micro_folder):
     """400 come within a second where 40 may, and stay: each above 40 is told so and closed at once."""
 
     def change():
         serve.CONNECTIONS = 40
 
-    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one, contextlib.ExitStack() as held:
+    with serving(tmp_path, "--checkpoint", micro_folder, change=change) as one, contextlib.ExitStack() as held:
         most, lines = 0, []
         for _ in range(40):
             lines += [held.enter_context(socket.create_connection(("127.0.0.1", one.port))) for _ in range(10)]
@@ -326,9 +329,9 @@ def test_H6_batches_are_all_or_nothing_and_equal_single_requests(server, net):
     assert number(server, "engine_prompt_tokens_total") == before, "a part of a batch was generated"
 
 
-def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path):
+def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path, micro_folder):
     change = both(endless(0.01), small_queue(4, 8))
-    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one, ThreadPoolExecutor(64) as pool:
+    with serving(tmp_path, "--checkpoint", micro_folder, change=change) as one, ThreadPoolExecutor(64) as pool:
         found = list(pool.map(lambda i: generate(one, max_tokens=30, seed=i), range(64)))
         statuses = [reply.status for reply in found]
         assert set(statuses) == {200, 429} and statuses.count(200) >= 12, statuses
@@ -349,9 +352,9 @@ def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path):
         assert {reply.result().status for reply in held} == {200}
 
 
-def test_H8_generation_stops_when_the_client_leaves(tmp_path):
+def test_H8_generation_stops_when_the_client_leaves(tmp_path, micro_folder):
     """20 clients, plain and streaming, ask for 10,000 tokens and go; the next is served as if alone."""
-    with serving(tmp_path, "--checkpoint", "tiny", change=endless(0.002)) as one:
+    with serving(tmp_path, "--checkpoint", micro_folder, change=endless(0.002)) as one:
         lines = []
         for i in range(20):
             asked = {"messages": USER, "max_tokens": 10_000, "stream": bool(i % 2)}
@@ -369,22 +372,22 @@ def test_H8_generation_stops_when_the_client_leaves(tmp_path):
         assert number(one, "engine_cancelled_total") == 20
 
 
-def test_H9_an_idle_server_stops_at_once_and_its_port_is_free(tmp_path):
-    with serving(tmp_path, "--checkpoint", "tiny") as one:
+def test_H9_an_idle_server_stops_at_once_and_its_port_is_free(tmp_path, micro_folder):
+    with serving(tmp_path, "--checkpoint", micro_folder) as one:
         generate(one, max_tokens=3)
         idle = socket.create_connection(("127.0.0.1", one.port))  # says nothing
         os.kill(one.pid, signal.SIGTERM)
         one.status = stopped(one)
         assert one.status == 0
         idle.close()
-    with serving(tmp_path, "--checkpoint", "tiny", "--port", one.port) as again:
+    with serving(tmp_path, "--checkpoint", micro_folder, "--port", one.port) as again:
         assert again.port == one.port and generate(again, max_tokens=3).status == 200
-        status, _, err = processes.run(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", one.port])
+        status, _, err = processes.run(serve.main, tmp_path, ["--checkpoint", micro_folder, "--port", one.port])
         assert status == 2 and f"--port {one.port}: Address already in use" in err
 
 
-def test_H9_what_is_in_flight_is_finished(tmp_path):
-    with serving(tmp_path, "--checkpoint", "tiny", change=endless(0.01)) as one, ThreadPoolExecutor(3) as pool:
+def test_H9_what_is_in_flight_is_finished(tmp_path, micro_folder):
+    with serving(tmp_path, "--checkpoint", micro_folder, change=endless(0.01)) as one, ThreadPoolExecutor(3) as pool:
         held = [pool.submit(generate, one, max_tokens=100, seed=i) for i in range(3)]
         wait_for(lambda: number(one, "requests_running") == 3)
         early = socket.create_connection(("127.0.0.1", one.port))  # connected before, asks behind the signal
@@ -399,8 +402,8 @@ def test_H9_what_is_in_flight_is_finished(tmp_path):
         assert one.status == 0
 
 
-def test_H9_a_second_signal_ends_it_now(tmp_path):
-    with serving(tmp_path, "--checkpoint", "tiny", change=endless(0.01)) as one, ThreadPoolExecutor(1) as pool:
+def test_H9_a_second_signal_ends_it_now(tmp_path, micro_folder):
+    with serving(tmp_path, "--checkpoint", micro_folder, change=endless(0.01)) as one, ThreadPoolExecutor(1) as pool:
         held = pool.submit(generate, one, max_tokens=10_000)
         wait_for(lambda: number(one, "requests_running") == 1)
         os.kill(one.pid, signal.SIGTERM)
@@ -412,9 +415,9 @@ def test_H9_a_second_signal_ends_it_now(tmp_path):
             held.result()
 
 
-def test_H10_a_token_guards_all_but_the_pages_and_health(tmp_path):
+def test_H10_a_token_guards_all_but_the_pages_and_health(tmp_path, micro_folder):
     with serving(
-        tmp_path, "--checkpoint", "tiny", "--host", "0.0.0.0", environment={"GEMMA_ALIGNMENT_TOKEN": TOKEN}
+        tmp_path, "--checkpoint", micro_folder, "--host", "0.0.0.0", environment={"GEMMA_ALIGNMENT_TOKEN": TOKEN}
     ) as one:
         body = {"prompt": PROMPT, "max_tokens": 2}
         words = ("Bearer wrong", TOKEN, f"Bearer {TOKEN}x", "Bearer ü")
@@ -443,9 +446,9 @@ def test_H10_a_token_guards_all_but_the_pages_and_health(tmp_path):
 @pytest.mark.parametrize(
     "token, words", [(None, "set GEMMA_ALIGNMENT_TOKEN"), ("short", "16 or more"), ("a b" * 9, "16 or more")]
 )
-def test_H10_other_addresses_need_a_token(tmp_path, token, words):
+def test_H10_other_addresses_need_a_token(tmp_path, token, words, micro_folder):
     environment = {"GEMMA_ALIGNMENT_TOKEN": token} if token else ()
-    argv = ["--checkpoint", "tiny", "--port", 0, "--host", "0.0.0.0"]
+    argv = ["--checkpoint", micro_folder, "--port", 0, "--host", "0.0.0.0"]
     status, out, err = processes.run(serve.main, tmp_path, argv, environment=environment)
     assert status == 2 and words in err and err.count("\n") == 1 and "listening" not in out
 
@@ -475,7 +478,7 @@ def test_H10_other_hosts_and_origins_are_refused(server):
     )
 
 
-def test_H11_nothing_leaks(tmp_path):
+def test_H11_nothing_leaks(tmp_path, micro_folder):
     """Paths, methods, an exception inside, a prompt with control characters; one line a request, without prompts."""
     secret = "my-secret-word\r\nInjected: yes\x1b[2J"
 
@@ -489,7 +492,7 @@ def test_H11_nothing_leaks(tmp_path):
 
         engine._draw = draw
 
-    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one:
+    with serving(tmp_path, "--checkpoint", micro_folder, change=change) as one:
         for path in (
             "/nothing",
             "/../../etc/passwd",
@@ -524,13 +527,13 @@ def test_H11_nothing_leaks(tmp_path):
     assert len(lines) >= 16 and all(len(line) < 200 for line in lines)
 
 
-def test_H11_a_log_that_cannot_be_written_harms_nobody(tmp_path):
+def test_H11_a_log_that_cannot_be_written_harms_nobody(tmp_path, micro_folder):
     def change():
         serve.sys = SimpleNamespace(stderr=open("/dev/full", "w"))
         real = serve.health
         serve.ROUTES["/health"] = {"GET": lambda app, call: real(app if call.query != "fail" else None, call)}
 
-    with serving(tmp_path, "--checkpoint", "tiny", change=change) as one:
+    with serving(tmp_path, "--checkpoint", micro_folder, change=change) as one:
         files = process(one.pid)[2]
         for _ in range(8):
             assert generate(one, max_tokens=2).status == 200
@@ -570,10 +573,10 @@ def blind(tmp_path):
     return tmp_path / "human_eval.csv"
 
 
-def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind):
+def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind, micro_folder):
     file = tmp_path / "human_eval.ratings.jsonl"
     first, second, *_ = manifest.read_manifest(blind)
-    with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
+    with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind) as one:
         ann, bob = (ask(one, "GET", f"/rate/items?rater={name}") for name in ("ann", "bob"))
         assert (
             ann.json["total"] == len(ann.json["items"]) == len(manifest.read_manifest(blind)) and not ann.json["rated"]
@@ -627,21 +630,21 @@ def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind)
         assert ask(one, "GET", f"/rate/items?{'a=1&' * 20}rater=ann").status == 200
     with open(file, "ab") as torn:
         torn.write(b'{"rater_id": "ann", "item_')  # a crash in the middle of a line
-    with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
+    with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind) as one:
         assert "cut off and is dropped (26 bytes)" in read(one.out)
         assert len(ask(one, "GET", "/rate/items?rater=ann").json["rated"]) == 2
         assert ask(one, "POST", "/rate", rating | {"rater_id": "bob"}).json["rated"] == 1
     assert len(ratings.read_ratings(file, manifest.read_manifest(blind))) == 4
 
 
-def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind):
+def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind, micro_folder):
     def change():
         def full(fd):
             raise OSError(28, "No space left on device")
 
         serve.ratings.os = SimpleNamespace(**{**vars(os), "fsync": full})
 
-    with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind, change=change) as one:
+    with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind, change=change) as one:
         rating = {"rater_id": "ann", "item_id": next(iter(manifest.read_manifest(blind))), "preferred": "A"}
         found = ask(one, "POST", "/rate", rating)
         assert found.status == 507 and "No space left on device" in found.json["error"]["message"]
@@ -649,10 +652,10 @@ def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind):
     assert (tmp_path / "human_eval.ratings.jsonl").read_bytes() == b""
 
 
-def test_a_rating_of_another_study_is_refused_the_next_kept(tmp_path, blind):
+def test_a_rating_of_another_study_is_refused_the_next_kept(tmp_path, blind, micro_folder):
     """As a page sends it that was open before the server was started again with another blind file."""
     own = next(iter(manifest.read_manifest(blind)))
-    with serving(tmp_path, "--checkpoint", "tiny", "--human_eval", blind) as one:
+    with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind) as one:
         for foreign in ("000000-item-1", "item-1"):
             found = ask(one, "POST", "/rate", {"rater_id": "ann", "item_id": foreign, "preferred": "A"})
             error = found.json["error"]
@@ -663,10 +666,10 @@ def test_a_rating_of_another_study_is_refused_the_next_kept(tmp_path, blind):
     assert [row["item_id"] for row in ratings.read_ratings(file, manifest.read_manifest(blind))] == [own]
 
 
-def test_without_a_blind_file_there_is_nothing_to_rate(server, tmp_path):
+def test_without_a_blind_file_there_is_nothing_to_rate(server, tmp_path, micro_folder):
     for found in (ask(server, "GET", "/rate/items?rater=a"), ask(server, "POST", "/rate", {"rater_id": "a"})):
         assert found.status == 404 and "--human_eval" in found.json["error"]["message"]
-    key = ["--checkpoint", "tiny", "--human_eval", tmp_path / "none.csv"]
+    key = ["--checkpoint", micro_folder, "--human_eval", tmp_path / "none.csv"]
     processes.refused(serve.main, tmp_path, key, "none.csv")
 
 
@@ -692,8 +695,8 @@ def test_a_name_may_have_a_dot(adapter):
     assert net is same and none is None and name in next(iter(lora.lora_modules(net).values())).lora_A
 
 
-def test_a_port_beyond_the_last_is_one_line(tmp_path):
-    processes.refused(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", 70000], "--port 70000", "0-65535")
+def test_a_port_beyond_the_last_is_one_line(tmp_path, micro_folder):
+    processes.refused(serve.main, tmp_path, ["--checkpoint", micro_folder, "--port", 70000], "--port 70000", "0-65535")
 
 
 class Panic(BaseException):
@@ -707,7 +710,7 @@ class Panic(BaseException):
         (Panic("while reading"), 70, "Panic: while reading\n"),
     ],
 )
-def test_what_fails_while_loading_is_said_and_not_waited_for(tmp_path, error, status, words):
+def test_what_fails_while_loading_is_said_and_not_waited_for(tmp_path, error, status, words, micro_folder):
     def body(main, argv):
         def load(*args):
             raise error
@@ -715,10 +718,10 @@ def test_what_fails_while_loading_is_said_and_not_waited_for(tmp_path, error, st
         serve.load = load
         main([str(word) for word in argv])
 
-    found = processes.run(serve.main, tmp_path, ["--checkpoint", "tiny", "--port", 0], body)
+    found = processes.run(serve.main, tmp_path, ["--checkpoint", micro_folder, "--port", 0], body)
     assert found[0] == status and found[2].endswith(words) and "--port" not in found[2], found
 
 
-def test_a_reward_model_is_not_served(tmp_path, tiny_folder):
-    judge = inputs.random_reward_model(tmp_path / "judge", tiny_folder)
+def test_a_reward_model_is_not_served(tmp_path, micro_folder):
+    judge = inputs.random_reward_model(tmp_path / "judge", micro_folder)
     processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", judge], "is a reward model")
