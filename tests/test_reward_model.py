@@ -184,12 +184,12 @@ def test_a_deviation_of_zero_divides_by_one():
     assert rewards.normalise(torch.tensor([0.3]), 0.1, 0.5).item() == pytest.approx(0.4)
 
 
-def test_a_reward_model_of_one_held_out_pair(tmp_path, tiny_folder):
+def test_a_reward_model_of_one_held_out_pair(tmp_path, micro_folder):
     source = inputs.write_data(tmp_path / "data", "safety", train=12, val=1)
-    argv = trainers.settings("reward", tiny_folder, source)(tmp_path, "--training.max_steps", 2)
+    argv = trainers.settings("reward", micro_folder, source)(tmp_path, "--training.max_steps", 2)
     status, out, err = processes.run(train_reward.main, tmp_path, argv)
     assert status == 0 and reward_model.ALIKE in out, (out, err)
-    argv = trainers.settings("grpo", tiny_folder, source, "--reward.type", "trainable")(tmp_path / "rl")
+    argv = trainers.settings("grpo", micro_folder, source, "--reward.type", "trainable")(tmp_path / "rl")
     argv += ["--reward.checkpoint", tmp_path / "run" / "final", "--evaluation.max_items", 1, "--rl.max_steps", 2]
     (tmp_path / "rl").mkdir()
     status, out, err = processes.run(train_rl.main, tmp_path / "rl", argv)

@@ -125,7 +125,7 @@ def assert_worth(report, found, pairs):
     assert report["calibration_error"] == pytest.approx(sum(gaps) / (2 * n)) and sum(gaps) > 0
 
 
-def test_loss_of_a_step_by_transformers_and_peft(tmp_path, settings, tiny_folder, tokenizer):
+def test_loss_of_a_step_by_transformers_and_peft(tmp_path, settings, micro_folder, tokenizer):
     source = write_data(tmp_path / "data", "safety", {"margin": 1.5}, train=8, val=6)
     flags = ["--training.learning_rate", 1e-30, "--training.max_steps", 1, "--training.batch_size", 8]
     flags += ["--reward.center_coefficient", 0.5, "--dataset_path", source, "--model.peft_dropout", 0]
@@ -133,7 +133,7 @@ def test_loss_of_a_step_by_transformers_and_peft(tmp_path, settings, tiny_folder
     first, last = checks.lines(tmp_path / "run")
 
     found = {
-        split: plain_rewards(tmp_path / "run" / "final", tiny_folder, inputs.pairs_of(source, split, tokenizer))
+        split: plain_rewards(tmp_path / "run" / "final", micro_folder, inputs.pairs_of(source, split, tokenizer))
         for split in ("train", "val")
     }
     margin = {split: rewards[:, 0] - rewards[:, 1] for split, rewards in found.items()}
@@ -145,8 +145,8 @@ def test_loss_of_a_step_by_transformers_and_peft(tmp_path, settings, tiny_folder
     assert 0.2 < found["train"].std() < 5  # fresh rewards have about unit size
 
 
-def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, tiny_folder):
-    net, tokenizer = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, micro_folder):
+    net, tokenizer = model.load(micro_folder, torch.device("cpu"), torch.float32)
     torch.manual_seed(1)
     lora.inject(net, "policy", 4, 8, ("q_proj", "down_proj"))
     with torch.no_grad():
@@ -159,11 +159,11 @@ def test_it_starts_from_an_adapter_and_runs_on_four_bits(tmp_path, settings, tin
     assert status == 0, err
     assert f"starting from {tmp_path}/adapter" in out
     final = tmp_path / "run" / "final"
-    net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32)
+    net, _ = model.load(micro_folder, torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match=r"reward\.checkpoint: .* trained on a 4-bit base"):
-        reward_model.load(net, "reward", final, base.fingerprint(tiny_folder))
-    net, _ = model.load(tiny_folder, torch.device("cpu"), torch.float32, quantize=True)
-    head, about = reward_model.load(net, "reward", final, base.fingerprint(tiny_folder))
+        reward_model.load(net, "reward", final, base.fingerprint(micro_folder))
+    net, _ = model.load(micro_folder, torch.device("cpu"), torch.float32, quantize=True)
+    head, about = reward_model.load(net, "reward", final, base.fingerprint(micro_folder))
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, parameter in lora.adapter_parameters(net, "reward").items():
         assert torch.allclose(parameter, saved[name], atol=1e-20), name
@@ -197,7 +197,7 @@ def test_explain_writes_nothing_and_skips_are_counted(tmp_path, settings, few):
     assert out.count("/chosen: ") == out.count("/rejected: ") == 4 and "logits" not in out
 
 
-def test_bad_input_is_one_line(tmp_path, settings, few, tiny_folder):
+def test_bad_input_is_one_line(tmp_path, settings, few, micro_folder):
     out_dir = tmp_path / "out"
     refused(tmp_path, ["--config", ROOT / "configs" / "sft_lora_270m.yml", "--debug"], "train_sft.py")
     refused(tmp_path, ["--config", ROOT / "configs" / "dpo_270m.yml", "--debug"], "train_rl.py")
@@ -212,7 +212,7 @@ def test_bad_input_is_one_line(tmp_path, settings, few, tiny_folder):
     refused(tmp_path, settings(out_dir, "--dataset_path", tmp_path / "none"), f"{tmp_path}/none/train.jsonl")
     refused(tmp_path, settings(out_dir, "--training.max_seq_length", 8), "train: no usable pair in 20 records")
     refused(tmp_path, settings(out_dir, "--model.adapter", tmp_path / "none"), "model.adapter", f"{tmp_path}/none")
-    judge = inputs.random_reward_model(tmp_path / "judge", tiny_folder)
+    judge = inputs.random_reward_model(tmp_path / "judge", micro_folder)
     refused(tmp_path, settings(out_dir, "--model.adapter", judge), "model.adapter", "modules_to_save")
     assert not list(out_dir.rglob("*.*ml"))  # neither a config nor a metric
 
