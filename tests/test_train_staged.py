@@ -49,12 +49,21 @@ def settings(few, micro_folder):
     return flags
 
 
+def count_reads(folder, main, argv):
+    """`processes.call`, with a file in `folder` that says how often a tokenizer was read."""
+    read, reads = bases.PreTrainedTokenizerFast.from_pretrained, []
+    bases.PreTrainedTokenizerFast.from_pretrained = lambda *a, **options: reads.append(a) or read(*a, **options)
+    bases._load_tokenizer.cache_clear()
+    processes.call(main, argv)
+    (folder / "reads").write_text(str(len(reads)))
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, settings):
     """The folder of a comparison of all paradigms, its command, its result."""
     out = tmp_path_factory.mktemp("compared")
     argv = settings(out, "--paradigms", "sft,rl,staged", "--training.budget_tokens", BUDGET)
-    return out / "run", argv, train(out, argv, pictures=True)
+    return out / "run", argv, train(out, argv, functools.partial(count_reads, out), pictures=True)
 
 
 # ---------------------------------------------------------------- stages
@@ -205,6 +214,11 @@ def test_the_judge_has_never_seen_the_reward_models_pairs(compared, few):
         assert cfg.reward.checkpoint == str(out / "reward" / "final") and cfg.dataset_path == str(few)
     judge = config.load_config(out / "judge" / "config.yml")
     assert judge.dataset_path == str(out / "pairs-judge") and judge.seed == 1
+
+
+def test_the_tokenizer_is_read_once(compared):
+    """Five stages, their fingerprints, the answers between them and the comparison need it; Gemma's takes seconds."""
+    assert (compared[0].parent / "reads").read_text() == "1"
 
 
 def test_the_comparison_names_all_arms(compared):

@@ -160,14 +160,18 @@ def fingerprint(folder: Path) -> str:
 
     Of config.json the content counts, not the layout. It is hashed as transformers writes it.
     """
-    files = [_config_path(folder), *sorted(folder.glob("*.safetensors"))]
-    sizes = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return _fingerprint(tuple(files), sizes)
+    files = (_config_path(folder), *sorted(folder.glob("*.safetensors")))
+    return _fingerprint(files, _versions(files))
+
+
+def _versions(files):
+    """Sizes and times of files: what was read of them holds until these change."""
+    return tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 @functools.cache
-def _fingerprint(files, sizes):
-    """Of these files, as they are at these sizes and times: they are read once in a process."""
+def _fingerprint(files, versions):
+    """Of the files in these versions: they are read once in a process."""
     content = files[0].read_bytes()
     with contextlib.suppress(ValueError, RecursionError):  # damaged: read_config refuses it
         content = (json.dumps(json.loads(content), indent=2, sort_keys=True) + "\n").encode()
@@ -275,7 +279,15 @@ def _repaired(config):
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a base, with Gemma's special ids checked and its chat template put in place."""
+    """The tokenizer of a base, with Gemma's special ids checked and its chat template put in place.
+
+    Gemma's takes seconds to read, so the last one that was read serves again while its files stay as they are.
+    """
+    return _load_tokenizer(folder, _versions(sorted(folder.glob("*token*.json"))))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tokenizer(folder, versions):
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exceptions on a damaged file
@@ -294,13 +306,6 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
     Hashed as `tokenizers` writes it, so for a file that it wrote this is the file's own hash.
     """
-    facts = (folder / "tokenizer.json").stat()
-    return _tokenizer_fingerprint(folder, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.cache
-def _tokenizer_fingerprint(folder, size, time):
-    """Of the file as it is at this size and time: Gemma's takes seconds to read, and is read once in a process."""
     return hashlib.sha256(load_tokenizer(folder).backend_tokenizer.to_str(pretty=True).encode()).hexdigest()
 
 
