@@ -171,7 +171,7 @@ def write_report(run_dir, rows):
         f"calibration error {rows['calibration_error']:.3f}, correlation of reward and length "
         f"{rows['correlation_of_reward_and_length']:+.3f}"
     )
-    log.plot_reliability(rows["reliability"], run_dir / "reliability.png")
+    log.save_picture(run_dir / "reliability.png", lambda: log.reliability_diagram(rows["reliability"]))
     say(f"wrote {run_dir}/report.json and reliability.png")
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import torch
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
     from tqdm import tqdm
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
@@ -31,6 +33,16 @@ COUNTS = {  # {what became of a record: how it is said after the number}, of oth
     "system_folded": "system prompts merged into the user's turn",
     "merged": "turns merged with the one before, of the same role",
     "leading_assistant": "assistant turns before the first user's dropped",
+}
+PICTURES: dict = {  # matplotlib's settings
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
 }
 
 
@@ -284,7 +296,8 @@ def provenance(**facts: object) -> dict[str, object]:
 def plot_curves(records: list[dict], panels: Sequence, path: Path | str) -> None:
     """Draw a PNG: one panel for each (title, keys), each key over steps where it was recorded."""
 
-    def fill(axes):
+    def draw():
+        figure, axes = panels_of(len(panels), len(panels), (4.5, 3.4))
         for axis, (title, keys) in zip(axes, panels, strict=True):
             for key in keys:
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
@@ -292,46 +305,77 @@ def plot_curves(records: list[dict], panels: Sequence, path: Path | str) -> None
                     marker = "o" if len(points) < 40 else None
                     axis.plot(*zip(*points), marker=marker, markersize=3, linewidth=1.2, label=key)
             axis.set(title=title, xlabel="optimizer step")
+            if axis.lines:
+                axis.legend(fontsize=8)
+        return figure
 
-    save_picture(path, len(panels), 4.5, 3.4, fill)
-
-
-def plot_reliability(rows: list[dict], path: Path | str) -> None:
-    """Draw a PNG of a preference model's calibration, rows of {"predicted", "observed", "count"}."""
-
-    def fill(axes):
-        (axis,) = axes
-        axis.plot((0, 1), (0, 1), color="grey", linewidth=1, linestyle="--", label="calibrated")
-        most = max(row["count"] for row in rows)
-        sizes = [20 + 180 * row["count"] / most for row in rows]
-        points = [row["predicted"] for row in rows], [row["observed"] for row in rows]
-        axis.plot(*points, linewidth=1.2, label="reward model")
-        axis.scatter(*points, s=sizes, alpha=0.6)
-        axis.set(title="pairs, each shown both ways", xlabel="predicted P(first is better)")
-        axis.set(ylabel="share that is better", xlim=(0, 1), ylim=(0, 1))
-
-    save_picture(path, 1, 4.2, 4.2, fill)
+    save_picture(path, draw)
 
 
-def save_picture(path: Path | str, columns: int, width: float, height: float, fill: Callable) -> None:
-    """Write a PNG whole or not at all: fill(axes) draws on a row of them. What goes wrong is only a warning.
+def reliability_diagram(rows: list[dict]) -> "Figure":
+    """A preference model's calibration, rows of {"predicted", "observed", "count"}, for save_picture."""
+    figure, (axis,) = panels_of(1, 1, (4.2, 4.2))
+    axis.plot((0, 1), (0, 1), color="grey", linewidth=1, linestyle="--", label="calibrated")
+    most = max(row["count"] for row in rows)
+    sizes = [20 + 180 * row["count"] / most for row in rows]
+    points = [row["predicted"] for row in rows], [row["observed"] for row in rows]
+    axis.plot(*points, linewidth=1.2, label="reward model")
+    axis.scatter(*points, s=sizes, alpha=0.6)
+    axis.set(title="pairs, each shown both ways", xlabel="predicted P(first is better)")
+    axis.set(ylabel="share that is better", xlim=(0, 1), ylim=(0, 1))
+    axis.legend(fontsize=8)
+    return figure
 
-    The figure belongs to no window and no notebook: pyplot, which may have any backend, stays out of it.
+
+def templates(folder: Path, escape: Callable, **filters: Callable) -> "Environment":
+    """Jinja2's templates in `folder`, every value of which goes through `escape` first."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    pages = Environment(
+        loader=FileSystemLoader(folder),
+        finalize=escape,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= filters
+    return pages
+
+
+def panels_of(count: int, columns: int, size: tuple[float, float]) -> tuple["Figure", list]:
+    """A figure and one pair of axes, of `size` in inches, for each panel, filled row by row.
+
+    It belongs to no window and no notebook: pyplot, which may have any backend, stays out of it.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(size[0] * columns, 4.2), size[1] * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def save_picture(path: Path | str, draw: Callable[[], "Figure | None"]) -> bool:
+    """Write the PNG of the figure that draw() returns, whole or not at all -> was it written?
+
+    None: there is nothing to draw. What goes wrong is only a warning: the run, or the report, matters more.
     """
     path = Path(path)
     draft = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        from matplotlib.figure import Figure
+        import matplotlib
 
-        figure = Figure((columns * width, height), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-        fill(axes)
-        for axis in axes:
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(fontsize=8)
-        figure.savefig(draft, dpi=110, format="png")
-        os.replace(draft, path)
-    except Exception as error:  # the run matters more
+        with matplotlib.rc_context(PICTURES):
+            figure = draw()
+            if figure:
+                figure.savefig(draft, dpi=120, format="png", metadata={"Software": None})
+                os.replace(draft, path)
+        return figure is not None
+    except Exception as error:
         draft.unlink(missing_ok=True)
         warn(f"{path} was not drawn: {type(error).__name__}: {str(error)[:200]}")
+        return False

@@ -15,7 +15,6 @@ import traceback
 import torch
 
 from common import config, log
-from common.evaluation import pictures as pictures_of_a_report
 
 SCHEMA = config._schema()  # every child would read configs/defaults.yml anew, which is a third of a short one's time
 
@@ -27,7 +26,7 @@ def call(main, argv):
 def start(main, folder, argv, body=call, environment=(), pictures=False):
     """Fork a child that runs body(main, argv) as a script would and prints to files in `folder`; returns its pid.
 
-    Curves are drawn only with `pictures`: they take longer than a short run.
+    Pictures are drawn only with `pictures`: they take longer than a short run.
     """
     sys.stdout.flush()
     pid = os.fork()
@@ -41,8 +40,7 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
             os.environ.update(environment)
             config._schema = lambda: SCHEMA
             if not pictures:
-                log.plot_curves = log.plot_reliability = lambda *what: what[-1].write_bytes(b"")
-                pictures_of_a_report.save = lambda *what: []
+                log.save_picture = lambda path, draw: path.write_bytes(b"")
             body(main, argv)
             status = 0
         except SystemExit as error:

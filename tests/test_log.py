@@ -169,7 +169,7 @@ def test_pictures_are_png_files(tmp_path):
     records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "eval/loss": 1.0}]
     log.plot_curves(records, (("loss", ("loss", "eval/loss")), ("reward", ("reward",))), tmp_path / "curves.png")
     rows = [{"predicted": 0.2, "observed": 0.3, "count": 4}, {"predicted": 0.8, "observed": 0.7, "count": 1}]
-    log.plot_reliability(rows, tmp_path / "calibration.png")
+    log.save_picture(tmp_path / "calibration.png", lambda: log.reliability_diagram(rows))
     for name in ("curves.png", "calibration.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 

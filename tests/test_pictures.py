@@ -2,6 +2,7 @@
 
 import re
 
+from common import log
 from common.evaluation import pictures
 from tests.test_report import CURVES, Page, found, written
 
@@ -43,3 +44,20 @@ def test_the_reliability_of_the_judge_is_drawn_where_known(tmp_path):
     results["judge"]["reliability"] = [{"predicted": 0.2, "observed": 0.3, "count": 4}]
     markdown, _ = written(tmp_path, results)
     assert "(reliability.png)" in markdown and (tmp_path / "reliability.png").stat().st_size > 1000
+
+
+def test_a_picture_that_fails_leaves_the_report(tmp_path, monkeypatch, capsys):
+    """The report is written without it, and one line says so: its numbers took hours."""
+
+    def broken(results, curves, styles):
+        raise RuntimeError("no room for labels")
+
+    monkeypatch.setitem(pictures.DRAWERS, "frontier.png", broken)
+    monkeypatch.setattr(log, "_warned", set())
+    markdown, page = written(tmp_path, found(), CURVES)
+    assert "(differences.png)" in markdown and "frontier.png" not in markdown + page
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["curves.png", "differences.png"]
+    assert (
+        capsys.readouterr().out == f"warning: {tmp_path}/frontier.png was not drawn: RuntimeError: no room for labels\n"
+    )
+    assert not list(tmp_path.glob(".tmp-*"))

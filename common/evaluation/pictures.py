@@ -5,21 +5,12 @@ picture: Okabe and Ito's colours stay apart for colour-blind readers, the marker
 """
 
 import math
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
 from common import log
 
-SETTINGS = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.parse_math": False,
-}
 KNOWN = {
     "base": ("#595959", "s", "-"),
     "sft": ("#0072B2", "o", "-"),
@@ -50,33 +41,13 @@ ALTS = {
 
 def save(folder, results, curves):
     """Draw what has data into `folder` and return the names of the files. No number in results is infinite or nan."""
-    import matplotlib
-
     names = [*results["systems"], *results.get("floors", ()), *curves]
     styles = KNOWN | dict(zip((name for name in dict.fromkeys(names) if name not in KNOWN), cycle(OTHERS)))
-    with matplotlib.rc_context(SETTINGS):
-        drawn = {name: draw(results, curves, styles) for name, draw in DRAWERS.items()}
-        drawn = {name: figure for name, figure in drawn.items() if figure is not None}
-        for name, figure in drawn.items():
-            figure.savefig(Path(folder) / name, dpi=120, metadata={"Software": None})
-    names = list(drawn)
-    if (results.get("judge") or {}).get("reliability"):
-        log.plot_reliability(results["judge"]["reliability"], Path(folder) / "reliability.png")
-        names.append("reliability.png")
-    return names
-
-
-def panels_of(count, columns, size):
-    """A figure and one pair of axes for each panel, filled row by row."""
-    from matplotlib.figure import Figure
-
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(max(size[0] * columns, 4.2), size[1] * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    return figure, axes[:count]
+    drawn = []
+    for name, draw in DRAWERS.items():
+        if log.save_picture(Path(folder) / name, partial(draw, results, curves, styles)):
+            drawn.append(name)
+    return drawn
 
 
 def legend(figure, names, styles, lines=False):
@@ -100,7 +71,7 @@ def differences(results, curves, styles):
     if not tables:
         return None
     names = list(dict.fromkeys((row["a"], row["b"]) for rows in tables.values() for row in rows))
-    figure, axes = panels_of(len(tables), 3, (2.7, 0.8 + 0.26 * len(names)))
+    figure, axes = log.panels_of(len(tables), 3, (2.7, 0.8 + 0.26 * len(names)))
     for i, (axis, (metric, rows)) in enumerate(zip(axes, tables.items(), strict=True)):
         for row in (row for row in rows if measured(row, "difference")):
             place, (colour, marker, _) = names.index((row["a"], row["b"])), styles[row["a"]]
@@ -134,7 +105,7 @@ def frontier(results, curves, styles):
     def root(kl):
         return math.sqrt(max(kl, 0))
 
-    figure, axes = panels_of(len(panels), 2, (3.8, 3.4))
+    figure, axes = log.panels_of(len(panels), 2, (3.8, 3.4))
     for axis, key in zip(axes, panels, strict=True):
         for name, distance in distances.items():
             cell, (colour, marker, _) = cells.get(key, {}).get(name), styles[name]
@@ -168,7 +139,7 @@ def learning(results, curves, styles):
     }
     if not panels:
         return None
-    figure, axes = panels_of(len(panels), 2, (3.8, 2.8))
+    figure, axes = log.panels_of(len(panels), 2, (3.8, 2.8))
     for axis, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
             held_out = key.startswith("eval/")
@@ -190,4 +161,15 @@ def learning(results, curves, styles):
     return figure
 
 
-DRAWERS = {"differences.png": differences, "frontier.png": frontier, "curves.png": learning}
+def reliability(results, curves, styles):
+    """How often the judge is right over how sure it says it is, where the report of its own run knows."""
+    rows = (results.get("judge") or {}).get("reliability")
+    return log.reliability_diagram(rows) if rows else None
+
+
+DRAWERS = {
+    "differences.png": differences,
+    "frontier.png": frontier,
+    "curves.png": learning,
+    "reliability.png": reliability,
+}
