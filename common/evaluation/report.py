@@ -14,9 +14,9 @@ import re
 from pathlib import Path
 from statistics import NormalDist
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from common import log
 from common.evaluation import pictures
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,7 +45,8 @@ def write(folder, results, curves, items=()):
     for name in drawn:
         inline[name] = base64.b64encode((folder / name).read_bytes()).decode()
     for name, escape in (("report.md", markdown), ("report.html", visible)):
-        text = templates(escape).get_template(name).render(shared, inline=inline)
+        filters = {"number": shown, "interval": interval, "difference": difference, "code": code}
+        text = log.templates(TEMPLATES, escape, **filters).get_template(name).render(shared, inline=inline)
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in ("report.md", "report.html", *drawn)]
 
@@ -130,14 +131,6 @@ def markdown(text):
 def code(text):
     """Text as a block of code in Markdown."""
     return Markup("    " + visible(text).strip().replace("\n", "\n    "))
-
-
-def templates(escape):
-    """The templates, every value of which goes through `escape` first."""
-    how = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    pages = Environment(loader=FileSystemLoader(TEMPLATES), finalize=escape, **how)
-    pages.filters |= {"number": shown, "interval": interval, "difference": difference, "code": code}
-    return pages
 
 
 # ---------------------------------------------------------------- verdicts

@@ -3,19 +3,15 @@
 import re
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from common import log
 from common.human.analysis import MAX_FAILED, PRIOR, SCORES
-
-TEMPLATES = Path(__file__).parents[1] / "evaluation" / "templates"
 
 
 def report(study):
     """human.analyse's dict -> Markdown text, for a reader who has not seen the code."""
-    how = {"undefined": StrictUndefined, "autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    pages = Environment(loader=FileSystemLoader(TEMPLATES), finalize=plain, keep_trailing_newline=True, **how)
-    pages.filters |= {"figure": figure, "percent": lambda row: figure(row, "share", 100, ".1f", " %")}
+    pages = log.templates(Path(__file__).parent, plain, figure=figure)
     left_out = [row for row in study["raters"] if row["rater_id"] in study["excluded"]]
     ranked = sorted(study["bradley_terry"].items(), key=lambda pair: -pair[1]["strength"])
     fixed = {"MAX_FAILED": MAX_FAILED, "PRIOR": PRIOR, "SCORES": SCORES}
