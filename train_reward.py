@@ -213,7 +213,7 @@ def main(argv=None):
     steps = training.epochs * batches.per_epoch if training.max_steps is None else training.max_steps
     if job.explain:
         first = [train[i][side] for i in batches[0] for side in ("chosen", "rejected")]
-        return explain.show(first, tokenizer, net, named, training.micro_batch_tokens, steps, logits=False)
+        explain.show(first, tokenizer, net, named, training.micro_batch_tokens, logits=False)
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.weight_decay)
@@ -273,6 +273,8 @@ def main(argv=None):
 
     # --- report
     record = run.finish(alike(run.record))
+    if job.explain:
+        return record
     if rewards is None:  # resumed where all was done but this
         rewards, _ = evaluate(net, head, val, training.micro_batch_tokens, run.device)
     if dist.is_main():

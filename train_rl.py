@@ -24,6 +24,7 @@ equal rewards out, DAPO samples again for them.
 Run the same command again to resume: a run that was stopped or killed goes on bit for bit.
 """
 
+import dataclasses
 import time
 
 import torch
@@ -287,10 +288,10 @@ def train_on_prompts(run, models, records, score, explained):
     if algorithm["critic"] and rl.critic_warmup >= expected:
         raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {expected} steps to the policy")
     if explained:
-        dataset.size, started = min(size, explained), time.perf_counter()
-        shown = prompts.shown_by_explain(sample_and_score(run, models, dataset, score, 0))
-        seconds = (time.perf_counter() - started) * size / dataset.size
-        return show(run, models, shown, expected, **explain.rollout_sizes(dataset, rl, cfg.evaluation, seconds))
+        few = dataclasses.replace(dataset, size=min(size, explained))
+        shown = prompts.shown_by_explain(sample_and_score(run, models, few, score, 0))
+        show(run, models, shown, **explain.rollout_sizes(dataset, rl, cfg.evaluation))
+        run.state.step = rl.critic_warmup if algorithm["critic"] else 0  # times a step in which all roles learn
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = make_optimizer(models, training, rl)
@@ -328,7 +329,7 @@ def train_on_prompts(run, models, records, score, explained):
 
     # --- report
     record = run.finish(watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards))
-    if dist.is_main():
+    if dist.is_main() and not explained:
         prompts.report(run.folder, cfg.evaluation.draws)
     return record
 
@@ -395,10 +396,8 @@ def train_on_pairs(run, models, records, score, explained):
     batches = dataset.batches
     steps = number_of_steps(cfg, batches.per_epoch)
     if explained:
-        steps = optim.expected_steps(0, steps, 0, training.budget_tokens, batches.tokens_per_step)
-        return show(run, models, pairs.shown_by_explain(dataset), steps, total=round(batches.tokens_per_step))
-    with run.autocast:
-        pairs.add_reference_logprobs(dataset, models.frozen, steps, training.micro_batch_tokens, run.start_key)
+        show(run, models, pairs.shown_by_explain(dataset), total=round(batches.tokens_per_step))
+    pairs.add_reference_logprobs(run, models.frozen, dataset, steps)
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = make_optimizer(models, training, rl)
@@ -431,9 +430,9 @@ def train_on_pairs(run, models, records, score, explained):
 
     # --- report
     record = run.finish(watch.collapse(run.record))
-    if held_out is None:  # resumed where all was done but this
+    if held_out is None and not explained:  # resumed where all was done but this
         held_out, _ = pairs.evaluate(run, models, dataset, dpo_objective, DPO_METRICS)
-    if dist.is_main():
+    if dist.is_main() and not explained:
         pairs.report(run.folder, held_out, dataset.val)
     return record
 
@@ -455,12 +454,12 @@ def make_optimizer(models, training, rl):
     return torch.optim.AdamW(groups)
 
 
-def show(run, models, examples, steps, **sizes):
-    """--explain: the examples, the checks on them, the time of a step and the memory plan."""
+def show(run, models, examples, **sizes):
+    """--explain: the examples, the checks on them and the memory plan."""
     on_frozen = models.frozen if models.adapter is None or models.has_reference else None
     how = models.tokenizer, models.net, models.named, run.training.micro_batch_tokens
     with run.autocast:
-        return explain.show(examples, *how, steps, frozen=on_frozen, **sizes)
+        explain.show(examples, *how, frozen=on_frozen, **sizes)
 
 
 @command

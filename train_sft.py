@@ -82,8 +82,7 @@ def main(argv=None):
     if job.explain:
         first = [train[i] for row in batches[0] for i in rows[row]]
         with run.autocast:
-            end = optim.expected_steps(0, steps, 0, training.budget_tokens, batches.tokens_per_step)
-            return explain.show(first, tokenizer, net, named, training.micro_batch_tokens, end)
+            explain.show(first, tokenizer, net, named, training.micro_batch_tokens)
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = torch.optim.AdamW(optim.adamw_groups(named, training.learning_rate, training.weight_decay))

@@ -108,6 +108,7 @@ def run_one(case, base):
         main = train_sft.main if case[3] == "sft" else train_rl.main
         main(flags(case, base, work))
         found["steps"] = log.peak_memory_gb(device)
+        resume.write_run_info = begin
         main([*flags(case, base, work), "--explain"])
     return found
 

@@ -87,12 +87,16 @@ def shown_by_explain(dataset: PairDataset) -> list[dict]:
     return [dataset.train[row][side] for row in dataset.batches[0] for side in ("chosen", "rejected")]
 
 
-def add_reference_logprobs(dataset: PairDataset, frozen: Gemma, steps: int, budget: int, start_key: list) -> None:
+def add_reference_logprobs(run: Run, frozen: Gemma, dataset: PairDataset, steps: int) -> None:
     """Fill dataset.ref_logprobs: summed log-probs of both answers under the frozen reference, cached or computed.
 
     They are made in the very micro-batches of the first epoch and of the evaluation, where they will be compared: so
-    the first margin is 0 to the bit. start_key: what decides their bits beside data and micro-batches.
+    the first margin is 0 to the bit. --explain takes zeros: a step takes as long, and nothing is left in the cache.
     """
+    if run.explained:
+        dataset.ref_logprobs["train"] = torch.zeros(len(dataset.train), 2)
+        return
+    budget = run.training.micro_batch_tokens
     first_epoch = range(min(steps, dataset.batches.per_epoch))
     micro_batches = {
         "train": [rows for step in first_epoch for rows in training_micro_batches(dataset, step, budget)],
@@ -100,9 +104,9 @@ def add_reference_logprobs(dataset: PairDataset, frozen: Gemma, steps: int, budg
     }
     for split, cuts in micro_batches.items():
         pairs = getattr(dataset, split)
-        key = [start_key, dataset.fingerprint, split, cuts, dist.world_size(), torch.__version__]
+        key = [run.start_key, dataset.fingerprint, split, cuts, dist.world_size(), torch.__version__]
         started = time.perf_counter()
-        with lora.using(frozen, "reference"):
+        with run.autocast, lora.using(frozen, "reference"):
             dataset.ref_logprobs[split] = reference_logprobs(frozen, pairs, cuts, key)
         seconds = time.perf_counter() - started
         say(f"reference log-probs of {split}: {seconds:.1f} s")

@@ -3,9 +3,15 @@
 Run keeps the record and answers questions; the script acts, in the order in which its loop is written: train_sft.py is
 the shortest example, docs/design.md explains it. run.log may be left out, or called rarely; run.count may not.
 Questions may be asked more than once: a step has one answer to each. All ranks must ask the same ones.
+
+Under --explain the loop runs too: its first steps, to say how long all of them will take, without an evaluation or a
+checkpoint, in a folder that goes away.
 """
 
+import functools
 import math
+import shutil
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -18,7 +24,9 @@ from types import SimpleNamespace as Config
 from common import config, dist, log, model
 from common.log import UserError, say
 from common.optim import expected_steps
-from common.runtime import base, checkpoint, resume, tracker, watch
+from common.runtime import base, checkpoint, explain, resume, tracker, watch
+
+EXPLAIN_STEPS, EXPLAIN_SECONDS = 3, 20.0  # what --explain runs: so many steps, or as many as take so long
 
 
 @dataclass
@@ -51,16 +59,21 @@ class Run:
         self.device = model.pick_device(cfg.device)
         self.dtype = model.pick_dtype(cfg.model.dtype, self.device)
         self.autocast = model.compute_context(self.device, self.dtype, cfg.model.peft_type == "none")
+        self.explained, self.timed = job.explain, []  # seconds of each step that --explain has run
+        if job.explain:
+            cfg.training.resume, cfg.logging.tracker = "auto", "none"
         resume.prepare(self.device)
-        if not job.explain:
-            tracker.check(cfg.logging)
+        tracker.check(cfg.logging)
         self.base_folder = base.resolve(cfg.model.base_checkpoint)  # may download: before any rank waits
         self.base_name = base.public_name(cfg.model.base_checkpoint, self.base_folder)
         self.base_fingerprint = base.fingerprint(self.base_folder)
         dist.init(self.device, self.training.timeout)
         self.folder = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, name)
         self.state, self.locked = State(), False
-        if self.folder.exists() and not job.explain:
+        if job.explain:
+            self.folder = Path(tempfile.mkdtemp())
+            log.on_exit(functools.partial(shutil.rmtree, self.folder))
+        elif self.folder.exists():
             self._lock()
 
     def _lock(self):
@@ -175,7 +188,7 @@ class Run:
         """Every training.eval_interval steps and at the end; not twice, and not where a signal ends the run."""
         self._ask(step)
         due = step % self.training.eval_interval == 0 or self._last(step)
-        return due and not self.stopped and self.state.evaluation is None
+        return due and not self.stopped and not self.explained and self.state.evaluation is None
 
     def keep_evaluation(self, evaluation: dict) -> None:
         """Keep {"eval/...": float} for the step's record, best/ and patience."""
@@ -189,7 +202,7 @@ class Run:
         """Every training.save_interval steps, at a new best and at the end; at step 0 only if a signal ends the run."""
         self._ask(step)
         due = step > 0 and (self._improved() or step % self.training.save_interval == 0)
-        return due or self.stopped or self._done(step)
+        return not self.explained and (due or self.stopped or self._done(step))
 
     @contextmanager
     def new_checkpoint(self, step: int) -> Iterator[Path]:
@@ -211,8 +224,9 @@ class Run:
         if self.stopped:
             end = self.expected_end(step)
             raise SystemExit(f"stopped at step {step} of {end}, saved; run the same command again to go on")
+        enough = self.explained and (len(self.timed) == EXPLAIN_STEPS or sum(self.timed) > EXPLAIN_SECONDS)
         self.clock = time.perf_counter()
-        return self._done(step)
+        return self._done(step) or dist.any_rank(enough)
 
     # ---------------------------------------------------------------- the record
 
@@ -234,6 +248,8 @@ class Run:
         self.state.step += 1
         now = time.perf_counter()
         self.seconds += now - self.clock
+        if self.explained:
+            self.timed.append(now - self.clock)
         self.counts.update({"tokens": tokens, **others})
         self.clock = now
         self.bar.update()
@@ -279,8 +295,11 @@ class Run:
                 log.plot_curves(log.read_records(path), self.panels, self.folder / "curves.png")
 
     def finish(self, warnings: Sequence[str] = ()) -> dict:
-        """Write the last record, final/ and curves.png; returns the record."""
+        """Write the last record, final/ and curves.png; returns the record. Under --explain only say the time."""
         self.bar.close()
+        if self.explained:
+            self._say_time()
+            return self.record
         self._open_record()
         best = f"best_{self.metric.replace('/', '_')}"
         self.record |= {"tokens_seen": self.state.tokens_seen, best: self.sign * self.state.best}
@@ -300,3 +319,10 @@ class Run:
         say(f"wrote {self.folder}/{written}" + (f"; peak memory {peak:.2f} GB" if peak else ""))
         dist.barrier()
         return self.record
+
+    def _say_time(self):
+        """How long the run will take, by the last step: the first one warms up."""
+        seconds, seen, budget = self.timed[-1], self.state.tokens_seen, self.training.budget_tokens
+        steps = expected_steps(len(self.timed), self.steps, seen, budget, self.tokens_per_step)
+        whole = f"{steps:,} steps {explain.duration(seconds * steps)}"
+        say(f"one step takes about {explain.duration(seconds)} here, {whole}, evaluations apart")

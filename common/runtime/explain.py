@@ -1,10 +1,12 @@
-"""What `--explain` shows: which tokens are trained, checks on them, the time of a step, and its memory by formula."""
+"""What `--explain` shows: which tokens are trained, checks on them, and the memory of a step by formula.
+
+The script then runs its loop for a step or a few, which Run times and forgets.
+"""
 
 import itertools
 import math
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from types import SimpleNamespace as Config
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import Gemma3ForCausalLM as Gemma
 from transformers import Gemma3TextConfig
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import chat, data, dist, lora, model
+from common import chat, dist, lora, model
 from common.log import UserError, say
 
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
@@ -182,11 +184,10 @@ def _sampling(net, decodes, width):
     ]
 
 
-def rollout_sizes(prompts: Any, rl: Config, evaluation: Config, sampling: float) -> dict:
-    """What `show` wants to know of online RL: {"total": tokens of an update, "passes", "sampling", "decodes"}.
+def rollout_sizes(prompts: Any, rl: Config, evaluation: Config) -> dict:
+    """What `show` wants to know of online RL: {"total": tokens of an update, "decodes"}, of one rank.
 
-    All of one rank. prompts: a PromptDataset; its longest prompts count, and every answer as if it ran to its limit.
-    sampling: seconds that a step's rollout takes.
+    prompts: a PromptDataset; its longest prompts count, and every answer as if it ran to its limit.
     """
     longest = {split: max(len(prompt.ids) for prompt in getattr(prompts, split)) for split in ("train", "val")}
     per_rank = max(1, rl.rollout_size // dist.world_size())
@@ -196,11 +197,7 @@ def rollout_sizes(prompts: Any, rl: Config, evaluation: Config, sampling: float)
         (per_rank * rl.group_size, longest["train"] + rl.max_new_tokens),
         (math.ceil(len(prompts.val) / dist.world_size()), longest["val"] + evaluation.max_new_tokens),
     ]
-    critic = rl.algorithm == "ppo"
-    updates = rl.minibatches * rl.num_ppo_epochs
-    forwards = (critic or updates > 1) + (rl.kl_coef > 0) + critic  # old and reference log-probs, and values
-    passes = updates * (1 + critic) + rl.minibatches * forwards / 3  # a forward is a third of a forward and backward
-    return {"total": round(total), "passes": passes, "sampling": sampling, "decodes": decodes}
+    return {"total": round(total), "decodes": decodes}
 
 
 def _in_4_bits(net):
@@ -220,17 +217,13 @@ def show(
     net: Gemma,
     named: dict[str, Parameter],
     budget: int,
-    steps: int,
     total: int | None = None,
-    passes: float = 1.0,
-    sampling: float = 0.0,
     **plan: Any,
-) -> int:
-    """Print the first batch as it will be trained, the time and the memory plan; returns the number of examples shown.
+) -> None:
+    """Print the first batch as it will be trained, and the memory plan.
 
-    budget: tokens of a micro-batch; steps: of the run; total: tokens of a whole update where these examples are not all
-    of it; passes: forwards and backwards over them in a step; sampling: seconds of a step's rollout; plan: options of
-    memory_plan. UserError with the reason if an example breaks a rule of the format.
+    budget: tokens of a micro-batch; total: tokens of a whole update where these examples are not all of it; plan:
+    options of memory_plan. UserError with the reason if an example breaks a rule of the format.
     """
     width, colour = shutil.get_terminal_size((100, 24)).columns, sys.stdout.isatty()
     for example in examples:
@@ -247,36 +240,9 @@ def show(
     trainable = list(named.values())
     numbers = sum(p.numel() for p in trainable)
     say(f"trainable: {numbers:,} parameters in {len(trainable)} tensors, the first {next(iter(named))}")
-    shown = sum(len(example["ids"]) for example in examples)
-    of_rank = total or shown / dist.world_size()
-    seconds = sampling + passes * of_rank / shown * seconds_of_pass(examples, net, budget, plan.get("logits", True))
-    say(
-        f"one step takes about {duration(seconds)} here, {steps:,} steps {duration(seconds * steps)}, evaluations apart"
-    )
-    total = total or shown
+    total = total or sum(len(example["ids"]) for example in examples)
     longest = max(len(example["ids"]) for example in examples)
     say_plan(memory_plan(net, trainable, (min(budget, total), longest, total > budget), **plan))
-    return len(examples)
-
-
-def seconds_of_pass(examples: list[dict], net: Gemma, budget: int, logits: bool) -> float:
-    """Time of a forward and backward pass over the examples; logits: false for a reward model."""
-    lengths = [len(example["ids"]) for example in examples]
-    micro_batches = data.micro_batches(range(len(examples)), lengths, budget)
-    started = 0.0
-    for number, rows in enumerate([micro_batches[0], *micro_batches]):  # the first pass alone takes longer
-        started = time.perf_counter() if number == 1 else started
-        tokens, mask = data.collate([examples[row] for row in rows], net.device)
-        if logits:
-            result = model.sequence_logprobs(net, tokens, mask)
-        else:
-            result, _ = model.sequence_hidden(net, tokens, mask, last=True)
-        loss = result.float().sum()
-        loss.backward()
-        loss.item()  # waits for a GPU
-    seconds = time.perf_counter() - started
-    net.zero_grad(set_to_none=True)
-    return seconds
 
 
 def duration(seconds: float) -> str:
