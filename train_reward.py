@@ -149,29 +149,15 @@ def report(rewards, pairs, task):
 
 
 def write_report(run_dir, rows):
-    """Write report.json and reliability.png, and say what is in them."""
+    """Write report.json and reliability.png, and say what the model is worth beside the best floor."""
     log.write_json(run_dir / "report.json", rows)
-    shown = {
-        name.replace("held_out", "reward model"): row
-        for name, row in rows.items()
-        if name.startswith(("held_out", "length_matched"))
-    }
-    for name, row in (shown | {f"floor: {name}": row for name, row in rows["floors"].items()}).items():
-        accuracy = "no pairs"
-        if row["interval"] is not None:
-            low, high = row["interval"]
-            accuracy = f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-        say(f"{name.replace('_', ' ')}: accuracy {accuracy} of {row['pairs']} pairs")
-    paired = rows["against_shorter_answer"]
-    say(
-        f"against the shorter answer: right where that is wrong {paired['only_model_right']} times, wrong where "
-        f"that is right {paired['only_floor_right']} times, p = {paired['p']:.2g}"
-    )
-    say(
-        f"calibration error {rows['calibration_error']:.3f}, correlation of reward and length "
-        f"{rows['correlation_of_reward_and_length']:+.3f}"
-    )
     log.save_picture(run_dir / "reliability.png", lambda: log.reliability_diagram(rows["reliability"]))
+    name, floor = max(rows["floors"].items(), key=lambda item: item[1]["accuracy"])
+    shown = {"reward model": rows["held_out"], "reward model between samples": rows.get("held_out_between_samples")}
+    for title, row in (shown | {f"best rule without a model, {name}": floor}).items():
+        if row and row["pairs"]:
+            low, high = row["interval"]
+            say(f"{title}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {row['pairs']} val pairs")
     say(f"wrote {run_dir}/report.json and reliability.png")
 
 

@@ -330,7 +330,7 @@ def train_on_prompts(run, models, records, score, explained):
     # --- report
     record = run.finish(watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards))
     if dist.is_main() and not explained:
-        prompts.report(run.folder, cfg.evaluation.draws)
+        prompts.report(run.folder, cfg.evaluation.draws, rl.missing_stop_penalty)
     return record
 
 

@@ -6,7 +6,7 @@
     --paradigms sft,rl,staged    these arms at equal cost: tokens trained + tokens sampled = training.budget_tokens
                                  (staged spends half on SFT and half on RL)
 
-After each stage one held-out prompt is answered before and after it; at the end evaluate.py compares the base with what
+After each stage one prompt of val is answered before and after it; at the end evaluate.py compares the base with what
 was trained. A reward model is trained where the reward wants one and reward.checkpoint names none; its cost is shown
 apart. In a comparison on preference data it learns from one half of the pairs, and from the other half a second one,
 which no policy sees, to judge by. Left out: a search over settings; all stages share one config.
@@ -131,7 +131,7 @@ def check_arms(cfg, arms, text):
 
 
 class Answers:
-    """What each checkpoint answers, greedily, to the first held-out prompt that asks for no harm."""
+    """What each checkpoint answers, greedily, to the first prompt of val that asks for no harm."""
 
     def __init__(self, cfg, base_folder):
         self.cfg, self.known, self.tokenizer = cfg, {}, base.load_tokenizer(base_folder)
@@ -157,31 +157,18 @@ class Answers:
     def show(self, before, after):
         if self.prompts:
             prompt = measure.dialogue(self.prompts[0].record["prompt"])
-            for name, text in (("held-out prompt", prompt), ("before", self.by(before)), ("after", self.by(after))):
+            answers = {"before": self.by(before), "after": self.by(after)}
+            if answers["before"] == answers["after"]:
+                answers = {"before, after": answers["after"]}
+            for name, text in {"val prompt": prompt, **answers}.items():
                 line = " ".join(text.split())
                 cut = line[:SHOWN_CHARACTERS] + "..." * (len(line) > SHOWN_CHARACTERS)
                 say(f"  {name + ':':16} {cut or '(nothing)'}")
 
 
-def in_one_sentence(run_dir, mode):
-    """What a stage has changed, by its first evaluation and its last."""
-    evaluations = {}
-    for record in log.read_records(run_dir / "metrics.jsonl"):
-        for name, value in record.items():
-            evaluations.setdefault(name, []).append(value)
-    if mode == "sft":
-        losses = evaluations["eval/loss"]
-        return f"its loss on held-out answers went from {losses[0]:.2f} to {losses[-1]:.2f} nats per token"
-    if "eval/reward" in evaluations:
-        means = evaluations["eval/reward"]
-        return f"the mean reward of its held-out answers went from {means[0]:.2f} to {means[-1]:.2f}"
-    accuracy = evaluations["eval/accuracy"][-1]
-    return f"it prefers the better of two held-out answers in {accuracy:.0%} of pairs, where a coin would in 50%"
-
-
 def compare(cfg, arms, plan, out):
-    """The base, floors and all policies that were trained, by evaluate.py on the same held-out prompts."""
-    say("\ncomparison: the base and what was trained, on the same held-out prompts")
+    """The base, floors and all policies that were trained, by evaluate.py on the same test prompts."""
+    say("\ncomparison: the base and what was trained, on the same test prompts")
     trained, full, mode = [name for name, _, _ in plan], cfg.model.peft_type == "none", cfg.training.mode
     folders = {"sft": "sft", "rl": "rl", "staged": "staged-rl"}
     if not arms:
@@ -267,7 +254,9 @@ def main(argv=None):
         model.trim_memory(model.pick_device(cfg.device))
         if dist.is_main():
             log.write_json(done_file, done | {name: json.loads(json.dumps(decisive, default=str))})
-            say(f"{name}: {in_one_sentence(out / name, mode)}")
+            if mode == "sft":  # the others end with a report of their own
+                losses = [r["eval/loss"] for r in log.read_records(out / name / "metrics.jsonl") if "eval/loss" in r]
+                say(f"{name}: its loss on val answers went from {losses[0]:.2f} to {losses[-1]:.2f} nats per token")
             if mode != "reward":
                 start = changes.get("model.adapter") or changes.get("model.base_checkpoint") or cfg.model.adapter
                 answers.show(str(start or cfg.model.base_checkpoint), str(final))

@@ -179,4 +179,4 @@ def report(run_dir: Path, metrics: dict[str, Tensor], pairs: list[dict]) -> None
     for name, row in rows.items():
         if isinstance(row, dict):
             low, high = row["interval"]
-            say(f"{name.replace('_', ' ')}: {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {row['pairs']} pairs")
+            say(f"{name.replace('_', ' ')}: {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {row['pairs']} val pairs")

@@ -155,17 +155,24 @@ def shown_by_explain(rollout: experience.Rollout) -> list[dict]:
     return shown
 
 
-def report(run_dir: Path, draws: int) -> None:
+def report(run_dir: Path, draws: int, missing_stop_penalty: float) -> None:
     """Write report.json from held_out.jsonl and say it; see compare."""
     rows = compare(log.read_records(run_dir / "held_out.jsonl"), draws)
     log.write_json(run_dir / "report.json", rows)
-    for name, row in rows.items():
-        if isinstance(row, dict):
-            low, high = row["interval"]
-            say(
-                f"held-out {name}: {row['first']:.3f} -> {row['last']:.3f}, {row['difference']:+.3f} "
-                f"[{low:+.3f}, {high:+.3f}] of {rows['prompts']} prompts"
-            )
+    reward, length, stops = rows["reward"], rows["length"], rows["stop_rate"]
+    low, high = reward["interval"]
+    say(
+        f"reward of {rows['prompts']} val prompts: {reward['first']:.3f} -> {reward['last']:.3f}, "
+        f"{reward['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    )
+    parts = [f"{name[7:]} {row['first']:.2f} -> {row['last']:.2f}" for name, row in rows.items() if "reward/" in name]
+    say(
+        f"  its parts: {', '.join(parts)}; tokens {length['first']:.1f} -> {length['last']:.1f}, "
+        f"ended by themselves {stops['first']:.0%} -> {stops['last']:.0%}"
+    )
+    if missing_stop_penalty:
+        lost = f"an answer that does not end by itself loses {missing_stop_penalty:g} (rl.missing_stop_penalty)"
+        say(f"  in this reward {lost}; in evaluate.py's reward of test prompts it loses nothing")
 
 
 def compare(lines: list[dict], draws: int) -> dict:

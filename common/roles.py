@@ -70,8 +70,8 @@ def load_policy(
         net.requires_grad_(True)
         return net, tokenizer, None, dict(net.named_parameters())
     if peft.adapter:
-        rank, alpha, targets = model.load_adapter(net, "policy", peft.adapter)
-        say(f"adapter sizes are those of {peft.adapter}: r {rank}, alpha {alpha:g}, {', '.join(targets)}")
+        model.load_adapter(net, "policy", peft.adapter)
+        say(f"starting from {peft.adapter}, whose sizes the adapter takes")
     else:
         lora.inject(net, "policy", peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
     return net, tokenizer, "policy", lora.adapter_parameters(net, "policy")

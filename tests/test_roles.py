@@ -46,7 +46,7 @@ def test_a_critic_leaves_the_policy_s_start_as_it_is(tiny_folder):
 def test_a_saved_adapter_is_policy_and_reference(tmp_path, tiny_folder, capsys):
     start = inputs.random_start(tmp_path / "start", tiny_folder)
     models = built(tiny_folder, section(adapter=str(start)))
-    assert f"adapter sizes are those of {start}" in capsys.readouterr().out
+    assert f"starting from {start}, whose sizes the adapter takes" in capsys.readouterr().out
     frozen = lora.adapter_parameters(models.net, "reference")
     assert not any(parameter.requires_grad for parameter in frozen.values())
     for name, parameter in models.trained["policy"].items():

@@ -82,7 +82,9 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer):
     assert set(floors) == {"shorter answer", "refusal phrase", "fewer toxic words"}
     assert all(floor["pairs"] == 40 and floor["accuracy"] < held_out["interval"][0] for floor in floors.values())
     assert (
-        "reward model: accuracy {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(held_out["accuracy"], *held_out["interval"])
+        "reward model: accuracy {:.3f} [{:.3f}, {:.3f}] of 40 val pairs".format(
+            held_out["accuracy"], *held_out["interval"]
+        )
         in out
     )
 

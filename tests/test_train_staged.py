@@ -121,7 +121,7 @@ def test_staged_is_its_scripts_one_after_the_other(tmp_path, settings):
 
 
 def test_staged_says_what_it_does_and_compares_at_the_end(tmp_path, settings):
-    """A title and one sentence a stage, one prompt before and after it, and the base, SFT and the end side by side."""
+    """A title and the change of each stage, one prompt before and after it; the base, SFT and the end side by side."""
     argv = settings(tmp_path)
     status, text, err = run(tmp_path, argv)
     assert status == 0 and not err, err
@@ -129,14 +129,14 @@ def test_staged_says_what_it_does_and_compares_at_the_end(tmp_path, settings):
     assert titles == [(str(n), name, train_staged.PURPOSES[name]) for n, name in enumerate(("sft", "reward", "rl"), 1)]
     out = tmp_path / "run"
     first, last = lines(out / "sft")[0]["eval/loss"], lines(out / "sft")[-1]["eval/loss"]
-    assert f"sft: its loss on held-out answers went from {first:.2f} to {last:.2f} nats per token\n" in text
+    assert f"sft: its loss on val answers went from {first:.2f} to {last:.2f} nats per token\n" in text
     accuracy = json.loads((out / "reward" / "report.json").read_text())["held_out"]["accuracy"]
-    assert f"reward: it prefers the better of two held-out answers in {accuracy:.0%} of pairs" in text
+    assert f"reward model: accuracy {accuracy:.3f} [" in text and " of 8 val pairs\nbest rule without a model, " in text
     rewards = json.loads((out / "rl" / "report.json").read_text())["reward"]
-    shown = f"rl: the mean reward of its held-out answers went from {rewards['first']:.2f} to {rewards['last']:.2f}\n"
-    assert shown in text
-    parts = [re.findall(rf"(?m)^  {name}: +(.+)$", text) for name in ("held-out prompt", "before", "after")]
-    prompts, before, after = parts
+    assert f"reward of 8 val prompts: {rewards['first']:.3f} -> {rewards['last']:.3f}, " in text
+    assert text.count("does not end by itself loses 1 (rl.missing_stop_penalty)") == 1 and "held-out" not in text
+    shown = ("val prompt", "before(?:, after)?", "(?:before, )?after")
+    prompts, before, after = (re.findall(rf"(?m)^  {name}: +(.+)$", text) for name in shown)
     assert prompts[0] == prompts[1] and len(prompts) == len(before) == 2  # of the policy's stages
     assert after[0] == before[1] == by_transformers(out / "sft" / "final", config.load_config(out / "config.yml"))
     results = json.loads((out / "comparison" / "results.json").read_text())
