@@ -17,7 +17,6 @@ stand floors, and the best of BEST_OF answers of the one named `base`. Left out:
 Run the same command again to go on: systems whose answers are there already are not asked again.
 """
 
-import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -133,39 +132,29 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
 def ask(net, tokenizer, items, cfg, scorers, others):
     """One answer of `net` to each item -> (lines with all statistics, sampled tokens per second)."""
     net.eval()
-    answers, speed = measure.generate(net, items, sampling(cfg))
+    answers, speed = measure.generate(net, items, vars(cfg.evaluation) | {"seed": cfg.seed})
     answers = [group[0] for group in answers]
     lines = measure.text_lines(cfg.task, items, answers, tokenizer, scorers)
     more = measure.model_stats(net, others, items, answers, tokenizer, cfg.training.max_seq_length)
     return measure.merge(lines, more), speed
 
 
-def sampling(cfg):
-    evaluation = cfg.evaluation
-    return {
-        "seed": cfg.seed,
-        "max_new_tokens": evaluation.max_new_tokens,
-        "temperature": evaluation.temperature,
-        "top_p": evaluation.top_p,
-    }
-
-
-def kept_answers(path, key, make):
-    """The records that make() returns, from `path` where an earlier call left them under the same key."""
+def kept_answers(path, key, make, *arguments):
+    """The records that make(*arguments) returns, from `path` where an earlier call left them under the same key."""
     asked = []
-    records = cache.records(path, key, lambda: asked.append(True) or make())
+    records = cache.records(path, key, lambda: asked.append(True) or make(*arguments))
     if not asked:
         say(f"{path.stem}: answered before")
     return records
 
 
 def best_of(base_model, tokenizer, items, cfg, scorers):
-    """Lines of the base's best answer by the optimised reward among the first n samples, n = 2 and BEST_OF.
+    """[name, lines] of the base's best answer by the optimised reward among the first n samples, n = 2 and BEST_OF.
 
     Always at temperature 1 and over the whole distribution: of equal answers none is the best, and the KL is only then
     log n - (n - 1) / n (Stiennon et al. 2020). Where the reward reads the reference it is an oracle, and is called so.
     """
-    whole = sampling(cfg) | {"temperature": 1.0, "top_p": 1.0}
+    whole = vars(cfg.evaluation) | {"seed": cfg.seed, "temperature": 1.0, "top_p": 1.0}
     oracle = " (oracle)" if task_reads_references(cfg) else ""
     with lora.using(base_model, None):  # the adapter that was loaded last is active
         answers, _ = measure.generate(base_model, items, whole, BEST_OF)
@@ -173,12 +162,12 @@ def best_of(base_model, tokenizer, items, cfg, scorers):
     mine, scores = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records)).double()
     flat = [ids for group in answers for ids in group]
     scores[mine] = scorers["reward"]([records[i] for i in mine], [flat[i] for i in mine]).double().cpu()
-    table, best = dist.sum_tensor(scores).view(-1, BEST_OF), {}
+    table, best = dist.sum_tensor(scores).view(-1, BEST_OF), []
     for n in (2, BEST_OF):
         picked = table[:, :n].argmax(1).tolist()
         lines = measure.text_lines(cfg.task, items, [g[i] for g, i in zip(answers, picked)], tokenizer, scorers)
         kl = measure.values_and_counts([np.log(n) - (n - 1) / n] * len(items))
-        best[f"base, best of {n}{oracle}"] = measure.merge(lines, {"kl_base_sequence": kl})
+        best.append([f"base, best of {n}{oracle}", measure.merge(lines, {"kl_base_sequence": kl})])
     return best
 
 
@@ -288,8 +277,7 @@ def measure_floors(bare, items, cfg, scorers, has_base, path, key):
         answers = [[*chat.encode_text(bare.tokenizer, text), chat.END_OF_TURN] for text in texts]
         floors[name] = measure.merge(measure.text_lines(cfg.task, items, answers, bare.tokenizer, scorers), {})
     if has_base and "reward" in scorers:
-        best = functools.partial(best_of, bare.net, bare.tokenizer, items, cfg, scorers)
-        floors |= dict(kept_answers(path, key, lambda: list(best().items())))
+        floors |= dict(kept_answers(path, key, best_of, bare.net, bare.tokenizer, items, cfg, scorers))
     return floors
 
 
@@ -336,8 +324,7 @@ def main(argv=None):
     for system in systems:
         path = out / "items" / f"{system.name}-{system.seed}.jsonl"
         key = cache.key([shared, system.weights_key], sys.modules[__name__], *SOURCES)
-        make = functools.partial(answer, system, bare, items, cfg, scorers)
-        lines = kept_answers(path, key, make)
+        lines = kept_answers(path, key, answer, system, bare, items, cfg, scorers)
         runs_by_system.setdefault(system.name, []).append(lines)
         speed[system.name] = lines[0]["tokens_per_second"]
     has_base = any((system.name, system.adapter) == ("base", None) for system in systems)

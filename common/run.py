@@ -223,10 +223,12 @@ class Run:
             dist.barrier()
         if self.stopped:
             end = self.expected_end(step)
-            raise SystemExit(f"stopped at step {step} of {end}, saved; run the same command again to go on")
-        enough = self.explained and (len(self.timed) == EXPLAIN_STEPS or sum(self.timed) > EXPLAIN_SECONDS)
+            saved = "" if self.explained else ", saved; run the same command again to go on"
+            raise SystemExit(f"stopped at step {step} of {end}{saved}")
         self.clock = time.perf_counter()
-        return self._done(step) or dist.any_rank(enough)
+        if self.explained and not self._done(step):
+            return dist.any_rank(len(self.timed) == EXPLAIN_STEPS or sum(self.timed) > EXPLAIN_SECONDS)
+        return self._done(step)
 
     # ---------------------------------------------------------------- the record
 
@@ -263,7 +265,8 @@ class Run:
             self.record |= {f"{name}_per_second": value / self.seconds for name, value in self.counts.items()}
             self.record["seconds"] = self.seconds
         self._warn(warnings)
-        if step % self.training.eval_interval == 0 or step % self.cfg.logging.log_interval == 0:
+        shown = step % self.training.eval_interval == 0 or step % self.cfg.logging.log_interval == 0
+        if shown and not self.explained:
             self.table.say(self.record)
         if "loss" in metrics and self.seconds:
             speed = self.record["tokens_per_second"]

@@ -149,7 +149,7 @@ def _held(net, frozen, body):
     if frozen is not None and frozen is not net:
         parts.append(("the frozen second copy, with what is on it", model.memory_bytes(frozen)))
     head = net.lm_head.weight
-    if _in_4_bits(net) and head.device.type == "cpu":
+    if model.is_quantised(net) and head.device.type == "cpu":
         places = "places in the heap that the linears had before they were 4-bit, until the first step gives them back"
         parts.append((places, body * head.element_size()))
         if head.dtype == torch.bfloat16:
@@ -170,7 +170,7 @@ def _sampling(net, decodes, width):
     config, head = net.config, net.lm_head.weight
     cpu, modules = head.device.type == "cpu", lora.lora_modules(net)
     adapted = {name.rsplit(".", 1)[-1] for name, module in modules.items() if module.active in module.lora_A}
-    every = _in_4_bits(net) or width != head.element_size()  # dequantised or cast, so nothing is shared
+    every = model.is_quantised(net) or width != head.element_size()  # dequantised or cast, so nothing is shared
     copied = sum(n for name, n in linears(config).items() if every or name in adapted or "_proj" not in name)
     weights = copied * config.num_hidden_layers + (head.numel() if width != head.element_size() else 0)
     most = [(min(rows, 64 if cpu else 256), slots) for rows, slots in decodes]
@@ -198,10 +198,6 @@ def rollout_sizes(prompts: Any, rl: Config, evaluation: Config) -> dict:
         (math.ceil(len(prompts.val) / dist.world_size()), longest["val"] + evaluation.max_new_tokens),
     ]
     return {"total": round(total), "decodes": decodes}
-
-
-def _in_4_bits(net):
-    return any(hasattr(parameter, "quant_state") for parameter in net.parameters())
 
 
 def peak(plan: Plan) -> tuple[float, str]:
