@@ -1,4 +1,4 @@
-"""Score any checkpoints on the same held-out items, compare them with paired statistics, and write the report.
+"""Score any checkpoints on the same test items, compare them with paired statistics, and write the report.
 
     value = f(sum over items of their statistics);  interval: bootstrap over items (and seeds);  rates: Wilson
     a against b: paired bootstrap of the difference, paired randomisation (rates: McNemar), Holm over a metric's pairs

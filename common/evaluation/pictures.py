@@ -26,8 +26,8 @@ OTHERS = (
     ("#8C564B", "<", ":"),
 )
 LEARNING = {
-    "held-out loss of SFT (nats per token)": ("eval/loss",),
-    "reward (markers: held-out)": ("reward", "eval/reward"),
+    "loss of SFT on val (nats per token)": ("eval/loss",),
+    "reward (markers: on val)": ("reward", "eval/reward"),
     "KL to the reference (nats per token)": ("kl",),
     "length of an answer (tokens)": ("length",),
 }
@@ -35,7 +35,7 @@ ALTS = {
     "differences.png": "Differences between the systems in each metric with 95 % intervals; filled: significant.",
     "frontier.png": "Reward and judge's score over the square root of the KL to the base, both with 95 % intervals.",
     "curves.png": "Learning curves of all arms over the tokens seen in training, one line for each stage.",
-    "reliability.png": "How often the judge is right on its held-out pairs, over how sure it says it is.",
+    "reliability.png": "How often the judge is right on its val pairs, over how sure it says it is.",
 }
 
 
