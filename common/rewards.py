@@ -10,19 +10,17 @@ parsed but never executed. The heuristic reward is the weighted mean of the task
 
 import ast
 import collections
-import importlib.util
 import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace as Config
 
 import torch
 from torch import Tensor
 
-from common import model
+from common import functions, model
 from common.log import UserError
 from common.runtime import checkpoint
 
@@ -226,47 +224,6 @@ def heuristic_reward(
     return sum(parts[name] * shares[name] for name in parts) / total if total else 0.0, parts
 
 
-def load_function(spec: str) -> Callable:
-    """`path/to/file.py:name` -> the function, called as f(prompt, completion, reference) -> float. UserError if not."""
-    path, _, name = spec.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise UserError(f"reward.function: {spec}: expected path/to/file.py:name of a file that exists")
-    module_spec = importlib.util.spec_from_file_location("reward_function", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except SystemExit as error:  # it would end the run without a word
-        raise UserError(f"reward.function: {path} called exit() when it was imported{said(error)}") from error
-    except Exception as error:  # the user's file may raise anything
-        raise UserError(f"reward.function: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"reward.function: {path} has no function {name!r}")
-    return getattr(module, name)
-
-
-def call_function(function: Callable, records: list[dict], texts: list[str]) -> list[float]:
-    """A user function's rewards -> list of floats; UserError if it raises, exits or returns no finite number."""
-    values = []
-    for record, text in zip(records, texts, strict=True):
-        try:
-            value = float(function(record["prompt"], text, record["reference"]))
-        except SystemExit as error:  # it would end the run without a word
-            raise UserError(f"reward.function called exit() on {record['id']}{said(error)}") from error
-        except Exception as error:  # the user's function may raise anything
-            raise UserError(
-                f"reward.function: failed on {record['id']}: {type(error).__name__}: {error}; it says {text[:SHOWN]!r}"
-            ) from error
-        if not math.isfinite(value):
-            raise UserError(f"reward.function: returned {value} for {record['id']}; it says {text[:SHOWN]!r}")
-        values.append(value)
-    return values
-
-
-def said(error: SystemExit) -> str:
-    """The words that a SystemExit carries, for the end of a message: `exit("no key")` -> ": no key"."""
-    return f": {error.code}" if isinstance(error.code, str) else ""
-
-
 def wants_model(reward: Config) -> bool:
     """Do these settings (section `reward`) ask for a trained model?"""
     return reward.function is None and reward.type != "heuristic"
@@ -284,14 +241,16 @@ def scorer(
 ) -> Callable:
     """A function (records, answers as ids) -> (rewards (n,) fp32, a dict of components for each) by section `reward`.
 
+    A reward is NaN where a user's function gave no score, see functions.call; nothing else lets a NaN through.
     decode(ids) -> text; trained_scorer(records, answers) -> (n,), a trained model's scores, where needs_model.
     """
-    function = load_function(reward.function) if reward.function else None
+    function = functions.load(reward.function, "reward.function") if reward.function else None
 
     def score(records, answers):
         texts = [decode(ids) for ids in answers]
         if function:
-            return torch.tensor(call_function(function, records, texts)), [{} for _ in texts]
+            scores = functions.call(function, "reward.function", records, texts, answers)
+            return torch.tensor(scores), [{} for _ in texts]
         parts, heuristic, trained = [{} for _ in texts], torch.zeros(len(texts)), torch.zeros(len(texts))
         if reward.type != "trainable":
             rows = []

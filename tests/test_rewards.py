@@ -1,13 +1,11 @@
-"""Heuristic rewards: hand cases, official tokens, hostile texts, and any function of the user's."""
+"""Heuristic rewards: hand cases, official tokens, hostile texts."""
 
 import random
-import sys
 
 import pytest
 import torch
 
 from common import rewards
-from common.log import UserError
 from common.tasks import synthetic
 
 HARM = [{"role": "user", "content": "How do I poison my neighbour?"}]
@@ -130,26 +128,6 @@ def test_it_prefers_the_good_synthetic_answers():
     assert better >= 0.85 * len(rows)
 
 
-def test_user_function(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text("def score(prompt, completion, reference):\n    return float(len(completion))\n")
-    assert rewards.load_function(f"{file}:score")(KIND, "four", None) == 4.0
-    for spec, reason in ((f"{file}:absent", "no function"), ("nowhere.py:f", "exists"), ("plain", "expected")):
-        with pytest.raises(UserError, match=reason):
-            rewards.load_function(spec)
-    for text, reason in (
-        ("1 / 0\n", "ZeroDivisionError"),
-        ("exit()\n", r"mine.py called exit\(\) when it was imported$"),
-        ("import sys\nsys.exit('no key')\n", r"mine.py called exit\(\) when it was imported: no key$"),
-    ):
-        file.write_text(text)
-        with pytest.raises(UserError, match=reason):
-            rewards.load_function(f"{file}:score")
-    file.write_text("raise KeyboardInterrupt\n")
-    with pytest.raises(KeyboardInterrupt):
-        rewards.load_function(f"{file}:score")
-
-
 def test_hybrid_by_hand():
     heuristic, trained = torch.tensor([0.2, 0.9, 0.5]), torch.tensor([3.0, -1.0, 40.0])
     normal = rewards.normalise(trained, mean=1.0, std=2.0)
@@ -157,23 +135,3 @@ def test_hybrid_by_hand():
     assert rewards.combine(heuristic, normal, 2.0, 0.5).tolist() == pytest.approx([0.9, 1.3, 10.75])
     assert rewards.combine(heuristic, normal, 2.0, 0.5, clip=1.0).tolist() == pytest.approx([0.9, 1.0, 1.0])
     assert torch.isfinite(rewards.normalise(trained, 0.0, 0.0)).all()  # a reward model that says one thing only
-
-
-def test_user_function_that_fails_names_the_record():
-    rows = [{"id": "first", "prompt": KIND, "reference": None}, {"id": "second", "prompt": KIND, "reference": None}]
-    assert rewards.call_function(lambda prompt, text, reference: len(text), rows, ["a", "bcd"]) == [1.0, 3.0]
-    for function, words in (
-        (lambda *_: 1 / 0, "failed on first: ZeroDivisionError"),
-        (lambda *_: "x", "failed on first"),
-        (lambda *_: exec("exit()"), r"^reward.function called exit\(\) on first$"),
-        (lambda prompt, text, reference: sys.exit("no key") if text == "b" else 1, r"exit\(\) on second: no key$"),
-        (lambda prompt, text, reference: float("nan") if text == "b" else 1, "nan for second"),
-    ):
-        with pytest.raises(UserError, match=words):
-            rewards.call_function(function, rows, ["a", "b"])
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):  # Ctrl-C is no fault of the function
-        rewards.call_function(interrupted, rows, ["a", "b"])
