@@ -32,6 +32,7 @@ from common import (
     data,
     decoder,
     dist,
+    functions,
     gemma,
     log,
     lora,
@@ -60,7 +61,7 @@ JOBS = (
 BEST_OF = 4
 HEADLINES = {"safety": ("judge", "reward", "loss_per_byte"), "clinical": ("rougeL",), "conala": ("bleu",)}
 SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
-SOURCES += (products, rewards, rollouts)  # what decides an answer and its scores
+SOURCES += (functions, products, rewards, rollouts)  # what decides an answer and its scores
 
 
 @dataclass
@@ -164,7 +165,7 @@ def best_of(base_model, tokenizer, items, cfg, scorers):
     scores[mine] = scorers["reward"]([records[i] for i in mine], [flat[i] for i in mine]).double().cpu()
     table, best = dist.sum_tensor(scores).view(-1, BEST_OF), []
     for n in (2, BEST_OF):
-        picked = table[:, :n].argmax(1).tolist()
+        picked = table[:, :n].nan_to_num(nan=-torch.inf).argmax(1).tolist()  # NaN: no score
         lines = measure.text_lines(cfg.task, items, [g[i] for g, i in zip(answers, picked)], tokenizer, scorers)
         kl = measure.values_and_counts([np.log(n) - (n - 1) / n] * len(items))
         best.append([f"base, best of {n}{oracle}", measure.merge(lines, {"kl_base_sequence": kl})])

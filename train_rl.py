@@ -152,7 +152,7 @@ def grpo_step(run, models, dataset, score, optimizer, step):
 
     # --- rows: excluded ones are out of loss and divisor; a zero gradient (equal rewards) is only not computed
     rollout.zero_advantage = experience.zero_advantage_groups(rollout.advantages, rl.group_size)
-    excluded = rollout.zero_advantage & rl.dynamic_sampling
+    excluded = rollout.unscored | (rollout.zero_advantage & rl.dynamic_sampling)
     if rl.mask_truncated:
         excluded = excluded | experience.truncated(rollout, step)
     rollout.exclude(excluded)
@@ -205,8 +205,8 @@ def ppo_step(run, models, dataset, score, optimizer, step):
     rollout = sample_and_score(run, models, dataset, score, step)
     log.write_records(run.folder / "samples.jsonl", experience.lines(rollout, models.tokenizer, step))
 
-    # --- rows: all are trained on but, with rl.mask_truncated, those that did not stop by themselves
-    excluded = experience.truncated(rollout, step) if rl.mask_truncated else torch.zeros_like(rollout.stopped)
+    # --- rows: all are trained on but those without a score and, with rl.mask_truncated, those that did not stop
+    excluded = rollout.unscored | experience.truncated(rollout, step) if rl.mask_truncated else rollout.unscored
     rollout.exclude(excluded)
     minibatches = make_minibatches(run, rollout, ~excluded, step)
 
@@ -324,7 +324,7 @@ def train_on_prompts(run, models, records, score, explained):
 
         watch.observe(run.state.memory, metrics)
         warnings = watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards)
-        warnings += watch.sampler(run.record | metrics, run.dtype)
+        warnings += watch.sampler(run.record | metrics, run.dtype) + watch.unscored(metrics)
         run.log(step, metrics | {"lr": lr, "epoch": step / dataset.per_epoch}, warnings)
 
     # --- report

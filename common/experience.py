@@ -4,6 +4,7 @@ Prompts, rows and minibatches are numbered over all ranks: a rank holds whole gr
 resume changes what is sampled or which rows are updated together.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Rollout:
     completions: list  # B lists of ids
     stopped: Tensor  # (B,) bool: did the completion end with a stop token
     sampled_logprobs: Tensor  # (B, T-1), the sampler's own: a health check in the log, in no ratio
-    rewards: Tensor  # (B,)
+    rewards: Tensor  # (B,), NaN where the user's function gave no score
     reward_parts: list  # B dicts, the components of each reward
     records: list  # B, of the data
     row_numbers: list  # B, among all ranks' rows of this step
@@ -54,6 +55,11 @@ class Rollout:
     @property
     def ids(self) -> list[str]:
         return [f"{record['id']}/{row}" for record, row in zip(self.records, self.row_numbers, strict=True)]
+
+    @property
+    def unscored(self) -> Tensor:
+        """(B,) bool: rows without a score; no update may use them."""
+        return self.rewards.isnan()
 
     def exclude(self, rows: Tensor) -> None:
         """Leave rows (B,) bool out of the loss and of its divisor: their mask becomes 0."""
@@ -270,22 +276,25 @@ def check_finite(rollout: Rollout, step: int) -> None:
 
 
 def summary(rollout: Rollout, front: str = "") -> dict[str, float]:
-    """{name: mean over all ranks' completions} of rewards, their components and spread, lengths, stops, variety."""
+    """{name: mean over all ranks' completions} of rewards, their components and spread, lengths, stops, variety.
+
+    Reward and its spread are over the completions that have a score, and missing where none of any rank has one.
+    """
     names = sorted({name for part in rollout.reward_parts for name in part})
-    rewards = rollout.rewards.double()
-    columns = {
-        "reward": rewards,
-        "reward_square": rewards.square(),
-        "length": rollout.completion_tokens,
-        "stop_rate": rollout.stopped,
-    }
-    sums = {name: column.sum() for name, column in columns.items()}
+    rewards = rollout.rewards[~rollout.unscored].double()
+    sums = {"length": rollout.completion_tokens.sum(), "stop_rate": rollout.stopped.sum()}
     sums |= {f"reward/{name}": sum(part[name] for part in rollout.reward_parts) for name in names}
+    sums |= {"unscored_share": rollout.unscored.sum()}
     variety = watch.distinct_bigrams(dist.gather_rows(rollout.completions))
-    *totals, count = dist.sum_all(*sums.values(), len(rewards))
-    means = {name: total / count for name, total in zip(sums, totals, strict=True)}
-    spread = max(0.0, means.pop("reward_square") - means["reward"] ** 2) * count / max(1, count - 1)
-    means |= {"reward_std": spread**0.5, "distinct_bigrams": variety}
+    *totals, reward, square, scored, count = dist.sum_all(
+        *sums.values(), rewards.sum(), rewards.square().sum(), len(rewards), len(rollout.rewards)
+    )
+    means = {}
+    if scored:
+        spread = max(0.0, square / scored - (reward / scored) ** 2) * scored / max(1, scored - 1)
+        means = {"reward": reward / scored, "reward_std": spread**0.5}
+    means |= {name: total / count for name, total in zip(sums, totals, strict=True)}
+    means["distinct_bigrams"] = variety
     return {front + name: value for name, value in means.items()}
 
 
@@ -333,7 +342,7 @@ def lines(rollout: Rollout, tokenizer: Tokenizer, step: int) -> list[dict]:
             "id": record["id"],
             "prompt": record["prompt"][-1]["content"],
             "completion": text,
-            "reward": rewards[row],
+            "reward": None if math.isnan(rewards[row]) else rewards[row],  # no score
             "parts": rollout.reward_parts[row],
             "tokens": len(rollout.completions[row]),
             "stopped": stopped[row],

@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma3ForCausalLM as Gemma
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import chat, config, data, decoder, dist, gemma, log, lora, rollouts, stats
+from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rollouts, stats
 from common import rewards as heuristics
 from common.log import UserError, say
 from common.roles import Roles
@@ -17,7 +17,7 @@ from common.runtime import cache, resume
 
 ROWS = 64  # completions sampled together
 # what decides which pairs are made, and what is written of them
-SOURCES = (chat, decoder, gemma, heuristics, lora, rollouts, sys.modules[__name__])
+SOURCES = (chat, decoder, functions, gemma, heuristics, lora, rollouts, sys.modules[__name__])
 
 
 def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict) -> list[list[list[int]]]:
@@ -62,7 +62,8 @@ def best_and_worst(
         for i in range(dist.rank(), len(records), dist.world_size()):
             rewards[i] = score([records[i]] * len(answers[i]), answers[i])[0].double()
             if not torch.isfinite(rewards[i]).all():
-                raise UserError(f"the reward of a sample for {records[i]['id']} is not finite")
+                words = "is not finite: a pair needs a score of each sample"
+                raise UserError(f"the reward of a sample for {records[i]['id']} {words}")
     except UserError as error:
         failure = error
     log.refuse_together(failure, "another rank could not score its samples")

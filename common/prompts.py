@@ -128,7 +128,10 @@ def evaluate(
         if models.has_reference:
             metrics |= exact_entropy_and_kl(models, prompts, rollout)
     rollout.rewards = advantages.missing_stop(rollout.rewards, rollout.stopped, cfg.rl.missing_stop_penalty)
-    return experience.lines(rollout, models.tokenizer, step), metrics | experience.summary(rollout, "eval/")
+    metrics |= experience.summary(rollout, "eval/")
+    if "eval/reward" not in metrics:
+        raise UserError("reward.function: gave no score (None) to any held-out completion: nothing can be compared")
+    return experience.lines(rollout, models.tokenizer, step), metrics
 
 
 def exact_entropy_and_kl(models: Roles, prompts: dict[int, Prompt], rollout: experience.Rollout) -> dict[str, float]:
@@ -159,10 +162,12 @@ def report(run_dir: Path, draws: int, missing_stop_penalty: float) -> None:
     """Write report.json from held_out.jsonl and say it; see compare."""
     rows = compare(log.read_records(run_dir / "held_out.jsonl"), draws)
     log.write_json(run_dir / "report.json", rows)
+    if "reward" not in rows:
+        return say("no val prompt has a reward both at the start and at the end")
     reward, length, stops = rows["reward"], rows["length"], rows["stop_rate"]
     low, high = reward["interval"]
     say(
-        f"reward of {rows['prompts']} val prompts: {reward['first']:.3f} -> {reward['last']:.3f}, "
+        f"reward of {reward['prompts']} val prompts: {reward['first']:.3f} -> {reward['last']:.3f}, "
         f"{reward['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
     )
     parts = [f"{name[7:]} {row['first']:.2f} -> {row['last']:.2f}" for name, row in rows.items() if "reward/" in name]
@@ -179,7 +184,8 @@ def compare(lines: list[dict], draws: int) -> dict:
     """Held-out rewards of the last evaluation against the first, prompt by prompt: means, paired bootstrap interval.
 
     lines: of held_out.jsonl. -> {"reward": {"first", "last", "difference", "interval", "p"}, ...} for the reward, each
-    component, the length in tokens and the share that stopped by itself.
+    component, the length in tokens and the share that stopped by itself. "prompts": of a row, those whose both answers
+    have a score.
     """
     steps = sorted({line["step"] for line in lines})
     first, last = ({line["row"]: line for line in lines if line["step"] == step} for step in (steps[0], steps[-1]))
@@ -191,7 +197,11 @@ def compare(lines: list[dict], draws: int) -> dict:
     before, after = ([columns(rows[number]) for number in sorted(first)] for rows in (first, last))
     report = {"steps": [steps[0], steps[-1]], "prompts": len(first)}
     for name in before[0]:
-        old, new = ([float(row[name]) for row in rows] for rows in (before, after))
+        both = [(old[name], new[name]) for old, new in zip(before, after, strict=True)]
+        both = [pair for pair in both if None not in pair]  # where both have a score
+        if not both:
+            continue
+        old, new = ([float(value) for value in column] for column in zip(*both, strict=True))
         difference, low, high, p = stats.paired_bootstrap(new, old, draws)
         report[name] = {
             "first": sum(old) / len(old),
@@ -199,5 +209,6 @@ def compare(lines: list[dict], draws: int) -> dict:
             "difference": difference,
             "interval": [low, high],
             "p": p,
+            "prompts": len(both),
         }
     return report

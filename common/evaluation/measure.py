@@ -70,7 +70,10 @@ def text_lines(task, items, answers, tokenizer, scorers):
         mine, scores = range(dist.rank(), len(items), dist.world_size()), torch.zeros(len(items), dtype=torch.float64)
         if mine:
             scores[mine] = scorer([records[i] for i in mine], [answers[i] for i in mine]).double().cpu()
-        stats[name] = values_and_counts(dist.sum_tensor(scores).numpy())
+        scores = dist.sum_tensor(scores).numpy()
+        stats[name] = values_and_counts(scores)
+        if name == "reward":
+            stats[name][np.isnan(scores)] = 0  # the user's function gave no score: the item does not count
     stats["length"] = values_and_counts([len(ids) for ids in answers])
     stats["stops"] = values_and_counts([bool(ids) and ids[-1] in chat.STOP_TOKENS for ids in answers])
     return [

@@ -69,6 +69,12 @@ def sampler(record: dict, dtype: torch.dtype) -> list[str]:
     return said
 
 
+def unscored(metrics: dict) -> list[str]:
+    """A step of which no completion got a score."""
+    nothing = metrics["unscored_share"] == 1
+    return ["reward.function gave no score (None) to any completion of a step: nothing was learned"] if nothing else []
+
+
 def distinct_bigrams(completions: list[list[int]]) -> float:
     """Share of different pairs of neighbouring tokens among all in the BEGIN first tokens of a batch; 1 if none.
 
@@ -87,7 +93,12 @@ def unseen(warnings: list[str], said: list[str]) -> list[str]:
 
 
 def observe(memory: dict[str, list], values: dict[str, float]) -> None:
-    """Keep what is watched of a step's values ({name: float}) in memory {"first": [], "last": []}, which is JSON."""
+    """Keep what is watched of a step's values ({name: float}) in memory {"first": [], "last": []}, which is JSON.
+
+    A step without a reward, as nothing in it has a score, is none of the WINDOW.
+    """
+    if "reward" not in values:
+        return
     values = {name: value for name, value in values.items() if name.startswith("reward/") or name in WATCHED}
     place = "first" if len(memory["first"]) < WINDOW else "last"
     memory[place] = [*memory[place], values][-WINDOW:]
