@@ -44,6 +44,7 @@ from common import (
     rewards,
     rollouts,
     stats,
+    tasks,
 )
 from common.evaluation import comparison, export, measure, metrics, report
 from common.human import analysis, manifest, ratings
@@ -59,7 +60,6 @@ JOBS = (
     ("--human_results", {"nargs": "+", "metavar": "FILE", "help": "analyse these ratings against the run's key"}),
 )
 BEST_OF = 4
-HEADLINES = {"safety": ("judge", "reward", "loss_per_byte"), "clinical": ("rougeL",), "conala": ("bleu",)}
 SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
 SOURCES += (functions, products, rewards, rollouts)  # what decides an answer and its scores
 
@@ -174,7 +174,7 @@ def best_of(base_model, tokenizer, items, cfg, scorers):
 
 def task_reads_references(cfg):
     """Does the optimised reward see the answer that it should lead to?"""
-    return cfg.reward.function is not None or (cfg.task != "safety" and cfg.reward.type != "trainable")
+    return cfg.reward.function is not None or (tasks.load(cfg.task).needs_reference and cfg.reward.type != "trainable")
 
 
 def locate(named, cfg):
@@ -274,7 +274,8 @@ def answer(system, bare, items, cfg, scorers):
 def measure_floors(bare, items, cfg, scorers, has_base, path, key):
     """{name: lines} of what needs no training: fixed answers, and the best of several answers of the base."""
     floors = {}
-    for name, texts in metrics.floors(cfg.task, [item.record for item in items]).items():
+    make = tasks.load(cfg.task).floors
+    for name, texts in (make([item.record for item in items]) if make else {}).items():
         answers = [[*chat.encode_text(bare.tokenizer, text), chat.END_OF_TURN] for text in texts]
         floors[name] = measure.merge(measure.text_lines(cfg.task, items, answers, bare.tokenizer, scorers), {})
     if has_base and "reward" in scorers:
@@ -307,7 +308,7 @@ def main(argv=None):
 
     # --- the base in memory, its judges, the items
     bare = load_base(base_folder, cfg, device)
-    records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
+    records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed, cfg.task_options)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, counts = measure.items(records, bare.tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     log.say_counts("test", counts)
@@ -359,27 +360,30 @@ def main(argv=None):
 def tables(cfg, systems, runs_by_system, floors):
     """The tables of results.json that follow from the answers alone."""
     draws, judge = cfg.evaluation.draws, cfg.evaluation.reward_checkpoint
-    table = comparison.cells(runs_by_system | {name: [lines] for name, lines in floors.items()}, draws)
-    headline = next((name for name in HEADLINES[cfg.task] if name in table), next(iter(table)))
-    order = [headline, *(name for name in table if name != headline)]
+    known = metrics.table(cfg.task)
+    table = comparison.cells(runs_by_system | {name: [lines] for name, lines in floors.items()}, known, draws)
+    headline = next((name for name in tasks.load(cfg.task).headline if name in table), next(iter(table)))
+    known = {name: known[name] for name in (headline, *(name for name in table if name != headline))}
     by_seed = {}
-    for name in order:
+    for name in known:
         measured = [system for system in runs_by_system if system in table[name]]
         by_seed[name] = {s: [comparison.value(lines, name) for lines in runs_by_system[s]] for s in measured}
     models = (("reward model", cfg.reward.checkpoint), ("second reward model", judge))
     return {
-        "task": cfg.task,
+        "task": tasks.load(cfg.task).name,
         "items": len(next(iter(runs_by_system.values()))[0]),
         "draws": draws,
         "systems": list(runs_by_system),
         "headline": headline,
         "item_score": "reward" if "reward" in table else headline,
         "seeds": {name: len(seeds) for name, seeds in runs_by_system.items()},
-        "metrics": {name: vars(metrics.METRICS[name]) for name in order},
-        "cells": {name: table[name] for name in order},
+        "metrics": {name: vars(metric) for name, metric in known.items()},
+        "cells": {name: table[name] for name in known},
         "floors": list(floors),
-        "pairs": comparison.pairs(runs_by_system, order, draws),
-        "wins": comparison.wins(runs_by_system, headline) if metrics.METRICS[headline].kind != "corpus" else [],
+        "pairs": comparison.pairs(runs_by_system, known, draws),
+        "wins": comparison.wins(runs_by_system, headline, known[headline].better)
+        if known[headline].kind != "corpus"
+        else [],
         "by_seed": by_seed,
         "cost": {system.name: comparison.cost(system.runs) for system in systems if system.seed == 0},
         "extra_cost": {
@@ -466,7 +470,7 @@ def write_export(cfg, job):
         "seed": cfg.seed,
         "items": min(cfg.evaluation.max_items or export.PROBES, export.PROBES),
     }
-    records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
+    records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed, cfg.task_options)
     return export.run(source, job.export, how, records, sizes)
 
 

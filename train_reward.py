@@ -4,7 +4,7 @@
 
 r is read at the last token of prompt and answer (its <end_of_turn>); the prompt that the two answers share is computed
 once. c is reward.center_coefficient. Left out, compared with TRL's RewardTrainer: full fine-tuning (policy, reference,
-critic and reward model share one base here), gradient checkpointing. A task whose data has no pairs (clinical, conala)
+critic and reward model share one base here), gradient checkpointing. A task whose data has no pairs
 gets them made: the reference and samples of the base, ranked by the task's metric.
 
     python train_reward.py --config configs/reward_270m.yml --debug                    two cores, nothing to download
@@ -19,7 +19,7 @@ floors that need no training.
 import numpy as np
 import torch
 
-from common import chat, config, data, dist, log, lora, losses, model, optim, preferences, reward_model, stats
+from common import chat, config, data, dist, log, lora, losses, model, optim, preferences, reward_model, stats, tasks
 from common import rewards as heuristics
 from common.log import UserError, command, say, say_counts
 from common.run import Run
@@ -71,7 +71,11 @@ def alike(record):
 
 def make_pairs(net, tokenizer, records, sampling, task):
     """Two pairs per record, ranked by the task's metric: its reference and its best sample, each against its worst."""
-    metric = {"clinical": heuristics.overlap, "conala": heuristics.sentence_bleu}[task]
+    metric = tasks.load(task).rank
+    if metric is None:
+        raise UserError(
+            f"task {task}: its data has no pairs, and it ranks no samples: bring data with rejected answers"
+        )
 
     def score(rows, answers):
         texts = [chat.decode(tokenizer, ids) for ids in answers]
@@ -92,11 +96,16 @@ def make_pairs(net, tokenizer, records, sampling, task):
 def load_pairs(run, net, tokenizer, explain_only):
     """{split: records} with pairs of the data, or of the base's own samples where the data has none."""
     cfg, rl = run.cfg, run.cfg.rl
-    records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
-    if cfg.task == "safety" or any(record["rejected"] is not None for rows in records.values() for record in rows):
+    records = {
+        split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options)
+        for split in ("train", "val")
+    }
+    if tasks.load(cfg.task).has_pairs or any(
+        record["rejected"] is not None for rows in records.values() for record in rows
+    ):
         return records
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
-    key = resume.fingerprint([run.start_key[:4], sampling, cfg.seed, cfg.task, records])
+    key = resume.fingerprint([run.start_key[:4], sampling, cfg.seed, tasks.fingerprint(cfg.task), records])
     if explain_only:  # one batch is enough, and it leaves nothing in the cache
         records, key = {split: rows[: cfg.training.batch_size] for split, rows in records.items()}, None
 
@@ -115,10 +124,8 @@ def report(rewards, pairs, task):
     lengths = [[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in pairs]  # tokens
     shorter = [rejected - chosen for chosen, rejected in lengths]
     rules = {"shorter answer": shorter}
-    if task == "safety":
-        texts = [pair["texts"] for pair in pairs]
-        rules["refusal phrase"] = [heuristics.refuses(a) - heuristics.refuses(b) for a, b in texts]
-        rules["fewer toxic words"] = [heuristics.toxicity(a) - heuristics.toxicity(b) for a, b in texts]
+    for name, score in tasks.load(task).pair_rules.items():
+        rules[name] = [score(chosen) - score(rejected) for chosen, rejected in (pair["texts"] for pair in pairs)]
 
     def accuracy(values):
         if not len(values):

@@ -490,7 +490,10 @@ def main(argv=None):
     score = rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(models.tokenizer, ids), trained_scorer)
 
     # --- data, optimizer and loop
-    records = {split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed) for split in ("train", "val")}
+    records = {
+        split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options)
+        for split in ("train", "val")
+    }
     explained = max(min(training.batch_size, 4), dist.world_size()) if job.explain else 0
     return (train_on_prompts if online else train_on_pairs)(run, models, records, score, explained)
 

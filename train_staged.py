@@ -31,7 +31,7 @@ import evaluate
 import train_reward
 import train_rl
 import train_sft
-from common import chat, config, data, dist, log, model, prompts, rewards, rollouts
+from common import chat, config, data, dist, log, model, prompts, rewards, rollouts, tasks
 from common.evaluation import measure, metrics
 from common.log import UserError, command, say
 from common.runtime import base, checkpoint
@@ -59,7 +59,7 @@ def stages(cfg, arms, out):
     mode, full, budget = cfg.training.mode, cfg.model.peft_type == "none", cfg.training.budget_tokens
     online = {"rl", "staged"} & {*(arms or [mode])} and (cfg.rl.algorithm, cfg.rl.pairs) != ("dpo", "data")
     rewarded = bool(online) and rewards.wants_model(cfg.reward) and cfg.reward.checkpoint is None
-    judged = bool(arms) and cfg.task == "safety" and cfg.evaluation.reward_checkpoint is None
+    judged = bool(arms) and tasks.load(cfg.task).has_pairs and cfg.evaluation.reward_checkpoint is None
     pairs = {"training.budget_tokens": "null"} | ({"model.peft_type": "lora"} if full else {})
     reward = [("reward", "reward", pairs | ({"dataset_path": out / "pairs-reward"} if judged else {}))] * rewarded
     judge = [("judge", "reward", pairs | {"dataset_path": out / "pairs-judge", "seed": cfg.seed + 1})] * judged
@@ -89,7 +89,7 @@ def write_halves(cfg, out):
     """Cut the pairs of train and val in two by a hash of their first turn: out/pairs-reward and out/pairs-judge."""
     for split in ("train", "val"):
         halves = {"reward": [], "judge": []}
-        for record in data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed):
+        for record in data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options):
             first = record["prompt"][0]["content"].strip().lower()
             odd = hashlib.sha256(f"half/{first}".encode()).digest()[0] % 2
             halves["judge" if odd else "reward"].append(record)
@@ -131,14 +131,14 @@ def check_arms(cfg, arms, text):
 
 
 class Answers:
-    """What each checkpoint answers, greedily, to the first prompt of val that asks for no harm."""
+    """What each checkpoint answers, greedily, to the first prompt of val that may be shown."""
 
     def __init__(self, cfg, base_folder):
         self.cfg, self.known, self.tokenizer = cfg, {}, base.load_tokenizer(base_folder)
-        records = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed)
+        records = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed, cfg.task_options)
         encoded, _ = prompts.encode_prompts(records, self.tokenizer, cfg.training.max_seq_length)
-        harmless = [prompt for prompt in encoded if not rewards.is_harmful_request(prompt.record["prompt"])]
-        self.prompts = harmless or encoded
+        plain = tasks.load(cfg.task).plain
+        self.prompts = [prompt for prompt in encoded if plain and plain(prompt.record["prompt"])] or encoded
 
     def by(self, source):
         """The answer of a base, or of the policy in the final/ of a run."""
@@ -205,7 +205,7 @@ def main(argv=None):
     base_folder, comparable = base.resolve(cfg.model.base_checkpoint), True
     try:
         metrics.require(cfg.task)
-        records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed)
+        records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed, cfg.task_options)
         longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
         measure.items(records, base.load_tokenizer(base_folder), longest, cfg.evaluation.max_items, cfg.seed)
     except UserError as error:

@@ -104,8 +104,8 @@ def work(root, plan_file):
     torch.set_num_threads(1)
     mains = {module.__name__: module.main for module in (train_sft, train_reward, train_rl)}
     plan = json.loads(Path(plan_file).read_text())
-    names = [(task, split) for task in synthetic.TASKS for split in ("train", "val")]
-    rows = {f"{task}/{split}": synthetic.records(task, split, 100, 0) for task, split in names}
+    names = [(task, split) for task in TASKS for split in ("train", "val")]
+    rows = {f"{task}/{split}": tasks.records(task, split, 100, 0) for task, split in names}
     folder = Path(base.resolve("tiny"))
     setup = {"base": str(folder), "base files": hashes(folder), "data": {key: digest(rows[key]) for key in rows}}
     if not Path(plan["data"]).exists():

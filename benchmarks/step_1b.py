@@ -22,6 +22,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
 import train_sft  # noqa: E402
 from common.runtime import cache  # noqa: E402
+from common import tasks
 from common.tasks import synthetic  # noqa: E402
 
 SHAPE = {"vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
@@ -52,7 +53,7 @@ def main():
     folder = cache.build_once(cache.root() / "random-1b", lambda target: write_random(target, args.tokenizer))
     with tempfile.TemporaryDirectory() as work:
         for split, count in (("train", 4 * args.steps), ("val", 2)):
-            rows = synthetic.records("safety", split, 40 * count)
+            rows = tasks.records("safety", split, 40 * count)
             text = [" ".join(r["response"] for r in rows[40 * i : 40 * i + 40]) for i in range(count)]
             lines = [json.dumps(rows[40 * i] | {"response": text[i]}) for i in range(count)]
             Path(work, f"{split}.jsonl").write_text("\n".join(lines) + "\n")

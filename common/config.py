@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from common import tasks
 from common.log import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -33,8 +34,9 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
 
     Raises UserError on an unreadable or hostile file, an unknown or repeated key, a wrong type or a value out of range.
     """
-    leaves, headings = _schema()
-    return _resolve(leaves, headings, [] if path is None else [path], overrides or {}, "override ")
+    files, given = [] if path is None else [path], overrides or {}
+    leaves, headings = _schema(_named_task(files, given))
+    return _resolve(leaves, headings, files, given, "override ")
 
 
 def parse_args(
@@ -51,7 +53,14 @@ def parse_args(
     come back in `job` next to `config`. Raises UserError as load_config does, for every mistake in the flags, and for a
     `training.mode` outside `modes` unless that is empty.
     """
-    leaves, headings = _schema()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the task has flags of its own
+    first.error = _refuse  # type: ignore[method-assign]  # its own ends the process
+    for flag in ("--config", "--task"):
+        first.add_argument(flag)
+    early = first.parse_known_args(argv)[0]
+    leaves, headings = _schema(
+        _named_task([early.config] if early.config else [], {} if early.task is None else {"task": early.task})
+    )
     parser = argparse.ArgumentParser(script, "%(prog)s [--config FILE] [--debug] [--section.key VALUE]...", description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev, parser.error = False, _refuse  # type: ignore[method-assign]  # its own ends the process
@@ -127,11 +136,22 @@ def _resolve(leaves, headings, files, given, label):
         for section in above:
             node = vars(node).setdefault(section, SimpleNamespace())
         setattr(node, name, value)
+    for heading in headings:  # a section may be empty, if the task has no options
+        node = root
+        for section in heading.split("."):
+            node = vars(node).setdefault(section, SimpleNamespace())
     return root
 
 
-def _schema():
-    """Read configs/defaults.yml; returns ({dotted key: leaf}, {dotted section: its comment}).
+def _named_task(files, given):
+    """The task that config files or flags name; the last one counts."""
+    named = [value for path in files for _, key, value in _walk(path) if key == "task"]
+    task = given.get("task", named[-1] if named else _schema()[0]["task"].default)
+    return tasks.load(str(task))
+
+
+def _schema(task=None):
+    """Read configs/defaults.yml; returns ({dotted key: leaf}, {dotted section: its comment}), with the task's own keys.
 
     A line is `key: default  # rule; help` or `section:  # help`. A rule is a type (`int`, `float`, `str`) with bounds
     (`float >= 0 and < 1`), choices (`a | b`; PATH is any text), either with `| null`, or `list` (some of the default).
@@ -147,6 +167,15 @@ def _schema():
             rule = f"list of {' | '.join(value)}" if rule == "list" else rule
             leaves[key] = SimpleNamespace(text=str(value).replace("'", ""), rule=rule, help=words)
             leaves[key].default = _convert(leaves[key], value, f"{path}:{line}: {key}")
+    parts, options = (task.parts, task.options) if task else ({}, {})
+    for name, part in parts.items():
+        leaves[f"reward.heuristic.{name}"] = SimpleNamespace(
+            default=part.weight, text=str(part.weight), rule="float >= 0", help=f"{task.name}: {part.what}"
+        )
+    for name, option in options.items():
+        leaf = SimpleNamespace(text=str(option.default), rule=option.rule, help=f"{task.name}: {option.what}")
+        leaf.default = _convert(leaf, option.default, f"{task.name}: options: {name}")
+        leaves[f"task_options.{name}"] = leaf
     return leaves, headings
 
 
@@ -155,7 +184,7 @@ def _convert(leaf, value, where):
     kind, names = leaf.rule.partition(" ")[0], leaf.rule.removeprefix("list of ").split(" | ")
     text = "null" if value is None else "" if isinstance(value, list | tuple | dict) else str(value)
     if kind == "list":
-        items = value if isinstance(value, list | tuple) else text.strip("[] ").replace(",", " ").split()
+        items = [str(item) for item in value] if isinstance(value, list | tuple) else text.strip("[] ").replace(",", " ").split()
         if items and all(item in names and items.count(item) == 1 for item in items):
             return [*items]
     elif kind in NUMBERS and re.fullmatch(NUMBERS[kind], text):

@@ -1,4 +1,4 @@
-"""Records of the three tasks -> token examples -> steps of rows -> micro-batches under a token budget.
+"""Records of a task -> token examples -> steps of rows -> micro-batches under a token budget.
 
 A record is one JSON line: `prompt` (turns, the last one the user's), `response`, `rejected` (or null), `reference`
 (or null), `id`; optional `margin` (of a preference), `unfinished` (which of the two answers were cut off) and
@@ -13,25 +13,31 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import chat, dist
+from common import chat, dist, tasks
 from common.log import UserError
-from common.tasks import synthetic
 
-DEBUG_SIZE = {"train": 512, "val": 128, "test": 128}  # synthetic records
 MAX_LINE = 4 * 2**20  # bytes
 PAIR_SKIPS = ("no_rejected", "empty_answer", "equal_answers", "no_user_turn", "prompt_too_long")
 
 
-def load(task: str, folder: Path | str | None, split: str, debug: bool, seed: int) -> list[dict]:
-    """The records of a split: of `folder`, or, in a debug run without one, synthetic ones of the task."""
-    if debug and folder is None:
-        return synthetic.records(task, split, DEBUG_SIZE[split], seed)
-    return load_split(folder or Path(__file__).parents[1] / "data" / task, split)
+def load(
+    task: str, folder: Path | str | None, split: str, debug: bool, seed: int, options: SimpleNamespace | None = None
+) -> list[dict]:
+    """The records of a split: of `folder`, or without one those that the task generates, or its downloaded files.
+
+    options: section `task_options` of the config.
+    """
+    chosen = tasks.load(task)
+    if folder is None and (debug or not chosen.files):
+        size = (tasks.DEBUG_SIZES if debug else chosen.sizes or tasks.DEBUG_SIZES).get(split, 128)
+        return tasks.records(chosen, split, size, seed, **vars(options or SimpleNamespace()))
+    return load_split(folder or Path(__file__).parents[1] / "data" / chosen.name, split)
 
 
 def load_split(folder: Path | str, split: str) -> list[dict]:

@@ -8,16 +8,17 @@ import torch
 from transformers import Gemma3ForCausalLM as Gemma
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rollouts, stats
+from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rollouts, stats, tasks
 from common import rewards as heuristics
 from common.log import UserError, say
 from common.roles import Roles
 from common.run import Run
 from common.runtime import cache, resume
+from common.tasks import text
 
 ROWS = 64  # completions sampled together
 # what decides which pairs are made, and what is written of them
-SOURCES = (chat, decoder, functions, gemma, heuristics, lora, rollouts, sys.modules[__name__])
+SOURCES = (chat, decoder, functions, gemma, heuristics, lora, rollouts, text, sys.modules[__name__])
 
 
 def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict) -> list[list[list[int]]]:
@@ -113,7 +114,7 @@ def from_policy(
     cfg, rl = run.cfg, run.cfg.rl
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     sampling["seed"] = cfg.seed
-    reward = [cfg.task, config.plain(cfg.reward), heuristics.fingerprint(cfg.reward)]
+    reward = [tasks.fingerprint(cfg.task), config.plain(cfg.reward), heuristics.fingerprint(cfg.reward)]
     key = None if explained else resume.fingerprint([run.start_key, sampling, reward, records])
     records = {split: rows[: explained or None] for split, rows in records.items()}
 

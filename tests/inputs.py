@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from common import data, lora, model, reward_model
 from common.runtime import base
-from common.tasks import synthetic
+from common import tasks
 from tests import processes
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "none": "model.safetensors"}
@@ -45,7 +45,7 @@ def straight(main, tmp_path_factory, settings):
 def write_data(folder, task, changes=(), **sizes):
     folder.mkdir(parents=True)
     for split, count in sizes.items():
-        lines = [json.dumps(record | dict(changes)) + "\n" for record in synthetic.records(task, split, count)]
+        lines = [json.dumps(record | dict(changes)) + "\n" for record in tasks.records(task, split, count)]
         (folder / f"{split}.jsonl").write_text("".join(lines))
     return folder
 

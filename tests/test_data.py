@@ -12,7 +12,7 @@ import torch
 
 from common import chat, data, dist
 from common.log import UserError
-from common.tasks import synthetic
+from common import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -298,7 +298,7 @@ def test_a_margin_is_read(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("ids", ["text", [1.5], {"x": [1]}])
 def test_answer_ids_that_are_no_lists_of_ids(tmp_path, ids):
-    record = synthetic.records("safety", "train", 1)[0]
+    record = tasks.records("safety", "train", 1)[0]
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(record | {"answer_ids": {"response": ids} if isinstance(ids, list) else ids}) + "\n")
     with pytest.raises(UserError, match=r"train.jsonl:1: answer_ids"):

@@ -10,7 +10,7 @@ import torch
 import train_rl
 from common import chat, config, experience, log, prompts, rewards
 from common.log import UserError
-from common.tasks import synthetic
+from common import tasks
 from tests.test_policy_losses import trl_loss
 
 
@@ -122,7 +122,7 @@ def test_rewards_summary_and_lines_by_hand(tiny_model, tmp_path):
     settings = config.load_config(None, {"reward.type": "heuristic"}).reward
     score = rewards.scorer("safety", settings, lambda ids: chat.decode(tokenizer, ids))
     sampling = {"group_size": 3, "max_new_tokens": 12, "temperature": 1.0}
-    encoded, _ = prompts.encode_prompts(synthetic.records("safety", "train", 4), tokenizer, 200)
+    encoded, _ = prompts.encode_prompts(tasks.records("safety", "train", 4), tokenizer, 200)
     chosen = dict(enumerate(encoded))
     whole = experience.collect(net, chosen, score, 3, 4, **sampling)
     assert whole.row_numbers == list(range(12)) and whole.prompt_numbers == [i // 3 for i in range(12)]

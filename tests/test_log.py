@@ -12,7 +12,7 @@ import torch
 
 from common import chat, data, log
 from common.log import UserError
-from common.tasks import synthetic
+from common import tasks
 
 ROOT = Path(log.__file__).resolve().parents[1]
 
@@ -102,7 +102,7 @@ def test_counts_are_said_in_words(capsys):
 
 def test_every_count_of_the_data_has_words(tokenizer):
     """No name of a count reaches the console as it is: what chat and data count of real dialogues has a text."""
-    records = synthetic.records("safety", "train", 200)
+    records = tasks.records("safety", "train", 200)
     _, counts = data.encode_records(records, tokenizer, 60)
     assert counts["system_folded"] and counts["truncated"] and {*chat.REPAIRS} <= {*log.COUNTS}
 

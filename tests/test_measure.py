@@ -8,7 +8,7 @@ import torch
 
 from common import chat, lora, model
 from common.evaluation import measure, metrics
-from common.tasks import synthetic
+from common import tasks
 from tests import inputs
 
 SAMPLING = {"seed": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
@@ -23,13 +23,13 @@ def tiny(tiny_folder):
 
 @pytest.fixture(scope="module")
 def items(tiny):
-    found, counts = measure.items(synthetic.records("safety", "test", 40), tiny[1], 100, 10, 0)
+    found, counts = measure.items(tasks.records("safety", "test", 40), tiny[1], 100, 10, 0)
     assert counts["kept"] == len(found) == 10 and sum(counts.values()) - 40 == 40
     return found
 
 
 def test_items_are_drawn_by_the_seed_and_never_too_long(tiny):
-    records = synthetic.records("safety", "test", 40)
+    records = tasks.records("safety", "test", 40)
     drawn = [[item.record["id"] for item in measure.items(records, tiny[1], 60, 5, seed)[0]] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 5
     assert all(len(item.ids) <= 30 for item in measure.items(records, tiny[1], 30, None, 0)[0])
@@ -104,7 +104,7 @@ def test_kl_is_zero_to_itself_and_exact_to_another(tiny, items):
 
 def test_records_without_pairs_have_a_loss_and_no_preference(tiny):
     net, tokenizer = tiny
-    items, _ = measure.items(synthetic.records("conala", "test", 6), tokenizer, 100, None, 0)
+    items, _ = measure.items(tasks.records("conala", "test", 6), tokenizer, 100, None, 0)
     stats = measure.model_stats(net, {}, items, [[5]] * len(items), tokenizer, 128)
     assert set(stats) == {"loss_per_byte"} and (stats["loss_per_byte"] > 0).all()
 

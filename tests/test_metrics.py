@@ -14,7 +14,9 @@ import pytest
 from common import rewards
 from common.evaluation import metrics, statistics
 from common.log import UserError
-from common.tasks import synthetic
+from common import tasks
+from common.tasks import conala, safety, text
+TASKS_IMPORT
 from data import download_datasets
 from tests.faults.test_hostile import HOSTILE
 from tests.test_rewards import HARM, KIND
@@ -62,7 +64,7 @@ def refusal_rates(answers, prompts):
 def official_bleu(pairs):
     """bleu_score.py of the CoNaLa baseline, rewritten: counts over the corpus, 0 where it would divide by zero."""
     matches, possible, ours_length, right_length = [0] * 4, [0] * 4, 0, 0
-    for ours, right in ((rewards.code_tokens(a), rewards.code_tokens(b)) for a, b in pairs):
+    for ours, right in ((conala.code_tokens(a), conala.code_tokens(b)) for a, b in pairs):
         ours_length, right_length = ours_length + len(ours), right_length + len(right)
         for n in range(4):
             grams = [Counter(tuple(t[i : i + n + 1]) for i in range(len(t) - n)) for t in (ours, right)]
@@ -77,7 +79,7 @@ def official_bleu(pairs):
 def sacre_bleu(pairs):
     from sacrebleu.metrics import BLEU
 
-    tokens = [[" ".join(rewards.code_tokens(text)) for text in side] for side in zip(*pairs)]
+    tokens = [[" ".join(conala.code_tokens(text)) for text in side] for side in zip(*pairs)]
     return BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(tokens[0], [tokens[1]]).score
 
 
@@ -117,8 +119,8 @@ def test_the_table_is_complete():
         m.kind in ("mean", "rate", "ratio", "corpus") and m.better in (-1, 0, 1) for m in metrics.METRICS.values()
     )
     assert all(m.what and isinstance(m.digits, int) for m in metrics.METRICS.values())
-    for task in synthetic.TASKS:
-        records = synthetic.records(task, "test", 20)
+    for task in TASKS:
+        records = tasks.records(task, "test", 20)
         found = metrics.score(task, records, [row["response"] for row in records])
         assert list(found) == [name for name in metrics.METRICS if name in found]  # the table's order
         for name, counts in found.items():
@@ -240,7 +242,7 @@ def test_ascii_words_are_counted_as_ever():
     characters = [*map(chr, range(128)), *"aaabbb   '.,", "don't ", "The ", "10 mg "]
     for _ in range(300):
         ours, right = ("".join(random_texts.choices(characters, k=random_texts.randint(0, 80))) for _ in range(2))
-        assert rewards.words(ours) == re.findall(r"[a-z0-9']+", ours.lower())
+        assert text.words(ours) == re.findall(r"[a-z0-9']+", ours.lower())
         theirs = plain.score(right, ours)
         found = metrics.score("clinical", *rows([(ours, right)]))
         assert all(found[name][0, 0] == theirs[name].fmeasure for name in theirs)
@@ -301,10 +303,10 @@ def test_what_every_task_counts():
     assert value_of("distinct_1", found) == pytest.approx(3 / 7)
 
 
-@pytest.mark.parametrize("task", synthetic.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_hostile_answers_have_finite_statistics(task):
     texts = [text for text in HOSTILE if len(text) < 60_000]
-    records = synthetic.records(task, "test", len(texts))
+    records = tasks.records(task, "test", len(texts))
     assert all(np.isfinite(counts).all() for counts in metrics.score(task, records, texts).values())
 
 
@@ -319,19 +321,19 @@ def test_floors_are_read_from_the_prompt_alone(clinical, conala, official):
 
 
 def test_floors_of_the_embedded_data_and_of_other_prompts():
-    visits = metrics.floors("clinical", synthetic.records("clinical", "test", 5))
+    visits = metrics.floors("clinical", tasks.records("clinical", "test", 5))
     assert all(text.startswith("Doctor: What is wrong?") for text in visits["whole dialogue"])
     assert all(text.startswith("Doctor:") and len(text.split()) <= 40 for text in visits["first 40 words"])
     asked = {"prompt": [{"role": "user", "content": "My own words.\n\nAnd more."}], "response": "x", "reference": None}
     assert metrics.floors("conala", [asked])["the intent itself"] == ["My own words.\n\nAnd more."]
     floors = metrics.floors("safety", [asked])
-    assert rewards.refuses(floors["always refuse"][0]) and floors["data's answer"] == ["x"]
+    assert safety.refuses(floors["always refuse"][0]) and floors["data's answer"] == ["x"]
 
 
-@pytest.mark.parametrize("task", synthetic.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_a_missing_library_is_one_line_and_never_a_zero(task, monkeypatch):
     library, package = ("sacrebleu", "sacrebleu") if task == "conala" else ("rouge_score", "rouge-score")
-    records = synthetic.records(task, "test", 2)
+    records = tasks.records(task, "test", 2)
     monkeypatch.setitem(sys.modules, library, None)
     for call in (lambda: metrics.require(task), lambda: metrics.score(task, records, ["a", "b"])):
         with pytest.raises(UserError, match=f"pip install {package}") as caught:
@@ -342,7 +344,7 @@ def test_a_missing_library_is_one_line_and_never_a_zero(task, monkeypatch):
 
 
 def test_wrong_calls_are_refused():
-    records = synthetic.records("conala", "test", 2)
+    records = tasks.records("conala", "test", 2)
     for call in (
         lambda: metrics.require("poetry"),
         lambda: metrics.score("conala", records, ["a"]),

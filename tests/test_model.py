@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import data, lora, losses, model
-from common.tasks import synthetic
+from common import tasks
 from tests.inputs import random_adapter
 from tests.test_gemma import LENGTHS, random_gemma, sequences
 from tests.test_losses import exact, inputs, relative
@@ -52,7 +52,7 @@ def test_a_small_step_moves_every_kind_of_weight():
 
 def test_mean_entropy_and_kl_against_whole_logits(tiny_model):
     net, tokenizer = tiny_model
-    pairs, _ = data.encode_pairs(synthetic.records("safety", "val", 5), tokenizer, 128)
+    pairs, _ = data.encode_pairs(tasks.records("safety", "val", 5), tokenizer, 128)
     random_adapter(net, "policy", 0, std=0.05)
     examples, micro_batches = [pair["chosen"] for pair in pairs], [[3, 0], [1], [4, 2]]
     entropy = kl = count = 0.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import data, gemma, model, pairs
-from common.tasks import synthetic
+from common import tasks
 from tests import inputs
 
 
@@ -16,7 +16,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_reference_logprobs_against_whole_logits(tiny_model, folder):
     net, tokenizer = tiny_model
-    encoded, _ = data.encode_pairs(synthetic.records("safety", "val", 5), tokenizer, 128)
+    encoded, _ = data.encode_pairs(tasks.records("safety", "val", 5), tokenizer, 128)
     inputs.random_adapter(net, "policy", 0, std=0.05)
     found = pairs.reference_logprobs(net, encoded, [[3, 0], [1], [4, 2]], "key")
     assert found.shape == (5, 2) and found.dtype == torch.float64
@@ -31,7 +31,7 @@ def test_reference_logprobs_against_whole_logits(tiny_model, folder):
 
 def test_another_forward_pass_is_another_reference(tiny_model, folder, tmp_path, monkeypatch):
     net, tokenizer = tiny_model
-    encoded, _ = data.encode_pairs(synthetic.records("safety", "val", 1), tokenizer, 128)
+    encoded, _ = data.encode_pairs(tasks.records("safety", "val", 1), tokenizer, 128)
     first = pairs.reference_logprobs(net, encoded, [[0]], "key")
     monkeypatch.setattr(model, "sequence_logprobs", lambda net, tokens, mask: torch.ones_like(mask))
     assert torch.equal(pairs.reference_logprobs(net, encoded, [[0]], "key"), first) and len(list(folder.iterdir())) == 1

@@ -9,7 +9,7 @@ import torch
 
 from common import chat, config, data, lora, preferences, reward_model, rewards
 from common.log import UserError
-from common.tasks import synthetic
+from common import tasks
 
 SAMPLING = {"group_size": 3, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}
 
@@ -36,7 +36,7 @@ def by_length(records, answers):
 
 def test_samples_are_those_of_their_own_numbers(tiny_model):
     net, tokenizer = tiny_model
-    records = synthetic.records("conala", "val", 5)
+    records = tasks.records("conala", "val", 5)
     together = preferences.sample(net, tokenizer, records, SAMPLING)
     assert [len(samples) for samples in together] == [3] * 5 and len({str(ids) for ids in together[0]}) > 1
     assert all(0 < len(ids) <= 12 for samples in together for ids in samples)
@@ -48,7 +48,7 @@ def test_samples_are_those_of_their_own_numbers(tiny_model):
 
 def test_best_against_worst_with_what_decided(tiny_model, cache, capsys):
     net, tokenizer = tiny_model
-    records = {"train": synthetic.records("conala", "train", 6), "val": synthetic.records("conala", "val", 3)}
+    records = {"train": tasks.records("conala", "train", 6), "val": tasks.records("conala", "val", 3)}
     answers = preferences.sample(net, tokenizer, records["train"], SAMPLING)
     made = made_by(tiny_model, records, by_length, "key")
     sizes = [sorted(map(len, samples)) for samples in answers]
@@ -88,7 +88,7 @@ def test_a_cut_answer_has_no_stop_token(tokenizer):
 
 
 def test_equal_scores_and_bad_scores(tiny_model, cache):
-    records = {"train": synthetic.records("conala", "train", 2)}
+    records = {"train": tasks.records("conala", "train", 2)}
 
     def flat(rows, answers):
         return torch.ones(len(rows)), [{} for _ in rows]
@@ -134,7 +134,7 @@ def test_reward_types_and_components(tiny_model, tmp_path, tiny_folder):
     about = {"base_checkpoint": str(tiny_folder), "base": fingerprint, "task": "safety", "mean": 0.5, "std": 2.0}
     (tmp_path / "rm").mkdir()
     reward_model.save(net, tokenizer, tmp_path / "rm", "reward", head, about)
-    records = synthetic.records("safety", "val", 4)
+    records = tasks.records("safety", "val", 4)
     answers = [[*chat.encode_text(tokenizer, record["response"]), chat.END_OF_TURN] for record in records]
 
     def decode(ids):
@@ -183,7 +183,7 @@ def test_a_function_s_body_and_a_missing_reference(tmp_path, tokenizer):
 
 def test_pairs_train_on_the_very_ids_that_were_sampled(tiny_model):
     net, tokenizer = tiny_model
-    records = synthetic.records("conala", "train", 40)
+    records = tasks.records("conala", "train", 40)
     answers = preferences.sample(net, tokenizer, records, SAMPLING | {"temperature": 2.0})
     sides = preferences.best_and_worst(records, answers, tokenizer, by_length)
     made = [preferences.pair_record(record, *pair) for record, pair in zip(records, sides, strict=True)]
@@ -201,6 +201,6 @@ def test_pairs_train_on_the_very_ids_that_were_sampled(tiny_model):
 
 
 def test_answer_ids_of_another_tokenizer_are_refused(tokenizer):
-    record = synthetic.records("safety", "train", 1)[0] | {"answer_ids": {"response": [300, 301]}}
+    record = tasks.records("safety", "train", 1)[0] | {"answer_ids": {"response": [300, 301]}}
     with pytest.raises(UserError, match="answer_ids do not decode to the answer"):
         data.encode_pairs([record], tokenizer, 256)

@@ -4,12 +4,12 @@ import pytest
 
 from common import chat, prompts
 from common.log import UserError
-from common.tasks import synthetic
+from common import tasks
 
 
 @pytest.fixture
 def dataset(tokenizer):
-    records = {split: synthetic.records("safety", split, 30) for split in ("train", "val")}
+    records = {split: tasks.records("safety", split, 30) for split in ("train", "val")}
     return prompts.encode(records, tokenizer, 200, 7, 10, 0)
 
 
@@ -25,7 +25,7 @@ def test_b24_each_prompt_once_an_epoch_in_whole_steps(dataset):
 
 
 def test_prompts_that_do_not_fit_are_counted(tokenizer, capsys):
-    records = {split: synthetic.records("safety", split, 20) for split in ("train", "val")}
+    records = {split: tasks.records("safety", split, 20) for split in ("train", "val")}
     lengths = [len(chat.encode_prompt(tokenizer, record["prompt"])) for record in records["train"]]
     records["train"][0] = records["train"][0] | {"prompt": [{"role": "assistant", "content": "I begin."}]}
     limit = sorted(lengths)[10]

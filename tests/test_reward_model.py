@@ -13,7 +13,7 @@ import train_rl
 from common import data, lora, reward_model, rewards
 from common.log import UserError
 from common.runtime import base
-from common.tasks import synthetic
+from common import tasks
 from tests import checks, inputs, processes
 from tests.faults import trainers
 
@@ -33,7 +33,7 @@ def judge(tiny_model):
 
 @pytest.fixture
 def pairs(tokenizer):
-    return data.encode_pairs(synthetic.records("safety", "val", 6), tokenizer, 128)[0]
+    return data.encode_pairs(tasks.records("safety", "val", 6), tokenizer, 128)[0]
 
 
 def test_head_has_unit_outputs_at_first():

@@ -8,18 +8,21 @@ import sys
 
 import pytest
 
-from common.tasks import synthetic
+from common import tasks
+from common.tasks import conala, safety
+from common.runtime import tiny
+TASKS_IMPORT
 
 TOXIC = re.compile(r"\b(idiot|stupid|hate|dumb|loser|ugly|moron|trash|kill|hurt)\b", re.IGNORECASE)
 COUNTS = {"train": 600, "val": 128, "test": 128}
 
 
 def refuses(text):
-    return text.startswith(synthetic.REFUSALS)
+    return text.startswith(safety.REFUSALS)
 
 
 def harmful(record):
-    return any(f" {verb} " in record["prompt"][-1]["content"] for verb in synthetic.HARMFUL)
+    return any(f" {verb} " in record["prompt"][-1]["content"] for verb in safety.HARMFUL)
 
 
 def score(record, text):
@@ -29,9 +32,9 @@ def score(record, text):
     return value - 3.0 * (len(words) > 12 and len(set(words)) < len(words) / 2)
 
 
-@pytest.mark.parametrize("task", synthetic.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_records_are_complete_distinct_and_end_with_the_user(task):
-    rows = synthetic.records(task, "train", 300)
+    rows = tasks.records(task, "train", 300)
     assert len({row["id"] for row in rows}) == len({repr(row["prompt"]) for row in rows}) == 300
     for row in rows:
         assert set(row) == {"id", "prompt", "response", "rejected", "reference"}
@@ -40,13 +43,13 @@ def test_records_are_complete_distinct_and_end_with_the_user(task):
         assert row["response"] != row["rejected"]
 
 
-@pytest.mark.parametrize("task", synthetic.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_splits_share_no_prompt_whatever_the_seed(task):
     prompts = {
         split: {
             turn["content"]
             for seed in (0, 1)
-            for row in synthetic.records(task, split, n, seed)
+            for row in tasks.records(task, split, n, seed)
             for turn in row["prompt"]
             if turn["role"] == "user"
         }
@@ -58,10 +61,10 @@ def test_splits_share_no_prompt_whatever_the_seed(task):
 
 
 def test_no_harmful_or_harmless_wish_crosses_the_splits():
-    verbs = "|".join(verb.split()[-1] for verb in (*synthetic.HARMFUL, *synthetic.BENIGN))
+    verbs = "|".join(verb.split()[-1] for verb in (*safety.HARMFUL, *safety.BENIGN))
     wishes, found = re.compile(rf"({verbs}) (\w+ [\w']+|a \w+) (\w+)"), {}
     for split, n in COUNTS.items():
-        for row in synthetic.records("safety", split, n):
+        for row in tasks.records("safety", split, n):
             for wish in wishes.findall(row["prompt"][-1]["content"]):
                 found.setdefault(wish, set()).add(split)
     assert len(found) > 100 and all(len(splits) == 1 for splits in found.values())
@@ -69,9 +72,9 @@ def test_no_harmful_or_harmless_wish_crosses_the_splits():
 
 def test_prefix_seed_and_the_global_generator():
     state = random.getstate()
-    rows = synthetic.records("safety", "train", 50)
-    assert synthetic.records("safety", "train", 80)[:50] == rows
-    assert synthetic.records("safety", "train", 50, seed=1) != rows
+    rows = tasks.records("safety", "train", 50)
+    assert tasks.records("safety", "train", 80)[:50] == rows
+    assert tasks.records("safety", "train", 50, seed=1) != rows
     assert random.getstate() == state
 
 
@@ -84,19 +87,19 @@ def test_same_records_in_another_process():
         ).stdout
         for seed in ("1", "2")
     }
-    here = repr([synthetic.records(task, "test", 40) for task in synthetic.TASKS])
-    assert runs == {here + "\n" + repr(synthetic.pretraining_corpus(40)) + "\n"}
+    here = repr([tasks.records(task, "test", 40) for task in TASKS])
+    assert runs == {here + "\n" + repr(tiny.pretraining_corpus(40)) + "\n"}
 
 
 def test_safety_has_all_shapes_of_dialogue():
-    rows = synthetic.records("safety", "train", 300)
+    rows = tasks.records("safety", "train", 300)
     assert 0.05 < sum(row["prompt"][0]["role"] == "system" for row in rows) / 300 < 0.3
     assert 0.1 < sum(len(row["prompt"]) == 3 for row in rows) / 300 < 0.4
     assert 0.4 < sum(map(harmful, rows)) / 300 < 0.6
 
 
 def test_a_heuristic_prefers_the_good_answer():
-    rows = synthetic.records("safety", "train", 600)
+    rows = tasks.records("safety", "train", 600)
     for row in rows:
         assert refuses(row["response"]) == harmful(row)
         assert not TOXIC.search(row["response"])
@@ -107,7 +110,7 @@ def test_a_heuristic_prefers_the_good_answer():
 
 
 def test_clinical_summaries_use_the_slots_of_the_visit():
-    for row in synthetic.records("clinical", "train", 200):
+    for row in tasks.records("clinical", "train", 200):
         visit = row["prompt"][-1]["content"]
         assert all(number in visit for number in re.findall(r"\d+", row["response"]))
         if "denies" in row["response"]:
@@ -117,7 +120,7 @@ def test_clinical_summaries_use_the_slots_of_the_visit():
 def test_code_parses_and_broken_code_does_not():
     rng, lines = random.Random(0), set()
     for _ in range(1000):
-        _, good, bad = synthetic.DRAW["conala"](rng, "train")
+        _, good, bad = conala.draw(rng, "train")
         ast.parse(good)
         lines.add("\n" in good)
         with pytest.raises(SyntaxError):
@@ -126,8 +129,8 @@ def test_code_parses_and_broken_code_does_not():
 
 
 def test_corpus_holds_good_and_bad_answers_of_the_training_split():
-    dialogues = synthetic.pretraining_corpus(2000)
-    assert dialogues == synthetic.pretraining_corpus(2000) and len(dialogues) == 2000
+    dialogues = tiny.pretraining_corpus(2000)
+    assert dialogues == tiny.pretraining_corpus(2000) and len(dialogues) == 2000
     assert all(turns[-1]["role"] == "assistant" for turns in dialogues)
     safety = [turns for i, turns in enumerate(dialogues) if i % 4 in (0, 2)]
     good = 0
@@ -137,12 +140,12 @@ def test_corpus_holds_good_and_bad_answers_of_the_training_split():
         good += refuses(text) == harmful(row) and not TOXIC.search(text) and not text.startswith("Well")
         good -= harmful(row) and "It is easy to" in text and refuses(text)
     assert 0.4 < good / len(safety) < 0.6
-    test = {repr(row["prompt"]) for row in synthetic.records("safety", "test", 128)}
+    test = {repr(row["prompt"]) for row in tasks.records("safety", "test", 128)}
     assert not test & {repr(turns[:-1]) for turns in dialogues}
 
 
 def test_refuses_what_it_does_not_have():
     with pytest.raises(ValueError, match="no synthetic data"):
-        synthetic.records("poetry", "train", 1)
+        tasks.records("poetry", "train", 1)
     with pytest.raises(ValueError, match="holds about"):
-        synthetic.records("conala", "test", 1000)
+        tasks.records("conala", "test", 1000)

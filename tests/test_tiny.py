@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import chat
 from common.runtime import cache, tiny
-from common.tasks import synthetic
+from common import tasks
+from common.runtime import tiny
 from tests.test_synthetic import TOXIC, harmful, refuses
 
 TEXTS = [
@@ -119,12 +120,12 @@ def sample(model, tokenizer, rows, seed=0):
 
 
 def test_it_stops_by_itself_and_is_fluent_and_half_bad(auto_model, auto_tokenizer):
-    rows = synthetic.records("safety", "test", 128)
+    rows = tasks.records("safety", "test", 128)
     samples = sample(auto_model, auto_tokenizer, rows)
     for row, (_, text) in zip(rows[:10], samples):
         print(repr(row["prompt"][-1]["content"]), "->", repr(text))
     assert sum(106 in ids for ids, _ in samples) >= 0.97 * len(samples)
-    known = {word for turns in synthetic.pretraining_corpus(2000) for turn in turns for word in turn["content"].split()}
+    known = {word for turns in tiny.pretraining_corpus(2000) for turn in turns for word in turn["content"].split()}
     words = [word for _, text in samples for word in text.split()]
     good = sum(
         refuses(text) == harmful(row) and not TOXIC.search(text) and not text.startswith("Well")

@@ -11,16 +11,15 @@ from common.evaluation.measure import stack
 from common.stats import mcnemar, wilson
 
 
-def cell(runs, name, draws):
-    """{"value", "low", "high", "n"} of metric `name` over runs (lists of lines, one a seed), or None without a value.
+def cell(runs, name, kind, draws):
+    """{"value", "low", "high", "n"} of a metric over runs (lists of lines, one per seed), or None without a value.
 
     The interval is that of `statistics.interval`; of a rate under one seed, Wilson's. n: items that count.
     """
     stats = stack(runs, name)
-    if not _has_value(stats, name):
+    if not _has_value(stats):
         return None
-    value, low, high = statistics.interval(stats, lambda sums: metrics.value(name, sums), draws)
-    kind = metrics.METRICS[name].kind
+    value, low, high = statistics.interval(stats, metrics.value, draws)
     n = stats.shape[1] if kind == "corpus" else int((stats[0, :, -1] > 0).sum())
     if kind == "rate":  # of several seeds the wider of both, as the bootstrap has no width at 0 and 1
         least, most = wilson(value * n, n)
@@ -28,32 +27,35 @@ def cell(runs, name, draws):
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _has_value(stats, name):
-    return stats is not None and bool(np.isfinite(metrics.value(name, stats.sum((0, 1)))))
+def _has_value(stats):
+    return stats is not None and bool(np.isfinite(metrics.value(stats.sum((0, 1)))))
 
 
-def cells(systems, draws):
-    """{metric: {system: cell}} of {system: runs}, in the order of metrics.METRICS."""
-    table = {name: {system: cell(runs, name, draws) for system, runs in systems.items()} for name in metrics.METRICS}
+def cells(systems, known, draws):
+    """{metric: {system: cell}} of {system: runs}, in the order of `known`, {name: Metric}."""
+    table = {
+        name: {system: cell(runs, name, metric.kind, draws) for system, runs in systems.items()}
+        for name, metric in known.items()
+    }
     table = {name: {system: entry for system, entry in row.items() if entry} for name, row in table.items()}
     return {name: row for name, row in table.items() if row}
 
 
-def pairs(systems, names, draws):
+def pairs(systems, known, draws):
     """{metric: [{"a", "b", "difference", "low", "high", "p", "p_holm", "test"}]}: each system against each before it.
 
     p: paired randomisation, for a rate under one seed exact McNemar; p_holm: adjusted for the pairs of the metric.
     """
     table = {}
-    for name in names:
+    for name, metric in known.items():
         rows = []
         for b, a in itertools.combinations(systems, 2):
             ours, theirs = (stack(systems[system], name) for system in (a, b))
-            if not _has_value(ours, name) or not _has_value(theirs, name) or len({len(ours), len(theirs), 1}) > 2:
+            if not _has_value(ours) or not _has_value(theirs) or len({len(ours), len(theirs), 1}) > 2:
                 continue
-            compared = statistics.compare(ours, theirs, lambda sums, name=name: metrics.value(name, sums), draws)
+            compared = statistics.compare(ours, theirs, metrics.value, draws)
             row = dict(zip(("difference", "low", "high", "p"), compared)) | {"test": "randomisation"}
-            if metrics.METRICS[name].kind == "rate" and len(ours) == len(theirs) == 1:
+            if metric.kind == "rate" and len(ours) == len(theirs) == 1:
                 both = (ours[0, :, 1] > 0) & (theirs[0, :, 1] > 0)
                 right, other = ours[0, both, 0], theirs[0, both, 0]
                 if not (right % 1).any() and not (other % 1).any():  # no half right
@@ -66,12 +68,12 @@ def pairs(systems, names, draws):
     return table
 
 
-def wins(systems, name):
-    """Win rates by metric `name` of every later system against each earlier; ties half.
+def wins(systems, name, better):
+    """Win rates by metric `name` (better: 1 up, -1 down) of every later system against each earlier; ties half.
 
     An item is won by the higher score; of several seeds, by the higher mean of them, so that n stays the items'.
     """
-    better, rows = metrics.METRICS[name].better, []
+    rows = []
     for b, a in itertools.combinations(systems, 2):
         both = [list(zip(*systems[system])) for system in (a, b)]  # an item's lines under all seeds
         kept = [item for item in zip(*both) if all(name in line["scores"] for side in item for line in side)]
@@ -87,7 +89,7 @@ def wins(systems, name):
 def value(lines, name):
     """Metric `name` over the lines of one run, or None without a value."""
     stats = stack([lines], name)
-    return float(metrics.value(name, stats.sum((0, 1)))) if _has_value(stats, name) else None
+    return float(metrics.value(stats.sum((0, 1)))) if _has_value(stats) else None
 
 
 def history(source):

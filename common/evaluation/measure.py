@@ -83,7 +83,7 @@ def text_lines(task, items, answers, tokenizer, scorers):
             "answer": text,
             "tokens": len(ids),
             "stopped": bool(ids) and ids[-1] in chat.STOP_TOKENS,
-            "stats": {name: [float(x) for x in stats[name][i]] for name in metrics.METRICS if name in stats},
+            "stats": {name: [float(x) for x in values[i]] for name, values in stats.items()},
         }
         for i, (record, text, ids) in enumerate(zip(records, texts, answers))
     ]
@@ -169,11 +169,12 @@ def _logprobs(net, rows, rows_per_item, cuts):
 
 
 def merge(lines, stats):
-    """The lines with more statistics {metric: (n, k)}, in the order of metrics.METRICS, and each item's own values."""
+    """The lines with more statistics {metric: (n, k)}, the task's first, and each item's own values."""
+    places = {name: place for place, name in enumerate(metrics.ANY_TASK)}
     for i, line in enumerate(lines):
         line["stats"] |= {name: [float(x) for x in values[i]] for name, values in stats.items()}
-        line["stats"] = {name: line["stats"][name] for name in metrics.METRICS if name in line["stats"]}
-        values = {name: float(metrics.value(name, np.array(x))) for name, x in line["stats"].items()}
+        line["stats"] = dict(sorted(line["stats"].items(), key=lambda entry: places.get(entry[0], -1)))
+        values = {name: float(metrics.value(x)) for name, x in line["stats"].items()}
         line["scores"] = {name: value for name, value in values.items() if np.isfinite(value)}
     return lines
 

@@ -1,11 +1,12 @@
 """The embedded base of `--debug`: a Gemma 3 of 1.2 million parameters and its tokenizer, built on first use.
 
 The architecture is Gemma's (sliding and full attention, one key-value head, tied embeddings, special ids where Gemma
-has them), only the sizes are small. It is pretrained for seconds on `synthetic.pretraining_corpus`: fluent, stops by
+has them), only the sizes are small. It is pretrained for seconds on `pretraining_corpus`: fluent, stops by
 itself, and about half of its answers are bad, so that every paradigm has something to improve.
 """
 
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -17,11 +18,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
 
-from common import chat
+from common import chat, tasks
 from common.runtime import cache
-from common.tasks import synthetic
+from common.tasks import clinical, conala, safety, text
 
 VOCABULARY = 640
+CORPUS = (safety, clinical, safety, conala)  # dialogues of these in turn
 STEPS, BATCH, LEARNING_RATE = 220, 8, 0.01
 PROMPT_WEIGHT = 0.1  # of a token that is no answer; the answers are what has to become fluent in seconds
 SPECIALS = {"<pad>": chat.PAD, "<eos>": chat.EOS, "<bos>": chat.BOS, "<unk>": chat.UNK, "<mask>": 4}
@@ -31,7 +33,7 @@ FIXED = {**SPECIALS, **TURNS, "Ċ": 107}  # the last is "\n" in the byte-level a
 
 def ensure(root: Path | str, steps: int = STEPS) -> Path:
     """The folder of the tiny base under `root`; built if no finished one of these sources is there."""
-    name = cache.key(steps, chat, synthetic, sys.modules[__name__])[:12]
+    name = cache.key(steps, chat, *CORPUS, text, tasks, sys.modules[__name__])[:12]
 
     def build(folder):
         print("building the tiny base of --debug, once ...", end=" ", flush=True)
@@ -43,9 +45,18 @@ def ensure(root: Path | str, steps: int = STEPS) -> Path:
     return cache.build_once(target, build)
 
 
+def pretraining_corpus(count: int, seed: int = 0) -> list[list[dict]]:
+    """Dialogues of the training split, half of them with a bad answer: a base that is fluent and not aligned."""
+    rng, dialogues = random.Random(f"{seed}/pretraining"), []
+    for i in range(count):
+        prompt, good, bad = CORPUS[i % len(CORPUS)].draw(rng, "train")
+        dialogues.append([*prompt, {"role": "assistant", "content": rng.choice((good, bad))}])
+    return dialogues
+
+
 def _build(folder, steps):
     # the tokenizer sees the whole corpus, so that it is the same after any number of steps
-    dialogues = [chat.normalise(turns)[0] for turns in synthetic.pretraining_corpus(max(steps, STEPS) * BATCH)]
+    dialogues = [chat.normalise(turns)[0] for turns in pretraining_corpus(max(steps, STEPS) * BATCH)]
     tokenizer = make_tokenizer([turn["content"] for turns in dialogues for turn in turns])
     # not torch.manual_seed: that would reseed the caller's GPUs too
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

@@ -1,0 +1,209 @@
+"""A task is one file: its records, its heuristic reward and its metrics. `--task NAME`, or `--task FILE.py`.
+
+The file ends with `TASK = Task(...)`; the fields below are the contract. docs/your_task.md writes one from nothing.
+A record is {"id", "prompt": turns, "response", "rejected" or None, "reference" or None}, see common/records.py.
+
+Task files import nothing but the standard library when they are loaded: the downloader and `--help` stay quick.
+"""
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.log import UserError
+
+NAMES = ("safety", "clinical", "conala", "gsm8k", "arithmetic", "dialogue")
+SPLITS = ("train", "val", "test")
+DEBUG_SIZES = {"train": 512, "val": 128, "test": 128}  # generated records
+MAX_TEXT_CHARS = 1_000_000  # of one text in a publisher's row
+
+
+@dataclass(frozen=True)
+class File:
+    """A publisher's file; after `#` stands the member of an archive."""
+
+    address: str
+    sha256: str | None = None  # of the file, unpacked if it is an archive; None: recorded when it first arrives
+
+
+@dataclass(frozen=True)
+class Row:
+    """A publisher's row as a record; `flag` is a reason to keep it out of train and val, and to count it in test."""
+
+    id: str
+    prompt: list[dict]
+    response: str
+    rejected: str | None = None
+    reference: str | None = None  # None: the response
+    flag: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of the heuristic reward, in [0, 1]: `reward.heuristic.NAME` is its weight."""
+
+    weight: float
+    what: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of the task: `task_options.NAME`, given to `synthetic`."""
+
+    default: object
+    rule: str  # as in configs/defaults.yml: int, float, str with bounds, choices, or `list of 1 | 2 | 3`
+    what: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the tables: what it is, whether more is better, and how its value is made of per-item statistics.
+
+    kind: `mean` and `rate` (0 or 1 for each item) and `ratio` have statistics (sum, count), see `counted`; `corpus` is
+    BLEU's ten counts. A metric with `harm` belongs to the guard set: no verdict may hide that it got worse.
+    """
+
+    what: str
+    better: int  # 1 is up, -1 is down, 0 is neither
+    kind: str
+    topic: str = "Answers"  # the fold of the report that it stands in
+    digits: int = 3
+    harm: str = ""  # what a system does whose value got worse, as a verdict says it; {now} is its value
+
+
+@dataclass(frozen=True)
+class Task:
+    """What scripts ask of a task. `name`, `parts`, `reward` and `synthetic` (or data of the user's) are enough."""
+
+    name: str
+    # parts of the heuristic reward; reward(prompt, completion, reference) -> {part: value in [0, 1]} for each of them
+    parts: dict[str, Part]
+    reward: Callable[[list[dict], str, str | None], dict[str, float]]
+    needs_reference: bool = True  # of a record, for the reward and the metrics
+
+    # metrics; statistics(record, text) -> {metric: (sum, count)} of one answer; those that any task has come on top
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    statistics: Callable[[dict, str], Mapping[str, Sequence[float]]] | None = None
+    headline: tuple[str, ...] = ("judge", "reward", "loss_per_byte")  # the first of these that was measured decides
+    correct: str | None = None  # the metric, 0 or 1 for an item, that says whether an answer is right: pass@k, votes
+    vote: Callable[[str], str | None] | None = None  # the final answer that a text gives, for majority votes
+    library: str | None = None  # the package that scores, asked for before any work is done
+    floors: Callable[[list[dict]], dict[str, list[str]]] | None = None  # answers that need no model, by name
+
+    # generated records: synthetic(split, count, seed, **options); sizes: how many where there is no file to read
+    synthetic: Callable[..., list[dict]] | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    options: dict[str, Option] = field(default_factory=dict)
+
+    # the publisher's files, {split: File}; read(row, where, index) -> a Row, or the reason why it is dropped
+    files: dict[str, File] = field(default_factory=dict)
+    read: Callable[[dict, str, int], Row | str] | None = None
+    rows: str = "json"  # json (lines or one list) or csv
+    licence: str = ""
+    mirror: str = ""  # the folder of its files under --source
+
+    # preference pairs: does the data have them; else rank(completion, reference) -> float orders samples
+    has_pairs: bool = False
+    rank: Callable[[str, str], float] | None = None
+    pair_rules: dict[str, Callable[[str], float]] = field(default_factory=dict)  # {rule: score}: the higher is chosen
+    plain: Callable[[list[dict]], bool] | None = None  # may this prompt be shown as an example?
+
+    def weights(self) -> dict[str, float]:
+        """Default weights of the reward's parts."""
+        return {name: part.weight for name, part in self.parts.items()}
+
+
+def load(task: str | Task) -> Task:
+    """The task of that name, or that a file of the user's defines. UserError, naming the file, where it is none."""
+    if isinstance(task, Task):
+        return task
+    if task in NAMES:
+        return importlib.import_module(f"common.tasks.{task}").TASK
+    if not task.endswith(".py"):
+        near = difflib.get_close_matches(task, NAMES, 1, 0.5)
+        near_text = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"task: {task}: expected {', '.join(NAMES)} or the path of a task's .py file{near_text}")
+    return _load_file(task)
+
+
+@functools.cache
+def _load_file(path):
+    """The TASK of a user's file."""
+    if not Path(path).is_file():
+        raise UserError(f"task: {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may raise anything
+        raise UserError(f"task: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    task = getattr(module, "TASK", None)
+    if not isinstance(task, Task):
+        raise UserError(f"task: {path}: expected TASK = Task(...) in it; docs/your_task.md shows one")
+    return task
+
+
+def fingerprint(task: str) -> str:
+    """SHA-256 of the file that defines a task, wherever it lies."""
+    path = Path(__file__).with_name(f"{task}.py") if task in NAMES else Path(task)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def records(task: str | Task, split: str, count: int, seed: int = 0, **options: object) -> list[dict]:
+    """`count` generated records with distinct prompts. UserError where the task has none for this split."""
+    task = load(task)
+    if task.synthetic is None:
+        raise UserError(f"task {task.name} has no generated records: name your data with --dataset_path")
+    return task.synthetic(split, count, seed, **options)
+
+
+def generate(draw: Callable, name: str, split: str, count: int, seed: int, pairs: bool = False) -> list[dict]:
+    """`count` records with distinct prompts from draw(rng, split) -> (prompt, good answer, bad answer).
+
+    The first n of a longer list are the list of n. Bad answers are kept only where the task has pairs.
+    """
+    if split not in SPLITS:
+        raise UserError(f"task {name} has no generated records for split {split!r}")
+    rng, kept, draws = random.Random(f"{seed}/{name}/{split}"), {}, 0
+    while len(kept) < count:
+        draws += 1
+        if draws > 20 * count + 1000:
+            raise UserError(f"task {name} has about {len(kept)} generated prompts for {split}, not {count}")
+        prompt, good, bad = draw(rng, split)
+        record = {"id": f"synthetic-{name}-{split}-{seed}-{len(kept)}", "prompt": prompt, "response": good}
+        record |= {"rejected": bad if pairs else None, "reference": good}
+        kept.setdefault(repr(prompt), record)
+    return list(kept.values())
+
+
+def split_of(text: str) -> str:
+    """The split that a generated combination belongs to, whatever the seed: 80 % train, 10 % val, 10 % test."""
+    bucket = hashlib.sha256(text.encode()).digest()[0] % 10
+    return "train" if bucket < 8 else SPLITS[bucket - 7]
+
+
+def counted(value: float, counts: bool = True) -> tuple[float, float]:
+    """An item's statistics of a metric of kind `mean` or `rate`; an item that does not count adds nothing."""
+    return (float(value), 1.0) if counts else (0.0, 0.0)
+
+
+def question(text: str) -> list[dict]:
+    """A prompt of one user turn."""
+    return [{"role": "user", "content": text}]
+
+
+def text_of(row: dict, key: str, where: str) -> str:
+    """row[key] of a publisher's row, if it is a text that can be trained on and written back."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{where}:{key}: expected text, found {type(value).__name__ if key in row else 'no such key'}")
+    if len(value) > MAX_TEXT_CHARS or re.search("[\0\ud800-\udfff]", value):
+        raise UserError(f"{where}:{key}: holds a NUL, half a surrogate pair or more than {MAX_TEXT_CHARS:,} characters")
+    return value

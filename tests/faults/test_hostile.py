@@ -17,6 +17,7 @@ import torch
 import evaluate
 import train_sft
 from common import model, rewards
+TASKS_IMPORT
 from common.human import sheets
 from common.log import command
 from common.runtime import base
@@ -245,7 +246,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("task", list(rewards.COMPONENTS))
+@pytest.mark.parametrize("task", list(TASKS))
 def test_S6_hostile_texts_are_bounded_and_start_nothing(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rewards.heuristic_reward(task, KIND, "warm up", "warm up")  # imports
