@@ -126,18 +126,33 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, _ = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     lines, speed = ask(net, tokenizer, items, cfg, scorers or {}, others or {})
-    cells = {name: comparison.cell([lines], name, cfg.evaluation.draws) for name in lines[0]["stats"]}
-    return {"metrics": {name: cell for name, cell in cells.items() if cell}, "lines": lines, "speed": speed}
+    known = metrics.table(cfg.task, cfg.evaluation.samples)
+    cells = comparison.cells({"": [lines]}, {name: known[name] for name in lines[0]["stats"]}, cfg.evaluation.draws)
+    return {"metrics": {name: row[""] for name, row in cells.items()}, "lines": lines, "speed": speed}
 
 
 def ask(net, tokenizer, items, cfg, scorers, others):
     """One answer of `net` to each item -> (lines with all statistics, sampled tokens per second)."""
     net.eval()
-    answers, speed = measure.generate(net, items, vars(cfg.evaluation) | {"seed": cfg.seed})
+    settings = vars(cfg.evaluation) | {"seed": cfg.seed}
+    answers, speed = measure.generate(net, items, settings)
     answers = [group[0] for group in answers]
     lines = measure.text_lines(cfg.task, items, answers, tokenizer, scorers)
     more = measure.model_stats(net, others, items, answers, tokenizer, cfg.training.max_seq_length)
+    if cfg.evaluation.samples > 1:
+        several, _ = measure.generate(net, items, settings, cfg.evaluation.samples)
+        texts = [[chat.decode(tokenizer, ids) for ids in group] for group in several]
+        more |= metrics.several_answers(cfg.task, [item.record for item in items], texts)
     return measure.merge(lines, more), speed
+
+
+def check_samples(cfg):
+    """UserError where several answers per item make no sense."""
+    samples, task = cfg.evaluation.samples, tasks.load(cfg.task)
+    if samples > 1 and cfg.evaluation.temperature == 0:
+        raise UserError(f"evaluation.samples {samples}: greedy answers are all equal; set evaluation.temperature")
+    if samples > 1 and not task.correct:
+        raise UserError(f"evaluation.samples {samples}: task {task.name} has no right answers to count")
 
 
 def kept_answers(path, key, make, *arguments):
@@ -287,6 +302,7 @@ def measure_floors(bare, items, cfg, scorers, has_base, path, key):
 def main(argv=None):
     # --- config
     cfg, job = config.parse_args("evaluate.py", __doc__, SECTIONS, (), argv, JOBS)
+    check_samples(cfg)
     name = cfg.logging.run_name or config.run_name(cfg, job.config, "checkpoints") + "-evaluation"
     out = Path(cfg.logging.output_dir) / name
     if job.export:
@@ -308,10 +324,10 @@ def main(argv=None):
 
     # --- the base in memory, its judges, the items
     bare = load_base(base_folder, cfg, device)
-    records = data.load(task, cfg.dataset_path, "test", cfg.debug, cfg.seed, cfg.task_options)
+    records = data.load(task, cfg.dataset_path, cfg.evaluation.split, cfg.debug, cfg.seed, cfg.task_options)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, counts = measure.items(records, bare.tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
-    log.say_counts("test", counts)
+    log.say_counts(cfg.evaluation.split, counts)
     scorers, scorer_facts, notes = make_scorers(cfg, bare)
     if dist.is_main():
         log.on_exit(checkpoint.lock_run(out).release)
@@ -321,7 +337,7 @@ def main(argv=None):
     decoding = vars(cfg.evaluation) | {"draws": None}
     item_records = [item.record for item in items]
     shared = [bare.fingerprint, base.tokenizer_fingerprint(base_folder), scorer_facts, resume.fingerprint(item_records)]
-    shared += [task, decoding, cfg.seed, cfg.training.max_seq_length, str(bare.dtype)]
+    shared += [tasks.fingerprint(task), decoding, cfg.seed, cfg.training.max_seq_length, str(bare.dtype)]
     runs_by_system, speed = {}, {}
     for system in systems:
         path = out / "items" / f"{system.name}-{system.seed}.jsonl"
@@ -360,7 +376,7 @@ def main(argv=None):
 def tables(cfg, systems, runs_by_system, floors):
     """The tables of results.json that follow from the answers alone."""
     draws, judge = cfg.evaluation.draws, cfg.evaluation.reward_checkpoint
-    known = metrics.table(cfg.task)
+    known = metrics.table(cfg.task, cfg.evaluation.samples)
     table = comparison.cells(runs_by_system | {name: [lines] for name, lines in floors.items()}, known, draws)
     headline = next((name for name in tasks.load(cfg.task).headline if name in table), next(iter(table)))
     known = {name: known[name] for name in (headline, *(name for name in table if name != headline))}
@@ -470,7 +486,7 @@ def write_export(cfg, job):
         "seed": cfg.seed,
         "items": min(cfg.evaluation.max_items or export.PROBES, export.PROBES),
     }
-    records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed, cfg.task_options)
+    records = data.load(cfg.task, cfg.dataset_path, cfg.evaluation.split, cfg.debug, cfg.seed, cfg.task_options)
     return export.run(source, job.export, how, records, sizes)
 
 

@@ -35,6 +35,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from benchmarks import deaths, soak_clients  # noqa: E402
 from common import config, data, log, model, rewards  # noqa: E402
+
 TASKS_IMPORT
 from common.human import sheets  # noqa: E402
 from common.log import UserError  # noqa: E402

@@ -184,7 +184,11 @@ def _convert(leaf, value, where):
     kind, names = leaf.rule.partition(" ")[0], leaf.rule.removeprefix("list of ").split(" | ")
     text = "null" if value is None else "" if isinstance(value, list | tuple | dict) else str(value)
     if kind == "list":
-        items = [str(item) for item in value] if isinstance(value, list | tuple) else text.strip("[] ").replace(",", " ").split()
+        items = (
+            [str(item) for item in value]
+            if isinstance(value, list | tuple)
+            else text.strip("[] ").replace(",", " ").split()
+        )
         if items and all(item in names and items.count(item) == 1 for item in items):
             return [*items]
     elif kind in NUMBERS and re.fullmatch(NUMBERS[kind], text):

@@ -3,6 +3,8 @@
 scipy.stats takes most of a second to import, so it is imported where it is used: a trainer starts without it.
 """
 
+import math
+
 import numpy as np
 
 
@@ -39,6 +41,11 @@ def mcnemar(first, second):
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     b, c = int((first & ~second).sum()), int((~first & second).sum())
     return b, c, binomial_p(b, b + c)
+
+
+def pass_at_k(n, c, k):
+    """Probability that one of k answers drawn from n, of which c are right, is right. Chen et al. 2021, equation 1."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def calibration(probabilities, bins=10):

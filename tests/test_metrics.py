@@ -16,6 +16,7 @@ from common.evaluation import metrics, statistics
 from common.log import UserError
 from common import tasks
 from common.tasks import conala, safety, text
+
 TASKS_IMPORT
 from data import download_datasets
 from tests.faults.test_hostile import HOSTILE
@@ -352,3 +353,23 @@ def test_wrong_calls_are_refused():
     ):
         with pytest.raises(ValueError, match=r"no metrics|expected one"):
             call()
+
+
+def test_majority_takes_the_most_frequent_vote():
+    assert metrics.majority(["7", "8", "7", None], [True, False, True, False]) == 1.0
+    assert metrics.majority(["8", "8", "7", None], [False, False, True, False]) == 0.0
+    assert metrics.majority(["8", "7", None, None], [False, True, False, False]) == 0.5  # a fair draw of the leaders
+    assert metrics.majority([None, None], [False, False]) == 0.0
+
+
+def test_pass_at_k_of_answers_by_hand():
+    records = [{"prompt": KIND, "response": "7", "reference": "7", "level": 1}] * 2
+    found = metrics.several_answers("arithmetic", records, [["7", "8", "8"], ["it is 7", "7", "7.0"]])
+    assert found["pass@1"].tolist() == [[pytest.approx(1 / 3), 1], [1, 1]]
+    assert found["pass@2"].tolist() == [[pytest.approx(2 / 3), 1], [1, 1]]
+    assert found["pass@3"].tolist() == found["pass@1"].tolist()[1:] * 2 and found["majority"].tolist() == [
+        [0, 1],
+        [1, 1],
+    ]
+    assert [*found] == [name for name in metrics.table("arithmetic", 3) if name in found]
+    assert not {*metrics.table("arithmetic")} & {*found}

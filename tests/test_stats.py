@@ -1,5 +1,7 @@
 """Intervals, calibration and matching against scipy, hand numbers and simulation."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -113,3 +115,11 @@ def test_paired_bootstrap_by_hand():
     for wrong in (([], []), ([1.0], [1.0, 2.0])):
         with pytest.raises(ValueError, match="same items"):
             stats.paired_bootstrap(*wrong)
+
+
+def test_pass_at_k_is_the_mean_over_all_draws_of_k():
+    for n, c in itertools.product((1, 4, 6), (0, 1, 3, 6)):
+        answers = [i < c for i in range(n)]
+        for k in range(1, n + 1):
+            draws = [any(draw) for draw in itertools.combinations(answers, k)]
+            assert stats.pass_at_k(n, min(c, n), k) == pytest.approx(sum(draws) / len(draws))

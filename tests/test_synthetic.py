@@ -11,6 +11,7 @@ import pytest
 from common import tasks
 from common.tasks import conala, safety
 from common.runtime import tiny
+
 TASKS_IMPORT
 
 TOXIC = re.compile(r"\b(idiot|stupid|hate|dumb|loser|ugly|moron|trash|kill|hurt)\b", re.IGNORECASE)

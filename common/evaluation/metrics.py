@@ -12,11 +12,13 @@ A task's own metrics are in its file under common/tasks/, beside its rewards, so
 
 import importlib
 import itertools
+from collections import Counter
 
 import numpy as np
 
 from common import tasks
 from common.log import UserError
+from common.stats import pass_at_k
 from common.tasks import Metric, counted
 from common.tasks.text import repetition, words
 
@@ -74,9 +76,15 @@ ANY_TASK = {  # in the order of the tables, after the task's own
 }
 
 
-def table(task: str | tasks.Task) -> dict[str, Metric]:
-    """{name: Metric} in the order of the tables: the task's own first."""
-    return tasks.load(task).metrics | ANY_TASK
+def table(task: str | tasks.Task, samples: int = 1) -> dict[str, Metric]:
+    """{name: Metric} in the order of the tables: the task's own first. samples: answers per item, for pass@k."""
+    task, several = tasks.load(task), {}
+    if task.correct and samples > 1:
+        what = "share of prompts with a right answer among {} sampled ones (unbiased; Chen et al. 2021)"
+        several = {f"pass@{k}": Metric(what.format(k), 1, "mean", "Several answers") for k in range(1, samples + 1)}
+        what = f"share of prompts whose most frequent answer of {samples} is right; ties count by their share"
+        several["majority"] = Metric(what, 1, "mean", "Several answers")
+    return task.metrics | ANY_TASK | several
 
 
 def require(task: str | tasks.Task) -> None:
@@ -135,3 +143,23 @@ def _any_task(text):
         "distinct_1": (len(set(tokens)), len(tokens)),
         "distinct_2": (len(set(pairs)), len(pairs)),
     }
+
+
+def several_answers(task: str | tasks.Task, records: list[dict], texts: list[list[str]]) -> dict[str, np.ndarray]:
+    """{"pass@1", ..., "pass@n", "majority": statistics (prompts, 2)} of n answers to each record."""
+    task, samples, rows = tasks.load(task), len(texts[0]), []
+    for record, answers in zip(records, texts, strict=True):
+        right = [bool(task.statistics(record, text)[task.correct][0]) for text in answers]
+        row = {f"pass@{k}": pass_at_k(samples, sum(right), k) for k in range(1, samples + 1)}
+        if task.vote:
+            row["majority"] = majority([task.vote(text) for text in answers], right)
+        rows.append(row)
+    return {name: np.array([counted(row[name]) for row in rows]) for name in rows[0]}
+
+
+def majority(votes: list[str | None], right: list[bool]) -> float:
+    """Is the most frequent vote right? Between equally frequent ones the draw is fair; None is no vote."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    leaders = [vote for vote, count in counts.items() if count == max(counts.values())]
+    verdict = dict(zip(votes, right, strict=True))
+    return sum(verdict[vote] for vote in leaders) / len(leaders) if leaders else 0.0

@@ -17,6 +17,7 @@ import torch
 import evaluate
 import train_sft
 from common import model, rewards
+
 TASKS_IMPORT
 from common.human import sheets
 from common.log import command
