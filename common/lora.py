@@ -16,6 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Keys of adapter_config.json that change no number: notes, and sizes of what another key switches on.
+NEUTRAL = {
+    *("peft_type", "task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"),
+    *("megatron_core", "qalora_group_size"),
+}
+STARTS = (None, True, False, "gaussian", "orthogonal")  # of init_lora_weights; others, as pissa, change the base itself
 
 
 class LoraLinear(nn.Module):
@@ -191,26 +197,29 @@ def adapter_config(model: nn.Module, name: str, base_checkpoint: str) -> dict:
 
 
 def read_config(text: str) -> tuple[int, float, list[str], float]:
-    """adapter_config.json -> (rank, alpha, targets, dropout); ValueError for what this LoRA does not do."""
+    """adapter_config.json -> (rank, alpha, targets, dropout); ValueError for what this LoRA does not do.
+
+    Every key that is not known here must be off: so a method that a later peft brings is refused, not passed over.
+    """
     config = json.loads(text)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError("not a LoRA adapter (peft_type is not LORA)")
-    neutral: dict = {"bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "fan_in_fan_out": (False,)}
-    neutral |= dict.fromkeys(
-        ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"), (None, {}, [])
-    )
-    wrong = [f"{k}={config[k]!r}" for k, fine in neutral.items() if k in config and config[k] not in fine]
-    targets = config.get("target_modules")
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    wrong += [] if type(rank) is int and 0 < rank <= 1024 else [f"r={rank!r}"]
-    wrong += [
-        f"{k}={v!r}" for k, v in (("lora_alpha", alpha), ("lora_dropout", dropout)) if type(v) not in (int, float)
-    ]
-    wrong += (
-        [] if isinstance(targets, list) and set(map(str, targets)) <= set(TARGETS) else [f"target_modules={targets!r}"]
-    )
+        raise ValueError("adapter_config.json: not a LoRA adapter (peft_type is not LORA)")
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    dropout = config.get("lora_dropout", 0.0)
+    fine = {
+        "r": type(rank) is int and 0 < rank <= 1024,
+        "lora_alpha": type(alpha) in (int, float),
+        "lora_dropout": type(dropout) in (int, float),
+        "target_modules": isinstance(targets, list) and set(map(str, targets)) <= set(TARGETS),
+        "bias": config.get("bias") in (None, "none"),
+        "revision": config.get("revision") in (None, "", "main"),  # of the base
+        "init_lora_weights": config.get("init_lora_weights") in STARTS,
+    }
+    off = {key for key, value in config.items() if value is None or value is False or value in ("", [], {})}
+    wrong = [key for key in config.keys() - off - NEUTRAL - fine.keys()] + [key for key in fine if not fine[key]]
     if wrong:
-        raise ValueError(f"adapter uses what is not supported here: {', '.join(wrong)}")
+        shown = ", ".join(f"{key}={config.get(key)!r:.80}" for key in sorted(wrong))
+        raise ValueError(f"adapter_config.json: the adapter uses what is not supported here: {shown}")
     return rank, float(alpha), [str(target) for target in targets], float(dropout)
 
 

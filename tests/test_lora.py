@@ -140,15 +140,84 @@ def test_targets_outside_the_seven_linears_are_refused():
             lora.inject(random_gemma(), "policy", 4, 8, targets)
 
 
+def peft_adapter(folder, **changes):
+    """An adapter that peft makes on the tiny base, with all its numbers drawn anew, as it saves it; -> its logits."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model.base.resolve("tiny"))
+    kind = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    net = peft.get_peft_model(base, peft.LoraConfig(**kind | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+        right = net(TOKENS, use_cache=False).logits
+    net.save_pretrained(folder)
+    return right
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": False},
+        {"task_type": None},  # then it notes in auto_mapping what the base was
+        {"layers_to_transform": [], "rank_pattern": {}, "revision": "main", "megatron_core": "megatron.core"},
+    ],
+)
+def test_what_peft_writes_of_a_plain_lora_loads_and_agrees(tmp_path, tiny_model, changes):
+    right = peft_adapter(tmp_path, **changes)
+    path = tmp_path / "adapter_config.json"
+    model.load_adapter(tiny_model[0], "policy", tmp_path)
+    assert (logits(tiny_model[0]) - right).abs().max() < 1e-4
+    later = {"use_next": False, "next_config": None, "next_pattern": {}, "next_layers": [], "layers_pattern": ""}
+    path.write_text(json.dumps(json.loads(path.read_text()) | later))
+    model.load_adapter(tiny_model[0], "again", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"bias": "lora_only"},
+        {"layers_to_transform": [0, 1]},
+        {"layers_to_transform": 0},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"exclude_modules": ["k_proj"]},
+        {"trainable_token_indices": [1, 2]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items()),
+)
+def test_another_method_of_peft_is_refused_by_file_and_key(tmp_path, tiny_model, changes):
+    """D2: PiSSA and OLoRA change the base itself: without a word, log-probs were up to 3.4 nats from peft's."""
+    peft_adapter(tmp_path, **changes)
+    (key,) = changes
+    with pytest.raises(UserError, match=rf"cannot be used \(adapter_config\.json: .* not supported here: {key}="):
+        model.load_adapter(tiny_model[0], "policy", tmp_path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"peft_type": "IA3"},
-        {"use_dora": True},
-        {"use_rslora": True},
         {"r": "8"},
-        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "corda"},
+        {"loftq_config": {"loftq_bits": 4}},
         {"target_modules": "all-linear"},
+        {"lora_bias": True},
+        {"layer_replication": [[0, 4], [2, 6]]},
+        {"of_a_later_peft": 1},
+        {"of_a_later_peft": 0},
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path, change, tiny_model):
@@ -157,7 +226,7 @@ def test_adapters_of_another_kind_are_refused(tmp_path, change, tiny_model):
     model.save_adapter(net, tokenizer, tmp_path, "policy", "tiny")
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | change
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match=rf"cannot be used \(adapter_config\.json: .*{next(iter(change))}"):
         model.load_adapter(net, "other", tmp_path)
 
 
