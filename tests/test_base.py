@@ -104,6 +104,35 @@ def test_shapes_that_do_not_fit_the_config(refused, folder, key, value):
     assert "model.safetensors" in error and f"{value}" in error and "config.json says" in error
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_head_of_its_own_is_refused_and_an_equal_one_is_fine(refused, folder, shards):
+    """D4: it was thrown away, as if it had never been trained."""
+    right = logits(load(folder)[0])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    edit(folder / "config.json", tie_word_embeddings=False)
+
+    def write():
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        for part in range(shards):
+            chosen = {name: tensors[name] for name in sorted(tensors)[part::shards]}
+            name = f"model-0000{part + 1}-of-0000{shards}.safetensors" if shards > 1 else "model.safetensors"
+            save_file(chosen, folder / name, metadata={"format": "pt"})
+        if shards > 1:
+            index = {"metadata": {}, "weight_map": {}}
+            for path in folder.glob("*.safetensors"):
+                index["weight_map"] |= dict.fromkeys(load_file(path), path.name)
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    write()
+    assert torch.equal(logits(load(folder)[0]), right)
+    tensors["lm_head.weight"][3, 5] += 1e-3
+    for tied in (False, True, None):
+        write()
+        edit(folder / "config.json", tie_word_embeddings=tied)
+        assert "lm_head.weight differs from model.embed_tokens.weight" in refused(folder)
+
+
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 

@@ -51,6 +51,7 @@ LIMITS = {
 }
 LARGEST = 2**20  # bytes of a config.json: Gemma's has 2,000
 ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 RECORD = "base.json"  # beside an adapter's files: the base that it was trained on
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 
@@ -310,7 +311,10 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def check_weights(folder: Path, config: Gemma3TextConfig) -> None:
-    """Every shard's header is read before anything is allocated, so a cut or foreign file costs nothing."""
+    """Every shard's header is read before anything is allocated, so a cut or foreign file costs nothing.
+
+    A head of its own is refused: Gemma's is the embedding, and the model has one tensor for both.
+    """
     try:
         with torch.device("meta"):
             wanted = {name: list(p.shape) for name, p in Gemma3ForCausalLM(config).named_parameters()}
@@ -324,10 +328,12 @@ def check_weights(folder: Path, config: Gemma3TextConfig) -> None:
             else ""
         )
         raise UserError(f"{folder}: no .safetensors file{pickled}")
+    shard_of = {}
     for shard in shards:
         try:
             with safe_open(shard, "pt") as file:
                 shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+                shard_of |= dict.fromkeys(shapes, shard)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{shard}: truncated or not a safetensors file ({error}); copy or download it again"
@@ -335,3 +341,15 @@ def check_weights(folder: Path, config: Gemma3TextConfig) -> None:
         for key, shape in shapes.items():
             if shape != wanted.get(key, shape):
                 raise UserError(f"{shard}: {key} is {shape}, config.json says {wanted[key]}")
+    if {HEAD, EMBEDDING} <= shard_of.keys():
+        head, embedding = (_load_tensor(shard_of[key], key) for key in (HEAD, EMBEDDING))
+        if not torch.equal(head, embedding.to(head.dtype)):
+            raise UserError(
+                f"{shard_of[HEAD]}: {HEAD} differs from {EMBEDDING}: Gemma 3 has one weight for both, so this is "
+                "another architecture, or a fine-tune that untied them"
+            )
+
+
+def _load_tensor(shard: Path, key: str) -> torch.Tensor:
+    with safe_open(shard, "pt") as file:
+        return file.get_tensor(key)
