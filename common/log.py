@@ -97,13 +97,19 @@ def _refusal(error):
     torch, dist = sys.modules.get("torch"), _dist()
     if isinstance(error, UserError):
         return _one_line(error), 2
-    if torch and isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: lower --training.micro_batch_tokens ({_one_line(error)[:120]})", 2
+    if isinstance(error, MemoryError) or (torch and _out_of_memory(error, torch)):
+        return f"out of memory: lower --training.micro_batch_tokens ({_one_line(error)[:200] or 'MemoryError'})", 2
     if isinstance(error, OSError):  # a full disk, a folder that may not be written
         return _one_line(f"{error.strerror or error}: {error.filename or ''}"), 2
     if dist and isinstance(error, dist.RankError):
         return _one_line(error), error.status
     return None
+
+
+def _out_of_memory(error, torch):
+    """A GPU's allocator has a class of errors; those of the CPU and of mps are known by their words."""
+    words = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return isinstance(error, torch.OutOfMemoryError) or "defaultcpuallocator" in words or "out of memory" in words
 
 
 def _one_line(message):

@@ -54,6 +54,17 @@ def test_write_names_the_file_and_the_room(tmp_path):
         log.write(tmp_path, "text")
 
 
+def out_of_memory():
+    """A GPU's, the CPU allocator's own, that of mps, and Python's."""
+    yield torch.OutOfMemoryError("tried to allocate")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert type(caught.value) is RuntimeError and "DefaultCPUAllocator" in str(caught.value)
+    yield caught.value
+    yield RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")
+    yield MemoryError()
+
+
 def test_a_command_refuses_in_one_line(capsys):
     def main(error):
         log.on_exit(lambda: print("closed"))
@@ -62,7 +73,7 @@ def test_a_command_refuses_in_one_line(capsys):
     for error, words in (
         (UserError("config.yml, line 3:\nunknown key"), "error: config.yml, line 3: unknown key\n"),
         (OSError(28, "No space left on device", "a.bin"), "error: No space left on device: a.bin\n"),
-        (torch.OutOfMemoryError("tried to allocate"), "error: out of memory: lower --training.micro_batch_tokens"),
+        *((error, "error: out of memory: lower --training.micro_batch_tokens") for error in out_of_memory()),
     ):
         with pytest.raises(SystemExit) as stop:
             log.command(main)(error)
