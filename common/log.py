@@ -3,6 +3,7 @@
 Imports the standard library alone, and others where they are used: the downloader works before they are installed.
 """
 
+import errno
 import functools
 import json
 import math
@@ -193,11 +194,20 @@ def replace(path: Path | str, text: str) -> None:
         with open(draft, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise _unwritable(path, text, error) from error
+
+
+def fsync(number: int) -> None:
+    """Wait until an open file or folder is on the disk; some network disks have no such call, and answer EINVAL."""
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _unwritable(path, text, error):

@@ -73,8 +73,11 @@ class Run:
         if job.explain:
             self.folder = Path(tempfile.mkdtemp())
             log.on_exit(functools.partial(shutil.rmtree, self.folder))
-        elif self.folder.exists():
-            self._lock()
+        else:
+            if self.folder.exists():
+                self._lock()
+            if dist.is_main():
+                checkpoint.try_writing(self.folder)  # before hours of training
 
     def _lock(self):
         """Create the run's folder and hold it until the command ends; UserError if another process does."""

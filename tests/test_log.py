@@ -1,5 +1,6 @@
 """Files written whole, records line by line, console lines, and a command that refuses in one line."""
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import torch
 from common import chat, data, log
 from common.log import UserError
 from common import tasks
+from common.runtime import checkpoint
 
 ROOT = Path(log.__file__).resolve().parents[1]
 
@@ -47,6 +49,24 @@ def test_replace_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write .*report\.json: No space left on device \(\d+ bytes needed"):
         log.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO, errno.ENOSPC])
+def test_a_disk_without_fsync_is_written_one_that_fails_is_not(tmp_path, monkeypatch, number):
+    """D14: some network disks answer EINVAL."""
+
+    def fail(fd):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if number in (errno.EINVAL, errno.ENOTSUP):
+        log.write_json(tmp_path / "report.json", {"a": 1})
+        checkpoint.fsync(tmp_path)
+    else:
+        with pytest.raises(UserError):
+            log.write_json(tmp_path / "report.json", {"a": 1})
+        with pytest.raises(OSError):
+            checkpoint.fsync(tmp_path)
 
 
 def test_write_names_the_file_and_the_room(tmp_path):

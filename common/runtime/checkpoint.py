@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from common import log
 from common.log import UserError, warn
 
 MANIFEST, VERSION = "MANIFEST.json", 1
@@ -47,6 +48,15 @@ def lock_run(run_dir: Path | str) -> FileLock:
         raise UserError(f"run folder {run_dir} is locked by {owner}: wait for it or use another run name") from error
     except OSError as error:
         raise UserError(f"run folder {run_dir} cannot be locked: {error}") from error
+
+
+def try_writing(run_dir: Path | str) -> None:
+    """Write and remove a folder where the run's is or will be, as a checkpoint is written; UserError if that fails."""
+    place = next(path for path in (Path(run_dir), *Path(run_dir).parents) if path.exists())
+    trial = place / f".tmp-trial-{os.getpid()}"
+    with commit(trial, {}, MARGIN):
+        pass
+    _settle(trial)
 
 
 @contextmanager
@@ -244,6 +254,6 @@ def fsync(path: Path | str) -> None:
         return
     fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
-        os.fsync(fd)
+        log.fsync(fd)
     finally:
         os.close(fd)
