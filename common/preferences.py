@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rollouts, stats, tasks
 from common import rewards as heuristics
-from common.log import UserError, say
+from common.log import UserError, say, warn
 from common.roles import Roles
 from common.run import Run
 from common.runtime import cache, resume
@@ -166,8 +166,11 @@ def cached(key: str | None, splits: tuple[str, ...], make: Callable[[str], list[
             (target / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     if dist.is_main():
-        cache.build_once(folder, write)
-        say(f"pairs made and kept in {folder}")
+        try:
+            cache.build_once(folder, write)
+            say(f"pairs made and kept in {folder}")
+        except UserError as error:
+            warn(f"not kept for the next run: {error}")
     return made
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from common.log import UserError
 from common.runtime import cache
 
 ROWS = [[1 / 3, -2e-17], [5e300, 0.1]]
@@ -59,3 +60,30 @@ def test_damage_is_made_anew_and_said(tmp_path, capsys, how):
     assert cache.records(path, "key", lambda: rows) == rows
     assert f"{path.name} is damaged" in capsys.readouterr().out
     assert path.read_text() == whole and list(tmp_path.iterdir()) == [path]
+
+
+def sealed(folder):
+    """A file in place of the folder: there, nobody can write, not even root."""
+    folder.write_text("")
+    return folder
+
+
+def test_what_is_optional_is_not_lost_where_it_cannot_be_kept(tmp_path, capsys):
+    path = sealed(tmp_path / "cache") / "reference" / "kept.jsonl"
+    assert cache.records(path, "one", lambda: ROWS, optional=True) == ROWS
+    assert capsys.readouterr().out.startswith("warning: not kept for the next run: ")
+    with pytest.raises(OSError):
+        cache.records(path, "one", lambda: ROWS)
+
+
+def test_a_filled_cache_is_read_without_a_lock(tmp_path, monkeypatch):
+    """D15: a cache that an administrator filled may be read-only."""
+    folder = cache.build_once(tmp_path / "cache" / "base", lambda folder: (folder / "a").touch())
+
+    def no_lock(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cache, "FileLock", no_lock)
+    assert cache.build_once(folder, lambda folder: pytest.fail("built again")) == folder
+    with pytest.raises(UserError, match=r"other cannot be written \(Permission denied\): set GEMMA_ALIGNMENT_CACHE"):
+        cache.build_once(folder.with_name("other"), lambda folder: (folder / "a").touch())

@@ -11,7 +11,7 @@ from types import ModuleType
 from filelock import FileLock
 
 from common import dist, log
-from common.log import say
+from common.log import UserError, say, warn
 from common.runtime.checkpoint import fsync
 
 
@@ -29,41 +29,63 @@ def key(value: object, *modules: ModuleType) -> str:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target` if it exists, else what build(folder) writes: under a lock, in a temporary folder, then renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{target.name}.lock"):
-        if not target.is_dir():
-            folder = target.parent / f".tmp-{target.name}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            try:
-                build(folder)
-                for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
-                    fsync(path)
-                folder.rename(target)
-                fsync(target.parent)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+    """`target` if it exists, else what build(folder) writes: under a lock, in a temporary folder, then renamed.
+
+    A filled cache may be read-only; UserError if it has to be written and cannot be.
+    """
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{target.name}.lock"):
+            if not target.is_dir():
+                _build(target, build)
+    except OSError as error:
+        todo = "set GEMMA_ALIGNMENT_CACHE to a folder that can"
+        raise UserError(f"{target} cannot be written ({error.strerror or error}): {todo}") from error
     return target
 
 
-def records(path: Path, name: str, make: Callable[[], list]) -> list:
+def _build(target, build):
+    folder = target.parent / f".tmp-{target.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        build(folder)
+        for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
+            fsync(path)
+        folder.rename(target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def records(path: Path, name: str, make: Callable[[], list], optional: bool = False) -> list:
     """The list of records (JSON) that make() returns, from the file `path` where it was left under the same `name`.
 
     make() runs on all ranks together or on none, and returns the same on each; the main rank writes. A damaged file is
-    made anew, and said.
+    made anew, and said. optional: where it cannot be written that is a warning.
     """
     kept = _read(path, name) if dist.is_main() else None
     if dist.any_rank(kept is not None):
         return dist.gather_rows(kept or [])
     made = make()
     if dist.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.unlink(missing_ok=True)
-        log.write_records(draft, [{"key": name, "sha256": _digest(made)}, *made])
-        os.replace(draft, path)
+        try:
+            _write(path, [{"key": name, "sha256": _digest(made)}, *made])
+        except (OSError, UserError) as error:
+            if not optional:
+                raise
+            warn(f"not kept for the next run: {error}")
     return made
+
+
+def _write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    log.write_records(draft, rows)
+    os.replace(draft, path)
 
 
 def _read(path, name):
