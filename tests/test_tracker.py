@@ -1,5 +1,6 @@
 """Trackers: what they are sent, that a run goes on at them where it did here, and that their failures end no run."""
 
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -98,6 +99,22 @@ def test_not_logged_in_is_one_line_before_the_model(tmp_path, monkeypatch, setti
         if refused:
             assert err.startswith("error: logging.tracker: not logged in to wandb") and err.count("\n") == 1, err
             assert "WANDB_MODE=offline" in err and "parameters" not in out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asks", [input, lambda: sys.stdin.isatty() and input()])
+def test_no_key_is_asked_for_on_a_terminal(tmp_path, monkeypatch, asks):
+    """wandb's login waits there for a key: a run begun over ssh would hang."""
+    module = fake_wandb([])
+    module.login = lambda: asks() and True
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    ours, theirs = os.openpty()  # nobody types
+    with open(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with pytest.raises(UserError, match="not logged in to wandb"):
+            tracker.check(logging(tracker="wandb"))
+        assert sys.stdin is terminal
+    os.close(ours)
 
 
 def test_what_is_not_installed_is_one_line(monkeypatch):

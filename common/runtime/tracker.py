@@ -1,7 +1,9 @@
 """Where a run's records also go by logging.tracker: Weights & Biases or TensorBoard. Its failures never end a run."""
 
 import importlib
+import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace as Config
@@ -10,6 +12,8 @@ from common import dist, log
 from common.log import UserError
 
 PACKAGES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
+
+OFFLINE = ("offline", "dryrun", "disabled")  # of WANDB_MODE: they need no key
 
 
 def check(logging: Config) -> None:
@@ -21,11 +25,14 @@ def check(logging: Config) -> None:
     except ImportError as error:
         name = logging.tracker
         raise UserError(f"logging.tracker: {name} is not installed: pip install {name}") from error
-    if logging.tracker == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+    if logging.tracker == "wandb" and os.environ.get("WANDB_MODE") not in OFFLINE:
+        stdin, sys.stdin = sys.stdin, io.StringIO()  # on a terminal it would ask for a key, and wait for ever
         try:
             logged_in, reason = library.login(), ""
         except Exception as error:  # of a class that its versions do not share
             logged_in, reason = False, f" ({str(error)[:200]})"
+        finally:
+            sys.stdin = stdin
         if not logged_in:
             ways = "run wandb login, set WANDB_API_KEY, or keep the records here by WANDB_MODE=offline"
             raise UserError(f"logging.tracker: not logged in to wandb{reason}: {ways}")
