@@ -99,7 +99,10 @@ def quantise(model: Gemma3ForCausalLM) -> None:
 
     The embedding (the head) stays as it is: it is 63 % of the 270M, 30 % of the 1B, and every token reads it.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise UserError(f"model.peft_type: qlora needs bitsandbytes: pip install bitsandbytes ({error})") from error
 
     before = memory_bytes(model)
     for name, linear in list(model.named_modules()):
