@@ -55,9 +55,19 @@ from common.runtime import base, cache, checkpoint, resume
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
 JOBS = (
     ("--checkpoints", {"nargs": "+", "metavar": "NAME=CHECKPOINT", "help": "what to compare, `base` first"}),
-    ("--export", {"metavar": "DIR", "help": "merge the one checkpoint into a plain model, checked on test prompts"}),
+    (
+        "--export",
+        {
+            "metavar": "DIR",
+            "type": config.expand_home,
+            "help": "merge the one checkpoint into a plain model, checked on test prompts",
+        },
+    ),
     ("--human_eval", {"action": "store_true", "help": "write human_eval.csv, blind, and its key"}),
-    ("--human_results", {"nargs": "+", "metavar": "FILE", "help": "analyse these ratings against the run's key"}),
+    (
+        "--human_results",
+        {"nargs": "+", "metavar": "FILE", "type": config.expand_home, "help": "analyse these against the run's key"},
+    ),
 )
 BEST_OF = 4
 SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)

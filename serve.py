@@ -44,7 +44,7 @@ from common.serving.httpd import Refused, respond
 
 JOBS = (
     ("--checkpoint", {"nargs": "+", "metavar": "[NAME=]CHECKPOINT", "help": "what to serve, the first by default"}),
-    ("--human_eval", {"metavar": "FILE.csv", "help": "blind file of evaluate.py, to be rated at /rate"}),
+    ("--human_eval", {"metavar": "FILE.csv", "type": config.expand_home, "help": "blind file, to be rated at /rate"}),
     ("--host", {"default": "127.0.0.1", "help": "address to listen on; any but loopback needs GEMMA_ALIGNMENT_TOKEN"}),
     ("--port", {"type": int, "default": 5000, "help": "0 takes a free one"}),
 )

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import operator
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,9 @@ def parse_args(
     parser = argparse.ArgumentParser(script, "%(prog)s [--config FILE] [--debug] [--section.key VALUE]...", description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev, parser.error = False, _refuse  # type: ignore[method-assign]  # its own ends the process
-    parser.add_argument("--config", metavar="FILE", help="YAML file of what differs from configs/defaults.yml")
+    parser.add_argument(
+        "--config", metavar="FILE", type=expand_home, help="YAML file of what differs from configs/defaults.yml"
+    )
     parser.add_argument("--debug", action="store_true", help=f"{leaves['debug'].help}: configs/debug.yml over FILE")
     for flag, kwargs in jobs:
         parser.add_argument(flag, **kwargs)
@@ -86,7 +89,19 @@ def parse_args(
     cfg = _resolve(leaves, headings, files, flags, "--")
     if modes and cfg.training.mode not in modes:
         _refuse(f"training.mode {cfg.training.mode} is run by {SCRIPTS[cfg.training.mode]}, not by {script}")
-    return cfg, SimpleNamespace(**{name: value for name, value in args.items() if name not in leaves})
+    return cfg, SimpleNamespace(flags=flags, **{name: value for name, value in args.items() if name not in leaves})
+
+
+def expand_home(text: str) -> str:
+    """A path on the command line with `~` as the home: a shell expands it at the start of a word only."""
+    return os.path.expanduser(text)
+
+
+def named_checkpoint(argument: str) -> tuple[str, str]:
+    """NAME=CHECKPOINT -> (name, checkpoint), or ("", the whole) where no name stands in front; see NAME_RULE."""
+    name, sign, source = argument.partition("=")
+    named = sign and re.fullmatch(r"\w[\w.-]*", name)
+    return (name, expand_home(source)) if named else ("", expand_home(argument))
 
 
 def plain(cfg: SimpleNamespace) -> Any:
@@ -154,7 +169,8 @@ def _schema(task=None):
     """Read configs/defaults.yml; returns ({dotted key: leaf}, {dotted section: its comment}), with the task's own keys.
 
     A line is `key: default  # rule; help` or `section:  # help`. A rule is a type (`int`, `float`, `str`) with bounds
-    (`float >= 0 and < 1`), choices (`a | b`; PATH is any text), either with `| null`, or `list` (some of the default).
+    (`float >= 0 and < 1`), `path` (a text whose `~` is the home), choices (`a | b`; PATH is a path), either with
+    `| null`, or `list` (some of the default).
     """
     path, leaves, headings = CONFIGS / "defaults.yml", {}, {}
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -199,8 +215,10 @@ def _convert(leaf, value, where):
     elif text.lower() in WORDS:  # never a text, so that `null` or `true` cannot become a folder's name
         if text.lower().replace("~", "null") in names:
             return WORDS[text.lower()]
-    elif text in names or (text and {"str", "PATH"} & {*names}):
+    elif text in names or (text and "str" in names):
         return text
+    elif text and {"path", "PATH"} & {*names}:
+        return expand_home(text)
     raise UserError(f"{where}: expected {leaf.rule}, got {str(value)!r:.80} ({leaf.help})")
 
 
