@@ -89,6 +89,11 @@ class System:
     ref_folder: Path  # the base of rl_start
     weights_key: list  # what decides its weights and those of rl_start
 
+    @property
+    def net_name(self):
+        """As a part of a model is called, which may have no dot in its name."""
+        return f"{self.name}-{self.seed}".replace(".", ":")
+
 
 @dataclass
 class Base:
@@ -116,9 +121,9 @@ def parse_systems(arguments):
     """["base=ID", "sft=DIR", ...] -> {name: [checkpoint of each seed]}"""
     systems = {}
     for argument in arguments:
-        name, sign, source = argument.partition("=")
-        if not sign or not source or not name.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"--checkpoints: expected NAME=CHECKPOINT, got {argument!r:.80}")
+        name, source = config.named_checkpoint(argument)
+        if not name or not source:
+            raise UserError(f"--checkpoints: expected NAME=CHECKPOINT, got {argument!r:.80}; {config.NAME_RULE}")
         systems.setdefault(name, []).append(source)
     counts = {len(sources) for sources in systems.values()} - {1}
     if len(counts) > 1:
@@ -284,11 +289,11 @@ def answer(system, bare, items, cfg, scorers):
         frozen = net if system.adapter else bare.net  # an adapter's reference is one beside it, on the same base
         if system.ref_folder != bare.folder:
             frozen = model.load(system.ref_folder, bare.device, bare.dtype)[0]
-        reference = f"reference-{system.name}-{system.seed}" if system.rl_start.adapter else None
+        reference = f"reference-{system.net_name}" if system.rl_start.adapter else None
         if reference:
             model.load_adapter(frozen, reference, system.rl_start.adapter, trainable=False)
         others["kl_reference"] = (frozen, reference)
-    adapter = f"{system.name}-{system.seed}" if system.adapter else None
+    adapter = system.net_name if system.adapter else None
     if adapter:
         model.load_adapter(net, adapter, system.adapter, trainable=False)
     with lora.using(net, adapter):

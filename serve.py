@@ -390,13 +390,14 @@ def parse_models(arguments):
     """["DIR", "sft=DIR", ...] -> {name: checkpoint}; without a name it is called as its run's folder or file."""
     checkpoints = {}
     for argument in arguments:
-        name, sign, source = argument.partition("=")
-        if not sign or not name.replace("-", "").replace("_", "").isalnum():
-            path = Path(argument)
+        name, source = config.named_checkpoint(argument)
+        if not name:
+            path = Path(source)
             path = path.absolute().parent if path.name in ("final", "best") else path
-            name, source = path.name.removesuffix(".gguf"), argument
+            name = path.name.removesuffix(".gguf")
         if not source or checkpoints.setdefault(name, source) != source:
-            raise UserError(f"--checkpoint {argument!r:.80} names nothing, or {name!r} stands twice: NAME=CHECKPOINT")
+            wrong = f"--checkpoint {argument!r:.80} names nothing, or {name!r} stands twice"
+            raise UserError(f"{wrong}: expected NAME=CHECKPOINT; {config.NAME_RULE}")
     return checkpoints
 
 

@@ -24,6 +24,7 @@ from common.log import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPTS = {"sft": "train_sft.py", "reward": "train_reward.py", "rl": "train_rl.py", "staged": "train_staged.py"}
+NAME_RULE = "a NAME has letters, digits, '_', '-' and '.', and begins with none of the last two"
 MAX_BYTES, MAX_EVENTS, MAX_DEPTH = 64 * 1024, 1000, 4  # PyYAML reads this within a second even if made to be slow
 NUMBERS = {"int": r"[+-]?(0|[1-9]\d{0,17})", "float": r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"}  # no 010, no .inf
 WORDS = {"null": None, "~": None, "true": True, "false": False}

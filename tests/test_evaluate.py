@@ -223,6 +223,22 @@ def test_the_python_call(few, micro_model, adapters):
     assert "judge" not in found["metrics"] and "kl_base" not in found["metrics"]
 
 
+def test_a_name_may_hold_dots(tmp_path, settings, adapters, micro_folder):
+    """B14: in files, tables and the blind sheets; names that differ in a dot alone are two."""
+    names = {"sft-v1.2": adapters[0], "sft-v1_2": adapters[1], "0.5B": adapters[0]}
+    systems = [f"base={micro_folder}", *(f"{name}={folder}" for name, folder in names.items())]
+    result = train(tmp_path, settings(tmp_path, "--human_eval", "--checkpoints", *systems), pictures=True)
+    cells = result["cells"]["loss_per_byte"]
+    assert cells.keys() >= {"base", *names} and cells["sft-v1.2"] == cells["0.5B"] != cells["sft-v1_2"]
+    assert all(len(lines(tmp_path / "run", f"{name}-0")) == 12 for name in names)
+    assert all(name in (tmp_path / "run" / "report.html").read_text() for name in names)
+    shown = (tmp_path / "run" / "human_eval.key.csv").read_text(encoding="utf-8-sig")
+    assert all(f'"{name}"' in shown for name in names)
+    for wrong in (".sft", "a/b", "a b", "", ".", ".."):
+        argv = settings(tmp_path, "--checkpoints", f"{wrong}={micro_folder}")
+        refused(tmp_path, argv, "expected NAME=CHECKPOINT", "letters, digits, '_', '-' and '.'")
+
+
 def test_bad_input_is_one_line(tmp_path, settings, adapters, micro_folder, monkeypatch):
     base = f"base={micro_folder}"
     refused(tmp_path, settings(tmp_path), "--checkpoints")

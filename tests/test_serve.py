@@ -687,6 +687,7 @@ def test_names_of_checkpoints(tmp_path):
         "name": "org/name",
     }
     assert list(serve.parse_models(["outputs/kl0.05/final", "org/gemma-3.1b"])) == ["kl0.05", "gemma-3.1b"]
+    assert serve.parse_models(["sft-v1.2=a", "./lr=0.1/final"]) == {"sft-v1.2": "a", "lr=0.1": "./lr=0.1/final"}
 
 
 def test_a_name_may_have_a_dot(adapter):
