@@ -207,9 +207,14 @@ def task_reads_references(cfg):
     return cfg.reward.function is not None or (tasks.load(cfg.task).needs_reference and cfg.reward.type != "trainable")
 
 
-def locate(named, cfg):
-    """{name: [checkpoint of each seed]} -> (the base's folder, [System]). UserError where one does not fit the base."""
-    places = {(name, k): base.locate(source) for name, sources in named.items() for k, source in enumerate(sources)}
+def locate(named, cfg, given):
+    """{name: [checkpoint of each seed]} -> (the base's folder, [System]). UserError where one does not fit the base.
+
+    given: the base of all adapters, in place of those that their files name.
+    """
+    places = {
+        (name, k): base.locate(source, given) for name, sources in named.items() for k, source in enumerate(sources)
+    }
     base_folder = places["base", 0][0] if "base" in named else base.resolve(cfg.model.base_checkpoint)
     tokenizer_sha256, fingerprints, systems = base.tokenizer_fingerprint(base_folder), {}, []
     for (name, k), (folder, adapter) in places.items():
@@ -224,7 +229,7 @@ def locate(named, cfg):
         rl_start = last_config.model if last_config is not None and last_config.training.mode == "rl" else None
         is_whole = folder.resolve() != base_folder.resolve()
         whole_start = rl_start and is_whole and not adapter  # then what RL started from is a whole model too
-        ref_folder = base.resolve(rl_start.base_checkpoint) if whole_start else base_folder
+        ref_folder = ref_base(runs[-1], rl_start.base_checkpoint, given) if whole_start else base_folder
         four_bit = adapter is not None and model.trained_quantised(adapter)
         weights_key = [
             fingerprints[folder] if is_whole else None,
@@ -236,6 +241,14 @@ def locate(named, cfg):
         ]
         systems.append(System(name, k, folder, adapter, runs, is_whole, four_bit, rl_start, ref_folder, weights_key))
     return base_folder, systems
+
+
+def ref_base(run, started_from, given):
+    """The folder of the whole model that a run started from: `given` if that is it, or where it lay then."""
+    trained_on = json.loads((run / "run.json").read_text()).get("facts", {}).get("model")
+    if given and base.fingerprint(base.resolve(given)) == trained_on:
+        return base.resolve(given)
+    return base.resolve(started_from)
 
 
 def load_base(folder, cfg, device):
@@ -334,7 +347,7 @@ def main(argv=None):
         manifest.check_pair(sheet, manifest.read_manifest(sheet))
     device = model.pick_device(cfg.device)
     resume.prepare(device)
-    base_folder, systems = locate(named, cfg)
+    base_folder, systems = locate(named, cfg, job.flags.get("model.base_checkpoint"))
     dist.init(device, cfg.training.timeout)
 
     # --- the base in memory, its judges, the items
@@ -502,7 +515,7 @@ def write_export(cfg, job):
         "items": min(cfg.evaluation.max_items or export.PROBES, export.PROBES),
     }
     records = data.load(cfg.task, cfg.dataset_path, cfg.evaluation.split, cfg.debug, cfg.seed, cfg.task_options)
-    return export.run(source, job.export, how, records, sizes)
+    return export.run(source, job.export, how, records, sizes, job.flags.get("model.base_checkpoint"))
 
 
 def human_results(out, files, draws):

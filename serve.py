@@ -401,14 +401,15 @@ def parse_models(arguments):
     return checkpoints
 
 
-def load(sources, device, dtype):
+def load(sources, device, dtype, given=None):
     """({name: (model, its adapter's name or None)}, {name: tokenizer}); a base that several share is loaded once.
 
     And once more in 4 bits where adapters were trained on it so: beside the unquantised base they say something else.
+    given: the base of all adapters, in place of those that their files name.
     """
     bases, models, tokenizers = {}, {}, {}
     for name, source in sources.items():
-        folder, adapter = base.locate(source)
+        folder, adapter = base.locate(source, given)
         quantised = adapter is not None and model.trained_quantised(adapter)
         key = folder.resolve(), quantised
         if key not in bases:
@@ -434,7 +435,7 @@ def start_loading(app, device, dtype):
     def work():
         error = None
         try:
-            models, app.tokenizers = load(app.models, device, dtype)
+            models, app.tokenizers = load(app.models, device, dtype, app.base_checkpoint)
             app.longest = max(len(word) for tokenizer in app.tokenizers.values() for word in tokenizer.get_vocab())
             app.engine = engine.Engine(models, ROWS, CONTEXT, QUEUE)
         except BaseException as failure:  # a panic of a library in Rust is no Exception
@@ -499,6 +500,7 @@ def main(argv=None):
         host=job.host, port=job.port, token=token, models=sources, tokenizers={}, engine=None, created=int(time.time()),
         names={"localhost", job.host.lower(), socket.gethostname().lower()}, stopping=False, active=0,
         connections=0, requests={}, first=[0.0, 0], blind=None, items={}, rated=[],
+        base_checkpoint=job.flags.get("model.base_checkpoint"),
     )  # fmt: skip
     if job.human_eval:
         app.blind, app.items = Path(job.human_eval), manifest.read_manifest(job.human_eval)

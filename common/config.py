@@ -51,9 +51,9 @@ def parse_args(
 ) -> tuple[SimpleNamespace, SimpleNamespace]:
     """Read a script's command line; returns (cfg, job).
 
-    Top-level keys and those of `sections` are flags of the same dotted spelling; `jobs`, (flag, kwargs) of argparse,
-    come back in `job` next to `config`. Raises UserError as load_config does, for every mistake in the flags, and for a
-    `training.mode` outside `modes` unless that is empty.
+    Top-level keys and those of `sections` are flags of the same dotted spelling, and `flags` in `job` is {key: text} of
+    those given; `jobs`, (flag, kwargs) of argparse, come back in `job` too, next to `config`. Raises UserError as
+    load_config does, for every mistake in the flags, and for a `training.mode` outside `modes` unless that is empty.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the task has flags of its own
     first.error = _refuse  # type: ignore[method-assign]  # its own ends the process

@@ -387,6 +387,9 @@ def test_public_name(tiny_folder, tmp_path):
     assert base.public_name("google/gemma-3-270m-it", Path("/cache/x")) == "google/gemma-3-270m-it"
     assert base.public_name("tiny", tiny_folder) == str(tiny_folder)
     assert base.public_name(str(tmp_path), tmp_path) == str(tmp_path)
+    cached = tmp_path / "hub" / "models--google--gemma-3-270m-it" / "snapshots" / "0123abc"
+    cached.mkdir(parents=True)
+    assert base.public_name(str(cached), cached) == "google/gemma-3-270m-it"
     (tmp_path / "m.gguf").touch()
     assert base.public_name(str(tmp_path / "m.gguf"), Path("/cache/m-1")) == "/cache/m-1"
 

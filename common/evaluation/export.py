@@ -26,16 +26,16 @@ SURVIVES, NOISE = 0.5, 0.5  # of an adapter: the least share that rounding leave
 NAME = "policy"
 
 
-def run(source, target, how, records, sizes):
+def run(source, target, how, records, sizes, given=None):
     """Export `source`, an adapter or a whole model, to the new folder `target`; returns the figures of the check.
 
     how: (device, dtype of the files); records: held-out ones of the task; sizes: {"row", "answer"} in tokens, and
-    {"items", "seed"} of what is asked.
+    {"items", "seed"} of what is asked; given: the base of the adapter, in place of the one that its files name.
     """
     refuse_target(Path(target))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--export: runs in one process: start it with python, not with torchrun")
-    (folder, adapter), (device, dtype) = base.locate(source), how
+    (folder, adapter), (device, dtype) = base.locate(source, given), how
     resume.prepare(device)
     quantized = adapter is not None and model.trained_quantised(adapter)
     net, tokenizer = load(folder, adapter, quantized, device)

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,14 @@ def _convert_gguf(path, folder):
 
 
 def public_name(checkpoint: str, folder: Path) -> str:
-    """What an adapter names as its base: the hub id, or the local folder where there is none."""
-    return checkpoint if checkpoint != "tiny" and not Path(checkpoint).expanduser().exists() else str(folder.resolve())
+    """What an adapter names as its base: the hub id, also of a folder in the hub's cache, or the local folder."""
+    if checkpoint != "tiny" and not Path(checkpoint).expanduser().exists():
+        return checkpoint
+    folder = folder.resolve()
+    repo = folder.parent.parent.name  # .../models--google--gemma-3-270m-it/snapshots/<revision>
+    if folder.parent.name == "snapshots" and re.fullmatch("models--[^-].*?--.+", repo):
+        return repo.removeprefix("models--").replace("--", "/", 1)
+    return str(folder)
 
 
 def fingerprint(folder: Path) -> str:
