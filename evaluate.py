@@ -224,7 +224,7 @@ def locate(named, cfg, given):
             fingerprints[folder] = base.fingerprint(folder)
         if adapter:  # before hours of answers
             base.check_record(adapter, f"--checkpoints {name}", folder, fingerprints[folder], None)
-        runs = comparison.history(named[name][k])
+        runs = comparison.history(adapter or folder)
         last_config = config.load_config(runs[-1] / "config.yml") if runs else None
         rl_start = last_config.model if last_config is not None and last_config.training.mode == "rl" else None
         is_whole = folder.resolve() != base_folder.resolve()
@@ -265,6 +265,9 @@ def make_scorers(cfg, bare):
     scorers, facts, notes, judge = {}, {}, [], cfg.evaluation.reward_checkpoint
     if judge:
         chosen = cfg.reward.checkpoint
+        base.check_adapter(judge, "evaluation.reward_checkpoint")
+        if chosen:
+            base.check_adapter(chosen, "reward.checkpoint")
         if chosen and model.adapter_fingerprint(judge) == model.adapter_fingerprint(chosen):
             raise UserError(
                 "evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one"

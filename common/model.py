@@ -309,6 +309,7 @@ def load_adapter(
     """
     folder = Path(folder)
     checkpoint.verify(folder, optional=True)
+    base.check_adapter(folder, "model.adapter")
     check_base(model, folder, "model.adapter", any_bits)
     try:
         rank, alpha, targets, dropout = lora.read_config((folder / "adapter_config.json").read_text())

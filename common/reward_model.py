@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, data, lora, model, rewards
 from common.log import UserError, warn, write_json
-from common.runtime import checkpoint
+from common.runtime import base, checkpoint
 
 ALIKE = (
     "its held-out reference answers all have the same reward, so scores are not divided by their deviation: "
@@ -110,8 +110,9 @@ def load(net: Gemma, name: str, folder: Path | str, fingerprint: str) -> tuple[P
         Path(folder),
         next(iter(lora.lora_modules(net).values())).active if lora.lora_modules(net) else None,
     )
-    checkpoint.verify(folder, optional=True)
     key = "evaluation.reward_checkpoint" if name == "judge" else "reward.checkpoint"
+    checkpoint.verify(folder, optional=True)
+    base.check_adapter(folder, key)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         reward_stats = json.loads((folder / "reward.json").read_text())

@@ -46,10 +46,10 @@ def trained(tmp_path_factory, settings):
     return out / "run" / "final"
 
 
-def asked(folder, few, base_folder, *checkpoints):
-    """The flags of evaluate.py."""
+def asked(folder, few, *checkpoints):
+    """The flags of evaluate.py; each adapter stands on the base that its files name."""
     sizes = ["--evaluation.max_items", 4, "--evaluation.max_new_tokens", 8, "--evaluation.draws", 100]
-    where = ["--model.base_checkpoint", base_folder, "--dataset_path", few, "--logging.output_dir", folder]
+    where = ["--dataset_path", few, "--logging.output_dir", folder]
     kind = ["--logging.run_name", "run", "--reward.type", "heuristic", "--model.dtype", "float32"]
     return ["--debug", *sizes, *where, *kind, "--checkpoints", *checkpoints]
 
@@ -130,10 +130,10 @@ def changed(tmp_path, micro_folder, few):
 def test_a_changed_base_is_refused_by_evaluate_export_and_serve(tmp_path, changed, few, micro_folder):
     words = [str(changed), "another base", str(tmp_path / "home"), "have changed since"]
     for home in (micro_folder, tmp_path / "home"):
-        flags = asked(tmp_path / "out", few, home, f"base={home}", f"rl={changed}")
+        flags = asked(tmp_path / "out", few, f"base={home}", f"rl={changed}")
         status, _, err = processes.run(evaluate.main, tmp_path, flags)
         assert status == 2 and err.count("\n") == 1 and "have changed since" in err, err
-    flags = asked(tmp_path, few, micro_folder, f"rl={changed}", "--export", tmp_path / "merged")
+    flags = asked(tmp_path, few, f"rl={changed}", "--export", tmp_path / "merged")
     processes.refused(evaluate.main, tmp_path, flags, *words)
     assert not (tmp_path / "merged").exists()
     processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", changed], *words)
@@ -148,11 +148,106 @@ def test_a_reference_stands_on_the_base_of_its_policy(tmp_path, few, micro_folde
     found = []
     for number, home in enumerate((other, micro_folder)):
         system = f"rl={tmp_path / 'rl' / 'run' / 'final'}"
-        argv = asked(tmp_path / str(number), few, home, f"base={home}", system)
+        argv = asked(tmp_path / str(number), few, f"base={home}", system)
         found.append(processes.train(evaluate.main, tmp_path, argv)["cells"])
     own, foreign = (cells["kl_reference"]["rl"]["value"] for cells in found)
     assert own == foreign > 0
     assert found[0]["kl_base"]["rl"]["value"] != found[1]["kl_base"]["rl"]["value"]
+
+
+@pytest.fixture
+def moved(tmp_path, tiny_folder, few):
+    """(final/ of SFT on a base that was moved since, where the base lies now)"""
+    home, away = shutil.copytree(tiny_folder, tmp_path / "X"), tmp_path / "Y"
+    processes.train(train_sft.main, tmp_path, inputs.settings(home, few)(tmp_path / "sft", *SHORT))
+    return tmp_path / "sft" / "run" / "final", home.rename(away)
+
+
+def test_a_base_that_was_moved_is_named_by_the_flag(tmp_path, moved, few, other):
+    """B12: evaluate, export, serve and training take the flag's base, if it is the one."""
+    final, away = moved
+    argv = asked(tmp_path, few, f"base={away}", f"sft={final}")
+    words = [str(final), "is gone", str(tmp_path / "X"), "--model.base_checkpoint"]
+    processes.refused(evaluate.main, tmp_path, argv, *words)
+    here = ["--model.base_checkpoint", away]
+    cells = processes.train(evaluate.main, tmp_path, [*argv, *here])["cells"]
+    assert cells["kl_base"]["sft"]["value"] > 0 == cells["kl_base"]["base"]["value"]
+    export = asked(tmp_path, few, f"sft={final}", "--export", tmp_path / "merged")
+    processes.train(evaluate.main, tmp_path, [*export, *here])
+    assert json.loads((tmp_path / "merged" / "export.json").read_text())["base"] == str(away)
+    found, _ = serve.load({"sft": str(final)}, torch.device("cpu"), torch.float32, str(away))
+    assert found["sft"][0].base_folder == away
+    flags = inputs.settings(away, few)(tmp_path / "more", *SHORT, "--model.adapter", final)
+    processes.train(train_sft.main, tmp_path, flags)
+
+    words = [str(final), "another base", str(tmp_path / "X"), str(other)]
+    wrong = ["--model.base_checkpoint", other]
+    processes.refused(evaluate.main, tmp_path, [*argv, *wrong], *words)
+    shutil.rmtree(tmp_path / "merged")
+    processes.refused(evaluate.main, tmp_path, [*export, *wrong], *words)
+    assert not (tmp_path / "merged").exists()
+    processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", final, *wrong], *words)
+    away.rename(tmp_path / "X")  # back at home: the flag wins all the same
+    processes.refused(evaluate.main, tmp_path, [*export, *wrong], *words)
+
+
+def test_what_full_rl_started_from_is_found_where_it_was_moved(tmp_path, tiny_folder, few, other):
+    home, away = shutil.copytree(tiny_folder, tmp_path / "X"), tmp_path / "Y"
+    flags = inputs.settings(home, few)(
+        tmp_path / "rl", *SHORT, "--training.mode", "rl", "--rl.algorithm", "dpo", peft="none"
+    )
+    processes.train(train_rl.main, tmp_path, flags)
+    home.rename(away)
+    argv = asked(tmp_path, few, f"base={away}", f"rl={tmp_path / 'rl' / 'run' / 'final'}")
+    processes.refused(evaluate.main, tmp_path, [*argv, "--model.base_checkpoint", other], str(home))
+    cells = processes.train(evaluate.main, tmp_path, [*argv, "--model.base_checkpoint", away])["cells"]
+    assert cells["kl_reference"]["rl"]["value"] == cells["kl_base"]["rl"]["value"] > 0
+
+
+# ---------------------------------------------------------------- a run's folder in place of its final/
+
+
+def test_a_run_stands_for_its_final_where_a_checkpoint_is_looked_at(tmp_path, trained, few, tiny_folder):
+    """B13: evaluate, export and serve."""
+    run = shutil.copytree(trained.parent, tmp_path / "outputs" / "run")
+    status, out, err = processes.run(evaluate.main, tmp_path, asked(tmp_path, few, f"base={tiny_folder}", f"sft={run}"))
+    assert status == 0 and f"{run} is a run: its final/ is taken\n" in out, (out, err)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["cost"]["sft"]["tokens"] > 0  # its run was found
+    argv = asked(tmp_path, few, f"sft={run}", "--export", tmp_path / "merged")
+    status, out, err = processes.run(evaluate.main, tmp_path, argv)
+    assert status == 0 and f"{run} is a run: its final/ is taken\n" in out, (out, err)
+    sources = serve.parse_models([str(run)])
+    assert sources == {"run": str(run)}
+    assert serve.load(sources, torch.device("cpu"), torch.float32)[0]["run"][1]
+
+    shutil.rmtree(run / "final")  # stopped before its end
+    argv = ["--port", 0, "--checkpoint", run]
+    processes.refused(serve.main, tmp_path, argv, f"{run} is no checkpoint: did you mean {run / 'best'}?")
+    shutil.copytree(trained.parent, tmp_path / "outputs" / "staged" / "sft")
+    staged = tmp_path / "outputs" / "staged"
+    argv = ["--port", 0, "--checkpoint", staged]
+    processes.refused(serve.main, tmp_path, argv, f"did you mean {staged / 'sft' / 'final'}?")
+
+
+def test_a_run_named_in_a_setting_is_refused_with_its_final(tmp_path, trained, few, tiny_folder, settings):
+    """D23: a setting is kept in the run's record, so it has to say which checkpoint."""
+    run = trained.parent
+    for script, mode in ((train_sft, "sft"), (train_reward, "reward"), (train_rl, "rl")):
+        flags = ["--training.mode", mode, "--rl.algorithm", "dpo"] if mode == "rl" else ["--training.mode", mode]
+        argv = settings(tmp_path, *SHORT, *flags, "--model.adapter", run)
+        processes.refused(script.main, tmp_path, argv, f"model.adapter: {run} ", f"did you mean {trained}?")
+    hybrid = ["--reward.type", "hybrid"]
+    argv = settings(tmp_path, "--training.mode", "rl", "--rl.algorithm", "grpo", *hybrid, "--reward.checkpoint", run)
+    processes.refused(train_rl.main, tmp_path, argv, f"reward.checkpoint: {run} ", f"did you mean {trained}?")
+    argv = trainers.staged_settings(tiny_folder, few)(tmp_path, *hybrid, "--reward.checkpoint", run)
+    processes.refused(train_staged.main, tmp_path, argv, f"reward.checkpoint: {run} ", f"did you mean {trained}?")
+    for key in ("evaluation.reward_checkpoint", "reward.checkpoint"):
+        argv = asked(tmp_path, few, f"base={tiny_folder}", f"--{key}", run, "--reward.type", "trainable")
+        processes.refused(evaluate.main, tmp_path, argv, f"{key}: {run} ", f"did you mean {trained}?")
+    argv = inputs.settings(run, few)(tmp_path, *SHORT)
+    processes.refused(train_sft.main, tmp_path, argv, str(run), f"did you mean {trained}?")
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- without a record
@@ -221,7 +316,7 @@ def test_training_from_a_qlora_adapter_needs_qlora(tmp_path, small, trained, set
 
 
 def test_evaluate_measures_each_adapter_on_the_base_it_knows(tmp_path, small, trained, few, micro_folder):
-    argv = asked(tmp_path, few, micro_folder, f"base={micro_folder}", f"lora={trained}", f"qlora={small}")
+    argv = asked(tmp_path, few, f"base={micro_folder}", f"lora={trained}", f"qlora={small}")
     cells = processes.train(evaluate.main, tmp_path, argv)["cells"]["loss_per_byte"]
     given = {word[2:]: str(value) for word, value in zip(argv[1:-3:2], argv[2:-3:2]) if word.startswith("--eval")}
     cfg = config.load_config("configs/debug.yml", given)

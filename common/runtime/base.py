@@ -73,12 +73,21 @@ def resolve(checkpoint: str) -> Path:
     return _downloaded(checkpoint)
 
 
-def locate(source: str) -> tuple[Path, Path | None]:
-    """(folder of the base, folder of the adapter or None) of a checkpoint: a run's final/ or any kind of base."""
+def locate(source: str, given: str | None = None) -> tuple[Path, Path | None]:
+    """(folder of the base, folder of the adapter or None) of a checkpoint: a run's final/ or any kind of base.
+
+    given: the base to use for an adapter (--model.base_checkpoint), in place of the one that its files name. A run's
+    folder stands for its final/.
+    """
     folder = Path(source).expanduser()
+    if not _is_checkpoint(folder) and (inside := checkpoints_in(folder)):
+        if inside[0] != folder / "final":
+            raise UserError(f"{folder} is no checkpoint{did_you_mean(folder)}")
+        say(f"{folder} is a run: its final/ is taken")
+        source = folder = inside[0]
     path = folder / "adapter_config.json"
     if not path.is_file():
-        return resolve(source), None
+        return resolve(str(source)), None
     try:
         config = json.loads(path.read_text())
         name = str(config["base_model_name_or_path"])
@@ -86,7 +95,36 @@ def locate(source: str) -> tuple[Path, Path | None]:
         raise UserError(f"{path}: names no base_model_name_or_path ({error!r})") from error
     if config.get("task_type") == "SEQ_CLS":
         raise UserError(f"{folder} is a reward model, not a policy")
+    if given:
+        return resolve(given), folder
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise UserError(
+            f"{folder} was trained on {name}, which is gone: pass --model.base_checkpoint with its new place"
+        )
     return resolve(name), folder
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, or of its stages, the likeliest first: for a folder named in their place."""
+    steps = sorted(folder.glob("step-*"), reverse=True)
+    places = (folder / "final", folder / "best", *steps, *sorted(folder.glob("*/final")))
+    return [place for place in places if _is_checkpoint(place)]
+
+
+def did_you_mean(folder: Path) -> str:
+    """The end of a message on a folder without a checkpoint."""
+    inside = checkpoints_in(folder)
+    return f": did you mean {inside[0]}?" if inside else ""
+
+
+def check_adapter(folder: Path | str, key: str) -> None:
+    """UserError unless `folder`, given as setting `key`, holds an adapter."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise UserError(f"{key}: {folder} cannot be used: no adapter_config.json in it{did_you_mean(Path(folder))}")
+
+
+def _is_checkpoint(folder):
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
 
 
 def _downloaded(repo):
@@ -216,6 +254,7 @@ def check_record(
     the error of the 4 bits, so without that error it is refused. The other way is only said: to go on with QLoRA from a
     LoRA adapter is usual, and training then corrects what the 4 bits changed.
     """
+    check_adapter(folder, key)
     trained_on = record(folder)
     if trained_on and fingerprint and trained_on["fingerprint"] != fingerprint:
         name, here = trained_on["base_checkpoint"], here.resolve()
@@ -241,7 +280,9 @@ def check_record(
 def _config_path(folder):
     path = folder / "config.json"
     if not path.is_file():
-        hint = "; it holds an adapter: give it as --model.adapter" if (folder / "adapter_config.json").is_file() else ""
+        hint = did_you_mean(folder)
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it holds an adapter: give it as --model.adapter"
         raise UserError(f"{folder}: no config.json{hint}")
     return path
 
