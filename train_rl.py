@@ -295,10 +295,11 @@ def train_on_prompts(run, models, records, score, explained):
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = make_optimizer(models, training, rl)
-    start, score_hash = model.adapter_fingerprint(cfg.model.adapter), rewards.fingerprint(cfg.reward)
-    facts = {"start": start, "data": dataset.fingerprint, "score": score_hash}
+    facts = {"data": dataset.fingerprint, "score": rewards.fingerprint(cfg.reward)}
     run.state.memory = {"first": [], "last": []}  # see watch.observe
-    step_folder = run.start(steps, tokens_per_step, facts, not_read=("evaluation.draws",))
+    step_folder = run.start(
+        steps, tokens_per_step, facts, not_read=("evaluation.draws", "evaluation.reward_checkpoint")
+    )
     if step_folder:
         roles.restore(models, step_folder)
         optim.load(optimizer, models.named, step_folder)
@@ -401,7 +402,7 @@ def train_on_pairs(run, models, records, score, explained):
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = make_optimizer(models, training, rl)
-    facts = {"start": model.adapter_fingerprint(cfg.model.adapter), "data": dataset.fingerprint, "score": None}
+    facts = {"data": dataset.fingerprint, "score": None}
     step_folder = run.start(steps, batches.tokens_per_step, facts, not_read=("evaluation.", "reward."))
     run.record["reference_seconds"] = dataset.reference_seconds
     if step_folder:

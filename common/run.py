@@ -100,6 +100,7 @@ class Run:
             "world_size": dist.world_size(),
             "tokenizer": base.tokenizer_fingerprint(self.base_folder),
             "model": self.base_fingerprint,
+            "start": model.adapter_fingerprint(self.cfg.model.adapter),
             **facts,
         }
         self._lock()  # a new folder appears only when everything before was in order

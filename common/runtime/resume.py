@@ -36,6 +36,11 @@ CHANGED_ON_REQUEST = (
     *(f"training.{key}" for key in "learning_rate schedule warmup_ratio weight_decay max_grad_norm".split()),
     *("rl.learning_rate", "rl.critic_learning_rate"),
 )
+# A path may differ where what it leads to does not: {setting: the fact that holds a hash of its content}.
+CONTENTS = {
+    **{"dataset_path": "data", "model.base_checkpoint": "model", "model.adapter": "start"},
+    **{"reward.checkpoint": "score", "reward.function": "score"},
+}
 UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 
 
@@ -108,12 +113,10 @@ def check_ranks_agree(facts: dict) -> None:
     """UserError on all ranks unless they have the same facts: a machine of its own may have other files."""
     first, *others = dist.gather_rows([{key: str(value) for key, value in facts.items()}])
     for number, other in enumerate(others if dist.world_size() > 1 else (), 1):
-        odd = [key for key in first | other if first.get(key) != other.get(key) and not key.startswith("logging.")]
+        free = ("logging.", *CONTENTS)
+        odd = [key for key in first | other if first.get(key) != other.get(key) and not matches(key, free)]
         if odd:
-            shown = [
-                f"{key} is {str(first.get(key))[:40]} on rank 0, {str(other.get(key))[:40]} on rank {number}"
-                for key in odd[:3]
-            ]
+            shown = [f"{key} is {first.get(key)} on rank 0, {other.get(key)} on rank {number}" for key in odd[:3]]
             raise UserError(
                 f"the ranks would not train the same: {'; '.join(shown)}; every machine needs the same "
                 "command, data and base, and to resume the same files in logging.output_dir"
@@ -170,11 +173,17 @@ def refuse_changes(
 ) -> None:
     """Compare the facts of the saved state with this run's: UserError where one differs that may not.
 
-    What is in `free` may differ, and CHANGED_ON_REQUEST where that is `allowed` and a step is left to make.
+    What is in `free` may differ, and CHANGED_ON_REQUEST where that is `allowed` and a step is left to make. A run that
+    was begun before a hash of CONTENTS was kept is held to its path.
     """
     then = saved["facts"]
+    hashed = {path for path, content in CONTENTS.items() if content in then}
+    functions = {str(facts.get("reward.function")).rpartition(":")[2] for facts in (then, now)}  # of file.py:name
+    if len(functions) > 1:
+        hashed -= {"reward.function"}
+    now = {key: value for key, value in now.items() if key in then or key not in CONTENTS.values()}
     changed = [key for key in then | now if then.get(key) != now.get(key) and key != "training.resume_changed"]
-    kept = [key for key in changed if not matches(key, free)]
+    kept = [key for key in changed if not matches(key, (*free, *hashed))]
     fixed = [key for key in kept if not matches(key, CHANGED_ON_REQUEST)]
 
     def show(keys, form="{} {} -> {}", between=", "):
