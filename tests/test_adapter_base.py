@@ -156,9 +156,9 @@ def test_a_reference_stands_on_the_base_of_its_policy(tmp_path, few, micro_folde
 
 
 @pytest.fixture
-def moved(tmp_path, tiny_folder, few):
+def moved(tmp_path, micro_folder, few):
     """(final/ of SFT on a base that was moved since, where the base lies now)"""
-    home, away = shutil.copytree(tiny_folder, tmp_path / "X"), tmp_path / "Y"
+    home, away = shutil.copytree(micro_folder, tmp_path / "X"), tmp_path / "Y"
     processes.train(train_sft.main, tmp_path, inputs.settings(home, few)(tmp_path / "sft", *SHORT))
     return tmp_path / "sft" / "run" / "final", home.rename(away)
 
@@ -191,8 +191,8 @@ def test_a_base_that_was_moved_is_named_by_the_flag(tmp_path, moved, few, other)
     processes.refused(evaluate.main, tmp_path, [*export, *wrong], *words)
 
 
-def test_what_full_rl_started_from_is_found_where_it_was_moved(tmp_path, tiny_folder, few, other):
-    home, away = shutil.copytree(tiny_folder, tmp_path / "X"), tmp_path / "Y"
+def test_what_full_rl_started_from_is_found_where_it_was_moved(tmp_path, micro_folder, few, other):
+    home, away = shutil.copytree(micro_folder, tmp_path / "X"), tmp_path / "Y"
     flags = inputs.settings(home, few)(
         tmp_path / "rl", *SHORT, "--training.mode", "rl", "--rl.algorithm", "dpo", peft="none"
     )
@@ -207,10 +207,10 @@ def test_what_full_rl_started_from_is_found_where_it_was_moved(tmp_path, tiny_fo
 # ---------------------------------------------------------------- a run's folder in place of its final/
 
 
-def test_a_run_stands_for_its_final_where_a_checkpoint_is_looked_at(tmp_path, trained, few, tiny_folder):
+def test_a_run_stands_for_its_final_where_a_checkpoint_is_looked_at(tmp_path, trained, few, micro_folder):
     """B13: evaluate, export and serve."""
     run = shutil.copytree(trained.parent, tmp_path / "outputs" / "run")
-    status, out, err = processes.run(evaluate.main, tmp_path, asked(tmp_path, few, f"base={tiny_folder}", f"sft={run}"))
+    status, out, err = processes.run(evaluate.main, tmp_path, asked(tmp_path, few, f"base={micro_folder}", f"sft={run}"))
     assert status == 0 and f"{run} is a run: its final/ is taken\n" in out, (out, err)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["cost"]["sft"]["tokens"] > 0  # its run was found
@@ -230,7 +230,7 @@ def test_a_run_stands_for_its_final_where_a_checkpoint_is_looked_at(tmp_path, tr
     processes.refused(serve.main, tmp_path, argv, f"did you mean {staged / 'sft' / 'final'}?")
 
 
-def test_a_run_named_in_a_setting_is_refused_with_its_final(tmp_path, trained, few, tiny_folder, settings):
+def test_a_run_named_in_a_setting_is_refused_with_its_final(tmp_path, trained, few, micro_folder, settings):
     """D23: a setting is kept in the run's record, so it has to say which checkpoint."""
     run = trained.parent
     for script, mode in ((train_sft, "sft"), (train_reward, "reward"), (train_rl, "rl")):
@@ -240,10 +240,10 @@ def test_a_run_named_in_a_setting_is_refused_with_its_final(tmp_path, trained, f
     hybrid = ["--reward.type", "hybrid"]
     argv = settings(tmp_path, "--training.mode", "rl", "--rl.algorithm", "grpo", *hybrid, "--reward.checkpoint", run)
     processes.refused(train_rl.main, tmp_path, argv, f"reward.checkpoint: {run} ", f"did you mean {trained}?")
-    argv = trainers.staged_settings(tiny_folder, few)(tmp_path, *hybrid, "--reward.checkpoint", run)
+    argv = trainers.staged_settings(micro_folder, few)(tmp_path, *hybrid, "--reward.checkpoint", run)
     processes.refused(train_staged.main, tmp_path, argv, f"reward.checkpoint: {run} ", f"did you mean {trained}?")
     for key in ("evaluation.reward_checkpoint", "reward.checkpoint"):
-        argv = asked(tmp_path, few, f"base={tiny_folder}", f"--{key}", run, "--reward.type", "trainable")
+        argv = asked(tmp_path, few, f"base={micro_folder}", f"--{key}", run, "--reward.type", "trainable")
         processes.refused(evaluate.main, tmp_path, argv, f"{key}: {run} ", f"did you mean {trained}?")
     argv = inputs.settings(run, few)(tmp_path, *SHORT)
     processes.refused(train_sft.main, tmp_path, argv, str(run), f"did you mean {trained}?")
