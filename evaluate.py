@@ -355,7 +355,7 @@ def main(argv=None):
 
     # --- the base in memory, its judges, the items
     bare = load_base(base_folder, cfg, device)
-    records = data.load(task, cfg.dataset_path, cfg.evaluation.split, cfg.debug, cfg.seed, cfg.task_options)
+    records = data.from_config(cfg, cfg.evaluation.split)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, counts = measure.items(records, bare.tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     log.say_counts(cfg.evaluation.split, counts)
@@ -517,7 +517,7 @@ def write_export(cfg, job):
         "seed": cfg.seed,
         "items": min(cfg.evaluation.max_items or export.PROBES, export.PROBES),
     }
-    records = data.load(cfg.task, cfg.dataset_path, cfg.evaluation.split, cfg.debug, cfg.seed, cfg.task_options)
+    records = data.from_config(cfg, cfg.evaluation.split)
     return export.run(source, job.export, how, records, sizes, job.flags.get("model.base_checkpoint"))
 
 

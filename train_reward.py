@@ -96,10 +96,7 @@ def make_pairs(net, tokenizer, records, sampling, task):
 def load_pairs(run, net, tokenizer, explain_only):
     """{split: records} with pairs of the data, or of the base's own samples where the data has none."""
     cfg, rl = run.cfg, run.cfg.rl
-    records = {
-        split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options)
-        for split in ("train", "val")
-    }
+    records = {split: data.from_config(cfg, split) for split in ("train", "val")}
     if tasks.load(cfg.task).has_pairs or any(
         record["rejected"] is not None for rows in records.values() for record in rows
     ):

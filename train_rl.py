@@ -47,6 +47,7 @@ from common import (
     reward_model,
     rewards,
     roles,
+    tasks,
 )
 from common.log import UserError, command, say
 from common.optim import Update, optimizer_step
@@ -80,6 +81,7 @@ def sample_and_score(run, models, dataset, score, step):
     sizes = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     with run.autocast:
         rollout = experience.collect(models.net, mine, score, run.cfg.seed, step, **sizes)
+    rollout.correct = tasks.load(run.cfg.task).correct
     # >>> edit here: the reward of each completion (B,), for GRPO and PPO
     rollout.rewards = advantages.missing_stop(rollout.rewards, rollout.stopped, rl.missing_stop_penalty)
     return rollout
@@ -288,7 +290,7 @@ def train_on_prompts(run, models, records, score, explained):
     if algorithm["critic"] and rl.critic_warmup >= expected:
         raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {expected} steps to the policy")
     if explained:
-        few = dataclasses.replace(dataset, size=min(size, explained))
+        few = dataclasses.replace(dataset, size=max(dist.world_size(), min(explain.PROMPTS, len(dataset.train))))
         shown = prompts.shown_by_explain(sample_and_score(run, models, few, score, 0))
         show(run, models, shown, **explain.rollout_sizes(dataset, rl, cfg.evaluation))
         run.state.step = rl.critic_warmup if algorithm["critic"] else 0  # times a step in which all roles learn
@@ -297,9 +299,7 @@ def train_on_prompts(run, models, records, score, explained):
     optimizer = make_optimizer(models, training, rl)
     facts = {"data": dataset.fingerprint, "score": rewards.fingerprint(cfg.reward)}
     run.state.memory = {"first": [], "last": []}  # see watch.observe
-    step_folder = run.start(
-        steps, tokens_per_step, facts, not_read=("evaluation.draws", "evaluation.reward_checkpoint")
-    )
+    step_folder = run.start(steps, tokens_per_step, facts, not_read=("evaluation.draws",))
     if step_folder:
         roles.restore(models, step_folder)
         optim.load(optimizer, models.named, step_folder)
@@ -325,7 +325,7 @@ def train_on_prompts(run, models, records, score, explained):
 
         watch.observe(run.state.memory, metrics)
         warnings = watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards)
-        warnings += watch.sampler(run.record | metrics, run.dtype) + watch.unscored(metrics)
+        warnings += watch.rollout(run.state.memory, run.record | metrics, run.dtype)
         run.log(step, metrics | {"lr": lr, "epoch": step / dataset.per_epoch}, warnings)
 
     # --- report
@@ -491,10 +491,7 @@ def main(argv=None):
     score = rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(models.tokenizer, ids), trained_scorer)
 
     # --- data, optimizer and loop
-    records = {
-        split: data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options)
-        for split in ("train", "val")
-    }
+    records = {split: data.from_config(cfg, split) for split in ("train", "val")}
     explained = max(min(training.batch_size, 4), dist.world_size()) if job.explain else 0
     return (train_on_prompts if online else train_on_pairs)(run, models, records, score, explained)
 

@@ -65,7 +65,7 @@ def main(argv=None):
     # --- data: token ids with the mask of what is trained
     examples = {}
     for split in ("train", "val"):
-        records = data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options)
+        records = data.from_config(cfg, split)
         length = training.max_seq_length
         examples[split], counts = data.encode_records(records, tokenizer, length, training.last_turn_only)
         say_counts(split, counts, length)

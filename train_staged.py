@@ -89,7 +89,7 @@ def write_halves(cfg, out):
     """Cut the pairs of train and val in two by a hash of their first turn: out/pairs-reward and out/pairs-judge."""
     for split in ("train", "val"):
         halves = {"reward": [], "judge": []}
-        for record in data.load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options):
+        for record in data.from_config(cfg, split):
             first = record["prompt"][0]["content"].strip().lower()
             odd = hashlib.sha256(f"half/{first}".encode()).digest()[0] % 2
             halves["judge" if odd else "reward"].append(record)
@@ -135,7 +135,7 @@ class Answers:
 
     def __init__(self, cfg, base_folder):
         self.cfg, self.known, self.tokenizer = cfg, {}, base.load_tokenizer(base_folder)
-        records = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed, cfg.task_options)
+        records = data.from_config(cfg, "val")
         encoded, _ = prompts.encode_prompts(records, self.tokenizer, cfg.training.max_seq_length)
         plain = tasks.load(cfg.task).plain
         self.prompts = [prompt for prompt in encoded if plain and plain(prompt.record["prompt"])] or encoded
@@ -205,7 +205,7 @@ def main(argv=None):
     base_folder, comparable = base.resolve(cfg.model.base_checkpoint), True
     try:
         metrics.require(cfg.task)
-        records = data.load(cfg.task, cfg.dataset_path, "test", cfg.debug, cfg.seed, cfg.task_options)
+        records = data.from_config(cfg, "test")
         longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
         measure.items(records, base.load_tokenizer(base_folder), longest, cfg.evaluation.max_items, cfg.seed)
     except UserError as error:

@@ -40,6 +40,11 @@ def load(
     return load_split(folder or Path(__file__).parents[1] / "data" / chosen.name, split)
 
 
+def from_config(cfg: SimpleNamespace, split: str) -> list[dict]:
+    """The records of a split of the task and data that a config names."""
+    return load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options)
+
+
 def load_split(folder: Path | str, split: str) -> list[dict]:
     """The records of folder/<split>.jsonl; every fault is a UserError naming file, line and key."""
     path = Path(folder) / f"{split}.jsonl"

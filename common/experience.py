@@ -43,6 +43,7 @@ class Rollout:
     completion_tokens: Tensor  # (B,), tokens of the completion
     sampled_tokens: float  # tokens of all ranks' completions
     seconds: dict
+    correct: str | None = None  # the part of the reward that is 1 for a right answer
     # made by the algorithm, (B, T-1) each
     weight: Tensor | None = None  # of each token's loss
     old_logprobs: Tensor | None = None  # None: there is one update, and its own log-probs are the old ones
@@ -298,6 +299,25 @@ def summary(rollout: Rollout, front: str = "") -> dict[str, float]:
     return {front + name: value for name, value in means.items()}
 
 
+def group_metrics(rollout: Rollout) -> dict[str, float]:
+    """{"group_spread": share of groups whose rewards differ, "pass@G": share with a right answer}, over all ranks.
+
+    Groups of one have no spread: {}.
+    """
+    rows_by_group: dict[int, list[int]] = {}
+    for row, number in enumerate(rollout.prompt_numbers):
+        rows_by_group.setdefault(number, []).append(row)
+    groups = list(rows_by_group.values())
+    size = max(map(len, groups))
+    if size < 2:
+        return {}
+    rewards, parts = rollout.rewards.tolist(), rollout.reward_parts
+    spread = sum(len({rewards[row] for row in rows if not math.isnan(rewards[row])}) > 1 for rows in groups)
+    right = sum(any(parts[row].get(rollout.correct) == 1 for row in rows) for rows in groups)
+    spread, right, count = dist.sum_all(spread, right, len(groups))
+    return {"group_spread": spread / count} | ({f"pass@{size}": right / count} if rollout.correct in parts[0] else {})
+
+
 def rollout_metrics(rollout: Rollout, dealt: list[Minibatch]) -> dict[str, float]:
     """What a step of online RL logs over all ranks, beside its updates. dealt: the minibatches after the updates.
 
@@ -328,7 +348,7 @@ def rollout_metrics(rollout: Rollout, dealt: list[Minibatch]) -> dict[str, float
     metrics["zero_advantage_share"] = zero_advantage / rows
     if rollout.returns is not None:
         metrics["explained_variance"] = advantages.explained_variance(rollout.values, rollout.returns, rollout.mask)
-    return summary(rollout) | metrics | rollout.seconds
+    return summary(rollout) | group_metrics(rollout) | metrics | rollout.seconds
 
 
 def lines(rollout: Rollout, tokenizer: Tokenizer, step: int) -> list[dict]:

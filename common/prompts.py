@@ -10,7 +10,7 @@ from common import advantages, chat, data, dist, experience, log, model, rollout
 from common.log import UserError, say, say_counts
 from common.roles import Roles
 from common.run import Run
-from common.runtime import resume
+from common.runtime import explain, resume
 
 EXACT_KL_ROWS = 128  # held-out answers whose exact entropy and KL are measured: whole distributions cost their time
 TOKENS_PER_PASS = 2048  # of these answers
@@ -147,7 +147,11 @@ def exact_entropy_and_kl(models: Roles, prompts: dict[int, Prompt], rollout: exp
 
 
 def shown_by_explain(rollout: experience.Rollout) -> list[dict]:
-    """What --explain shows of a rollout's first rows: as examples with their mask; says each one's reward."""
+    """What --explain shows of a rollout's first rows: as examples with their mask; says each one's reward.
+
+    Before that it says what all rows earned, and whether RL can learn from them.
+    """
+    explain.say_prospects(experience.summary(rollout) | experience.group_metrics(rollout), rollout.correct)
     shown = []
     for row in range(min(EXPLAIN_ROWS, len(rollout.ids))):
         reward, parts = rollout.rewards[row].item(), rollout.reward_parts[row]

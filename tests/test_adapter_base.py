@@ -210,7 +210,9 @@ def test_what_full_rl_started_from_is_found_where_it_was_moved(tmp_path, micro_f
 def test_a_run_stands_for_its_final_where_a_checkpoint_is_looked_at(tmp_path, trained, few, micro_folder):
     """B13: evaluate, export and serve."""
     run = shutil.copytree(trained.parent, tmp_path / "outputs" / "run")
-    status, out, err = processes.run(evaluate.main, tmp_path, asked(tmp_path, few, f"base={micro_folder}", f"sft={run}"))
+    status, out, err = processes.run(
+        evaluate.main, tmp_path, asked(tmp_path, few, f"base={micro_folder}", f"sft={run}")
+    )
     assert status == 0 and f"{run} is a run: its final/ is taken\n" in out, (out, err)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["cost"]["sft"]["tokens"] > 0  # its run was found

@@ -19,8 +19,11 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, dist, lora, model
 from common.log import UserError, say
+from common.runtime import watch
 
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
+NEARLY_ALL = 0.95  # right answers
+PROMPTS = 16  # sampled by --explain of online RL, to say whether it can learn
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 LIBRARIES = 0.5e9  # bytes of Python, torch, transformers and Gemma's tokenizer before any weight
 WORD = 1200  # bytes a word that reading a tokenizer leaves in the heap until the first step trims it: 0.3 GB of Gemma's
@@ -239,6 +242,35 @@ def show(
     total = total or sum(len(example["ids"]) for example in examples)
     longest = max(len(example["ids"]) for example in examples)
     say_plan(memory_plan(net, trainable, (min(budget, total), longest, total > budget), **plan))
+
+
+def say_prospects(signs: dict[str, float], correct: str | None) -> None:
+    """Say what the policy's own answers earn before any training, and in one line whether RL can learn from them.
+
+    signs: of experience.summary and group_metrics; correct: the part of the reward that is 1 for a right answer.
+    """
+    named = {"reward": "reward", "reward_std": "its deviation", "group_spread": "share of groups with any spread"}
+    named |= {name: name for name in signs if name.startswith("pass@")}
+    named |= {"stop_rate": "share that stops", "length": "tokens"}
+    say("answers before training: " + ", ".join(f"{named[name]} {signs[name]:.3g}" for name in named if name in signs))
+    say(f"verdict: {verdict(signs, signs.get(f'reward/{correct}', 0.0))}")
+
+
+def verdict(signs: dict[str, float], right: float) -> str:
+    """Can RL learn, and what to do if not. right: share of right answers, 0 where none are known."""
+    what_to_do = "SFT first, take easier data, or larger groups"
+    spread = signs.get("group_spread")
+    if right > NEARLY_ALL:
+        return f"{right:.0%} of the answers are right already: take harder data"
+    if spread is None:  # a critic compares answers to different prompts
+        return (
+            f"all rewards are equal: {what_to_do}" if signs["reward_std"] == 0 else "the rewards differ: RL can learn"
+        )
+    if spread == 0:
+        return f"within no group do the rewards differ, RL would learn nothing: {what_to_do}"
+    if spread < watch.FEW_GROUPS:
+        return f"in only {spread:.0%} of the groups do the rewards differ, RL would learn slowly: {what_to_do}"
+    return f"in {spread:.0%} of the groups the rewards differ: RL can learn"
 
 
 def duration(seconds: float) -> str:

@@ -20,6 +20,9 @@ FALL = 0.1  # of a component: heuristics lie in [0, 1], a trained score has devi
 LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct bigrams that are worth a word
 
 
+FEW_GROUPS, FLAT_STEPS = 0.1, 10  # share of groups with any spread; so many steps in a row below it get a word
+
+
 ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats per token between sampler and trainer, on average
 HALF = 0.5  # of an adapter that reaches weights it is merged into
 SPIKE, RECENT, FEWEST = 10.0, 32, 4  # times the median norm of so many steps; no word before there are a few
@@ -92,6 +95,24 @@ def unseen(warnings: list[str], said: list[str]) -> list[str]:
     return [kinds[kind] for kind in fresh]
 
 
+def rollout(memory: dict, record: dict, dtype: torch.dtype) -> list[str]:
+    """What is wrong with a step's samples: see sampler, unscored, equal_groups."""
+    return sampler(record, dtype) + unscored(record) + equal_groups(memory, record)
+
+
+def equal_groups(memory: dict, metrics: dict) -> list[str]:
+    """The warning after FLAT_STEPS steps in which hardly a group of samples had different rewards."""
+    if "group_spread" not in metrics:
+        return []
+    memory["flat_steps"] = memory.get("flat_steps", 0) + 1 if metrics["group_spread"] < FEW_GROUPS else 0
+    if memory["flat_steps"] < FLAT_STEPS:
+        return []
+    return [
+        f"in under {FEW_GROUPS:.0%} of the groups did the rewards differ, for {FLAT_STEPS} steps: the answers to a "
+        "prompt are equally good, and there is little to learn; --explain says what to do"
+    ]
+
+
 def observe(memory: dict[str, list], values: dict[str, float]) -> None:
     """Keep what is watched of a step's values ({name: float}) in memory {"first": [], "last": []}, which is JSON.
 
@@ -111,7 +132,9 @@ def reward_hacking(memory: dict[str, list], normalised: bool = True) -> list[str
     """
     if len(memory["last"]) < WINDOW:
         return []
-    then, now = ({name: [step[name] for step in memory[part]] for name in memory[part][0]} for part in memory)
+    then, now = (
+        {name: [step[name] for step in memory[part]] for name in memory[part][0]} for part in ("first", "last")
+    )
     if _change(then["reward"], now["reward"]) <= 0:
         return []
     said, rise = [], f"the reward rose from {_mean(then['reward']):.2f} to {_mean(now['reward']):.2f} while "
