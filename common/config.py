@@ -72,7 +72,7 @@ def parse_args(
     parser.add_argument("--debug", action="store_true", help=f"{leaves['debug'].help}: configs/debug.yml over FILE")
     for flag, kwargs in jobs:
         parser.add_argument(flag, **kwargs)
-    for section in ("", *sections):
+    for section in ("", "task_options", *sections):
         group = parser.add_argument_group(section or "top level", headings.get(section))
         for key, leaf in leaves.items():
             if key != "debug" and key.rpartition(".")[0].partition(".")[0] == section:
