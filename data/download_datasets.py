@@ -76,7 +76,7 @@ def receive(url, part, deadline):
 
 
 def download(url, part, deadline):
-    """`receive` with a few tries: a cut connection resumes, a 4xx answer is final."""
+    """`receive` with a few tries: a cut connection resumes, a 4xx answer is final. A mirror may hold NAME.gz."""
     for attempt in range(TRIES):
         time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) if attempt else 0)
         try:
@@ -87,6 +87,11 @@ def download(url, part, deadline):
                 part.unlink(missing_ok=True)
             elif code < 500 and code not in (408, 429):
                 break
+    if code == 404 and not url.endswith((".gz", ".zip")):
+        packed = part.with_suffix(".gz")
+        download(f"{url}.gz", packed, deadline)
+        part.write_bytes(unpack(packed, ""))
+        return packed.unlink()
     raise UserError(f"{url}: {problem}; run the same command again to go on, or name a mirror with --source")
 
 
@@ -120,7 +125,8 @@ def obtain(address, pinned, raw, recorded, deadline):
         how = "is pinned" if pinned else f"was recorded in {raw / 'sha256.json'} when it first arrived"
         raise UserError(f"{address}: sha256 is {got}, but {known} {how}; nothing was kept")
     os.replace(part, target)
-    part.with_name(part.name + ".origin").unlink(missing_ok=True)
+    for origin in raw.glob(f"{name}*.origin"):
+        origin.unlink()
     return target
 
 

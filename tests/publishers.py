@@ -1,5 +1,6 @@
 """The publishers' files in small, a loopback server that hands them out, and data/download_datasets.py run on it."""
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
@@ -9,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from common import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +55,10 @@ def small_files():
     for number, name in enumerate(MTS_NAMES):
         rows = [(i, "GENHX", f"Note {i}.", f"Doctor: {name} {i}?\r\nPatient: Yes.") for i in range(3 + number)]
         files[MTS.format(name)] = mts(rows)
+    for split, count in (("train", 100), ("test", 4)):
+        answers = [f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1} eggs.\n#### {i + 1}" for i in range(count)]
+        rows = [{"question": f"{split}: {i} eggs and one?", "answer": text} for i, text in enumerate(answers)]
+        files[f"/gsm8k/{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
     return files
 
 
@@ -100,15 +107,30 @@ def script(monkeypatch):
     return module
 
 
+def pin(script, monkeypatch, name, served=None):
+    """Where the downloader pins a hash, pin that of the file that is served; without served files pin none."""
+    task, files = script.TASKS[name], {}
+    for split, file in task.files.items():
+        path = f"/{task.mirror}/{file.address.rsplit('/', 1)[1]}"
+        digest = hashlib.sha256(served[path]).hexdigest() if served and file.sha256 else None
+        files[split] = dataclasses.replace(file, sha256=digest)
+    monkeypatch.setitem(script.TASKS, name, dataclasses.replace(task, files=files))
+
+
+def from_archive(script, monkeypatch, address):
+    """Let the downloader look for CoNaLa in another archive."""
+    files = {split: tasks.File(f"{address}#conala-corpus/conala-{split}.json") for split in ("test", "train")}
+    monkeypatch.setitem(script.TASKS, "conala", dataclasses.replace(script.TASKS["conala"], files=files))
+
+
 @pytest.fixture
 def server(script, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         server.files, server.tricks, server.asked = small_files(), {}, []
         server.url = f"http://127.0.0.1:{server.server_port}"
-        names = {path.rsplit("/", 1)[1]: data for path, data in server.files.items()}
-        pins = {name: hashlib.sha256(names[name]).hexdigest() for name in script.PINNED}
-        monkeypatch.setattr(script, "PINNED", pins)
+        for task in script.TASKS:
+            pin(script, monkeypatch, task, server.files)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()
@@ -136,7 +158,7 @@ def go(script, server, tmp_path, capsys):
 
 
 def read(folder, task, split):
-    return [json.loads(line) for line in (folder / task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / task / f"{split}.jsonl").open(encoding="utf-8")]
 
 
 def leftovers(folder):

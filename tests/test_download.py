@@ -4,12 +4,13 @@ Hostile servers, archives and rows are rows S3 to S5 of the fault table: tests/f
 """
 
 import hashlib
-import importlib.util
 import json
 
 import pytest
 
-from tests.publishers import HH_TEST, HH_TRAIN, MTS, ROOT, hh, pair, read
+from common import tasks
+from common.tasks import clinical
+from tests.publishers import HH_TEST, HH_TRAIN, MTS, ROOT, hh, pair, pin, read
 
 REAL = ROOT.parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the publishers' files are not at ../shared/data")
@@ -17,7 +18,7 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the publishers' files
 # ---------------------------------------------------------------------------------------------------- what is written
 
 
-def test_all_three_tasks_are_written_as_one_kind_of_record(go, tmp_path):
+def test_every_task_is_written_as_one_kind_of_record(go, tmp_path):
     reports = go("all")
     for task, report in reports.items():
         assert json.loads((tmp_path / task / "report.json").read_text()) == report
@@ -28,7 +29,8 @@ def test_all_three_tasks_are_written_as_one_kind_of_record(go, tmp_path):
             assert report["splits"][split]["sha256"] == hashlib.sha256(written).hexdigest()
             for row in rows:
                 assert list(row) == ["id", "prompt", "response", "rejected", "reference"]
-                assert row["prompt"][-1]["role"] == "user" and row["reference"] == row["response"]
+                right = row["response"].rpartition("#### ")[2] if task == "gsm8k" else row["response"]
+                assert row["prompt"][-1]["role"] == "user" and row["reference"] == right
         ids = [row["id"] for split in ("train", "val", "test") for row in read(tmp_path, task, split)]
         assert len(ids) == len(set(ids))
     assert reports["clinical"]["files"]["val"]["hash"] == "pinned"
@@ -112,7 +114,7 @@ def test_dirty_pairs_are_dropped_by_reason(go, server, tmp_path, monkeypatch, sc
         pair("q", "fine", "not fine"),
     ]
     server.files[HH_TEST] = server.files[HH_TRAIN] = hh(dirt)
-    monkeypatch.setattr(script, "PINNED", {})
+    pin(script, monkeypatch, "safety")
     report = go("safety")["safety"]
     expected = {
         "prompts differ": 1,
@@ -193,7 +195,7 @@ def test_real_safety_without_its_train_file_names_it(real, capsys, tmp_path):
 
 
 @needs_real
-def test_real_clinical_counts(real, tmp_path, script):
+def test_real_clinical_counts(real, tmp_path):
     report = real("clinical")
     assert {facts["hash"] for facts in report["files"].values()} == {"pinned"}
     assert [report["files"][s]["rows"] for s in ("train", "val", "test")] == [1201, 100, 200]
@@ -201,7 +203,7 @@ def test_real_clinical_counts(real, tmp_path, script):
     rows = [row for split in ("train", "val", "test") for row in read(tmp_path, "clinical", split)]
     texts = [row["prompt"][0]["content"] for row in rows]
     assert not any("\r" in text for text in texts)
-    assert len({text.split(" section of the clinical note")[0] for text in texts}) == len(script.SECTIONS) == 20
+    assert len({text.split(" section of the clinical note")[0] for text in texts}) == len(clinical.SECTIONS) == 20
 
 
 @needs_real
@@ -217,10 +219,7 @@ def test_real_conala_counts(real, tmp_path):
 
 @needs_real
 def test_real_bytes_over_http_give_the_same_dataset(real, server, script, monkeypatch, tmp_path):
-    fresh = importlib.util.spec_from_file_location("fresh", ROOT / "data" / "download_datasets.py")
-    module = importlib.util.module_from_spec(fresh)
-    fresh.loader.exec_module(module)
-    monkeypatch.setattr(script, "PINNED", module.PINNED)
+    monkeypatch.setitem(script.TASKS, "safety", tasks.load("safety"))  # with its own pinned hashes
     server.files = {HH_TEST: (REAL / HH_TEST[1:]).read_bytes()}
     over_http = real("safety", "test", source=server.url)
     assert over_http["splits"] == real("safety", "test")["splits"]

@@ -14,7 +14,7 @@ import pytest
 
 from common import data
 from common.log import UserError
-from tests.publishers import HH_TEST, HH_TRAIN, MTS, MTS_NAMES, hh, leftovers, pair, read
+from tests.publishers import HH_TEST, HH_TRAIN, MTS, MTS_NAMES, from_archive, hh, leftovers, pair, pin, read
 from tests.test_data import record, without, write
 
 # ---------------------------------------------------------------- S3: archives
@@ -35,9 +35,7 @@ def archive(go, server, script, tmp_path, monkeypatch):
             for info, data in extra:
                 made.writestr(info, data)
         server.files["/conala.zip"] = buffer.getvalue()
-        address = f"{server.url}/conala.zip"
-        members = {s: f"{address}#conala-corpus/conala-{s}.json" for s in ("test", "train")}
-        monkeypatch.setitem(script.FILES, "conala", members)
+        from_archive(script, monkeypatch, f"{server.url}/conala.zip")
         return (go.refused if refused else go)("conala", source=None)
 
     return run
@@ -101,7 +99,7 @@ def test_S3_members_that_are_no_files_are_refused(archive, tmp_path, kind):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_S3_a_tar_is_no_archive_here(archive, server, script, go, tmp_path, mode):
+def test_S3_a_tar_is_no_archive_here(archive, server, script, go, monkeypatch, tmp_path, mode):
     """No tar is ever unpacked, so its links, absolute names and devices can do nothing."""
     outside, buffer = sorted(tmp_path.parent.iterdir()), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as made:
@@ -119,13 +117,13 @@ def test_S3_a_tar_is_no_archive_here(archive, server, script, go, tmp_path, mode
             made.addfile(info)
     archive()
     server.files["/evil.zip"] = buffer.getvalue()
-    script.FILES["conala"] = {s: f"{server.url}/evil.zip#conala-corpus/conala-{s}.json" for s in ("test", "train")}
+    from_archive(script, monkeypatch, f"{server.url}/evil.zip")
     assert "cannot be unpacked" in go.refused("conala", source=None)
     assert sorted(tmp_path.parent.iterdir()) == outside and not Path("/abs").exists()
     assert not [path for path in tmp_path.rglob("*") if path.is_symlink() or path.name in ("x", "hard", "null")]
 
 
-def test_S3_five_gigabytes_of_zeros_stop_at_the_default_cap(archive, server, script, go, tmp_path):
+def test_S3_five_gigabytes_of_zeros_stop_at_the_default_cap(server, script, go, monkeypatch, tmp_path):
     """5 MB that unpack to 5 GB: cut off at 512 MiB, in memory; nothing of it reaches the disk."""
     size, name = 5 * 10**9, "conala-corpus/conala-train.json"
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -142,7 +140,7 @@ def test_S3_five_gigabytes_of_zeros_stop_at_the_default_cap(archive, server, scr
     at = raw.index(b"PK\x03\x04")
     local = raw[: at + 8] + (8).to_bytes(2, "little") + raw[at + 10 :]  # the method, in the local header too
     server.files["/conala.zip"] = local
-    script.FILES["conala"] = {s: f"{server.url}/conala.zip#conala-corpus/conala-{s}.json" for s in ("test", "train")}
+    from_archive(script, monkeypatch, f"{server.url}/conala.zip")
     assert script.MAX_UNPACKED_BYTES == 2**29
     error = go.refused("conala", "train", source=None)
     assert "unpacks to more than" in error and "conala-train.json" in error and leftovers(tmp_path) == []
@@ -154,11 +152,10 @@ def test_S3_a_method_without_a_bound_is_refused(archive, tmp_path):
     assert "plain file" in archive([(info, bytes(1 << 20))], train=None, refused=True)
 
 
-def test_S3_what_is_no_zip_is_one_line(archive, server, script, go):
+def test_S3_what_is_no_zip_is_one_line(archive, server, script, go, monkeypatch):
     archive()
     server.files["/conala.zip"] = b"<html>moved</html>"
-    members = {s: f"{server.url}/moved.zip#conala-corpus/conala-{s}.json" for s in ("test", "train")}
-    script.FILES["conala"] = members
+    from_archive(script, monkeypatch, f"{server.url}/moved.zip")
     server.files["/moved.zip"] = b"<html>moved</html>"
     assert "cannot be unpacked" in go.refused("conala", source=None)
 
@@ -410,7 +407,7 @@ BAD_MTS = {
 @pytest.mark.parametrize("kind", BAD_MTS)
 def test_S5_bad_csv_rows_name_file_line_and_key(go, server, script, monkeypatch, tmp_path, kind):
     text, where = BAD_MTS[kind]
-    monkeypatch.setattr(script, "PINNED", {})
+    pin(script, monkeypatch, "clinical")
     server.files[MTS.format(MTS_NAMES[2])] = b"ID,section_header,section_text,dialogue\r\n" + text.encode()
     error = go.refused("clinical", "test")
     assert where in error and "MTS-Dialog-TestSet-1" in error
@@ -418,7 +415,7 @@ def test_S5_bad_csv_rows_name_file_line_and_key(go, server, script, monkeypatch,
 
 
 def test_S5_another_csv_header_is_refused(go, server, script, monkeypatch):
-    monkeypatch.setattr(script, "PINNED", {})
+    pin(script, monkeypatch, "clinical")
     server.files[MTS.format(MTS_NAMES[2])] = b"ID,section_header,note,dialogue\r\n0,CC,x,y\r\n"
     assert ":2:section_text: expected text, found no such key" in go.refused("clinical", "test")
 
