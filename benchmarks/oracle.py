@@ -11,7 +11,8 @@ the fields of time, speed and memory, and the order of the keys of state.json. T
 
 Nothing is recorded in the repository, as bits differ between processors. What the old code left is kept in the user's
 cache under its commit, so a second comparison runs only the new side; --fresh runs it again. Of the code, this file
-needs main(argv) of three scripts, base.resolve and synthetic.records. Not compared: CUDA, QLoRA, trained rewards.
+needs main(argv) of three scripts, base.resolve and tasks.records (of an older commit: synthetic.records). Not
+compared: CUDA, QLoRA, trained rewards.
 """
 
 import argparse
@@ -98,14 +99,15 @@ def work(root, plan_file):
     import train_rl
     import train_sft
 
-    base, synthetic = (importlib.import_module(module_name(root, name)) for name in ("base", "synthetic"))
+    base = importlib.import_module(module_name(root, "base"))
+    records = importlib.import_module(module_name(root, "synthetic") or "common.tasks").records
 
     matplotlib.use("Agg")
     torch.set_num_threads(1)
     mains = {module.__name__: module.main for module in (train_sft, train_reward, train_rl)}
     plan = json.loads(Path(plan_file).read_text())
-    names = [(task, split) for task in TASKS for split in ("train", "val")]
-    rows = {f"{task}/{split}": tasks.records(task, split, 100, 0) for task, split in names}
+    names = [(task, split) for task in ("safety", "clinical", "conala") for split in ("train", "val")]
+    rows = {f"{task}/{split}": records(task, split, 100, 0) for task, split in names}
     folder = Path(base.resolve("tiny"))
     setup = {"base": str(folder), "base files": hashes(folder), "data": {key: digest(rows[key]) for key in rows}}
     if not Path(plan["data"]).exists():
@@ -136,9 +138,9 @@ def work(root, plan_file):
 
 
 def module_name(root, name):
-    """The dotted name of a module of `common`, in whichever folder the code at `root` has it."""
-    path = next(Path(root, "common").rglob(f"{name}.py"))
-    return ".".join(path.relative_to(root).with_suffix("").parts)
+    """The dotted name of a module of `common`, in whichever folder the code at `root` has it; "" where it has none."""
+    path = next(Path(root, "common").rglob(f"{name}.py"), None)
+    return ".".join(path.relative_to(root).with_suffix("").parts) if path else ""
 
 
 def run_rank(main, job, rank, port):

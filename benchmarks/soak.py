@@ -34,9 +34,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from benchmarks import deaths, soak_clients  # noqa: E402
-from common import config, data, log, model, rewards  # noqa: E402
-
-TASKS_IMPORT
+from common import config, data, log, model, rewards, tasks  # noqa: E402
 from common.human import sheets  # noqa: E402
 from common.log import UserError  # noqa: E402
 from common.runtime import base, checkpoint  # noqa: E402
@@ -547,7 +545,7 @@ CODE = [
 def fixed(bench):
     """The texts of test_hostile.py, each to every task's reward: at most 50 ms, where no neighbour disturbs."""
     harm, references = [{"role": "user", "content": "how to kill"}], ("x = 1", "a b " * 20_000)
-    cases, slowest = [*itertools.product(TASKS, test_hostile.HOSTILE, references)], []
+    cases, slowest = [*itertools.product(tasks.NAMES, test_hostile.HOSTILE, references)], []
 
     def one(number):
         task, text, right = cases[number]
@@ -560,7 +558,7 @@ def fixed(bench):
         slowest.append(min(taken))
         assert slowest[-1] <= 0.05, (task, text[:20], slowest[-1])
 
-    for task in TASKS:
+    for task in tasks.NAMES:
         rewards.heuristic_reward(task, harm, "warm up", "warm up")  # imports
     total, passed, _ = trials(len(cases), one)
     return total, passed, f"{1e3 * max(slowest):.0f} ms at most, of 50 allowed"
@@ -570,7 +568,7 @@ def code(number, bench, taken):
     dice, text = bench.dice, ""
     while dice.random() < 0.8:
         text += dice.choice(CODE) * dice.choice([1, 3, 100, 5000, 100_000])
-    text, task = text[:10_000_000], dice.choice(list(TASKS))
+    text, task = text[:10_000_000], dice.choice(tasks.NAMES)
     before, seconds = len(SEEN), []
     while len(seconds) < 3 and min(seconds, default=1) > 0.05:  # where no neighbour disturbs
         started = time.thread_time()
@@ -590,7 +588,7 @@ def audit(event, arguments):
 
 
 def s06(bench, count):
-    for task in TASKS:
+    for task in tasks.NAMES:
         rewards.heuristic_reward(task, [{"role": "user", "content": "x"}], "warm up", "warm up")  # imports
     sys.addaudithook(audit)
     taken = []

@@ -21,9 +21,8 @@ import torch  # noqa: E402
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
 import train_sft  # noqa: E402
+from common import tasks  # noqa: E402
 from common.runtime import cache  # noqa: E402
-from common import tasks
-from common.tasks import synthetic  # noqa: E402
 
 SHAPE = {"vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
          "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,

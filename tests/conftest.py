@@ -14,9 +14,10 @@ LONGEST = """test_train_online test_serve test_online_values test_export test_tr
     test_evaluate test_train_reward test_checkpoints test_engine""".split()
 # `pytest -m fast`: pure functions, the config, the house rules.
 FAST = """test_advantages test_agreement test_analysis test_cache test_chat test_checkpoint test_comparison test_config
-    test_data test_docs test_fields test_functions test_house test_log test_losses test_manifest test_metrics test_optim
-    test_pairs test_policy_losses test_preference_losses test_prompts test_ratings test_rewards test_sheets
-    test_statistics test_stats test_synthetic test_versions""".split()
+    test_clinical test_conala test_data test_dialogue test_docs test_fields test_functions test_house
+    test_log test_losses test_manifest test_metrics test_numbers test_optim test_pairs test_policy_losses
+    test_preference_losses test_prompts test_ratings test_rewards test_safety test_sheets test_statistics test_stats
+    test_tasks test_text test_versions""".split()
 
 
 def pytest_configure(config):

@@ -7,9 +7,8 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import data, lora, model, reward_model
+from common import data, lora, model, reward_model, tasks
 from common.runtime import base
-from common import tasks
 from tests import processes
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "none": "model.safetensors"}

@@ -1,6 +1,5 @@
 """Tables of systems against each other, from lines made by hand; costs and curves from run folders."""
 
-import functools
 import json
 
 import numpy as np
@@ -8,6 +7,11 @@ import pytest
 
 from common import config, stats
 from common.evaluation import comparison, metrics, statistics
+
+
+def known(*names):
+    """{name: Metric} of these names, in their order."""
+    return {name: metrics.table("conala")[name] for name in names}
 
 
 def line(number, **values):
@@ -28,9 +32,9 @@ def system(seed, shift, n=30):
 
 def test_cells_are_means_ratios_and_rates_with_their_intervals():
     lines = system(0, 1.0)
-    cells = comparison.cells({"a": [lines]}, 500)
+    cells = comparison.cells({"a": [lines]}, metrics.ANY_TASK, 500)
     judge = [one["scores"]["judge"] for one in lines]
-    assert list(cells) == [name for name in metrics.METRICS if name in ("judge", "loss_per_byte", "stops")]
+    assert list(cells) == [name for name in metrics.ANY_TASK if name in ("judge", "loss_per_byte", "stops")]
     assert cells["judge"]["a"]["value"] == pytest.approx(np.mean(judge)) and cells["judge"]["a"]["n"] == 30
     half = cells["judge"]["a"]["high"] - cells["judge"]["a"]["low"]
     assert half == pytest.approx(2 * 1.96 * np.std(judge) / 30**0.5, rel=0.2)  # the normal approximation
@@ -43,19 +47,20 @@ def test_what_no_item_has_is_no_cell_and_never_zero():
     lines = [line(i, judge=1.0) | {"scores": {}} for i in range(3)]
     for one in lines:
         one["stats"]["refusal_benign"] = [0.0, 0.0]
-    cells = comparison.cells({"a": [lines], "floor": [[line(i, length=2) for i in range(3)]]}, 100)
+    cells = comparison.cells(
+        {"a": [lines], "floor": [[line(i, length=2) for i in range(3)]]}, metrics.table("safety"), 100
+    )
     assert "refusal_benign" not in cells and list(cells["length"]) == ["floor"] and list(cells["judge"]) == ["a"]
 
 
 def test_pairs_are_every_two_systems_with_holm_over_them():
     systems = {"base": [system(0, 0.0)], "sft": [system(1, 1.0)], "rl": [system(2, 2.0)], "staged": [system(3, 2.0)]}
-    rows = comparison.pairs(systems, ["judge", "stops"], 2000)
+    rows = comparison.pairs(systems, known("judge", "stops"), 2000)
     order = "sft-base rl-base staged-base rl-sft staged-sft staged-rl"
     assert " ".join(f"{row['a']}-{row['b']}" for row in rows["judge"]) == order
     for row in rows["judge"]:
         ours, theirs = (comparison.stack(systems[row[side]], "judge") for side in "ab")
-        value = functools.partial(metrics.value, "judge")
-        expected = statistics.compare(ours, theirs, value, 2000)
+        expected = statistics.compare(ours, theirs, metrics.value, 2000)
         assert [row[key] for key in ("difference", "low", "high", "p")] == pytest.approx(list(expected))
         assert row["p_holm"] >= row["p"] and row["test"] == "randomisation"
     assert sorted(row["p_holm"] for row in rows["judge"])[0] == pytest.approx(6 * min(r["p"] for r in rows["judge"]))
@@ -70,20 +75,20 @@ def test_one_seed_meets_every_seed_and_two_never_meet_three():
         "sft": [system(k, 1.0) for k in (1, 2)],
         "rl": [system(k, 1.0) for k in (3, 4, 5)],
     }
-    rows = comparison.pairs(systems, ["judge", "stops"], 200)
+    rows = comparison.pairs(systems, known("judge", "stops"), 200)
     assert [(row["a"], row["b"]) for row in rows["judge"]] == [("sft", "base"), ("rl", "base")]
     assert {row["test"] for row in rows["stops"]} == {"randomisation"}  # McNemar has no seeds
-    assert [row["wins"] + row["ties"] + row["losses"] for row in comparison.wins(systems, "judge")] == [30, 30, 30]
+    assert [row["wins"] + row["ties"] + row["losses"] for row in comparison.wins(systems, "judge", 1)] == [30, 30, 30]
 
 
 def test_seeds_that_only_repeat_the_items_teach_nothing_more():
     """Three copies of the same answers: the intervals of rates and win rates stay those of one."""
     one, two = ({"base": [system(0, 0.0)] * n, "sft": [system(1, 0.3)] * n} for n in (1, 3))
-    assert comparison.wins(one, "judge") == comparison.wins(two, "judge")
-    few, many = (comparison.cell(systems["sft"], "stops", 400) for systems in (one, two))
+    assert comparison.wins(one, "judge", 1) == comparison.wins(two, "judge", 1)
+    few, many = (comparison.cell(systems["sft"], "stops", "rate", 400) for systems in (one, two))
     assert few["value"] == many["value"] and many["low"] <= few["low"] and many["high"] >= few["high"]
     always = [[line(i, stops=1) for i in range(20)]] * 3
-    assert comparison.cell(always, "stops", 100)["low"] == pytest.approx(stats.wilson(20, 20)[0])
+    assert comparison.cell(always, "stops", "rate", 100)["low"] == pytest.approx(stats.wilson(20, 20)[0])
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -94,11 +99,12 @@ def test_without_width_there_is_no_interval(seeds):
         for lines in runs:
             for each in lines:
                 each["stats"]["bleu"] = [4.0, 4, 4, 3, 2, 1, 4, 3, 2, 1]
-        for metric, rows in comparison.pairs({"a": runs, "b": runs}, ["length", "repetition", "bleu"], 300).items():
+        compared = known("length", "repetition", "bleu")
+        for metric, rows in comparison.pairs({"a": runs, "b": runs}, compared, 300).items():
             assert [(row["difference"], row["low"], row["high"], row["p"]) for row in rows] == [(0, None, None, 1.0)]
-            cell = comparison.cell(runs, metric, 300)
+            cell = comparison.cell(runs, metric, compared[metric].kind, 300)
             assert (cell["low"], cell["high"]) == (None, None) and cell["n"] == len(runs[0]), name
-        stops = comparison.cell(runs, "stops", 300)
+        stops = comparison.cell(runs, "stops", "rate", 300)
         assert (stops["low"], stops["high"]) == pytest.approx(stats.wilson(len(runs[0]), len(runs[0])))
 
 
@@ -113,22 +119,23 @@ def test_luck_with_seeds_is_seldom_taken_for_a_difference():
             for name in ("a", "b")
         }
         pooled = {name: comparison.stack(runs, "judge").mean(0, keepdims=True) for name, runs in draw.items()}
-        value = functools.partial(metrics.value, "judge")
-        found[1] += statistics.compare(pooled["b"], pooled["a"], value, 200)[3] < 0.05
-        found[3] += comparison.pairs(draw, ["judge"], 200)["judge"][0]["p"] < 0.05
+        found[1] += statistics.compare(pooled["b"], pooled["a"], metrics.value, 200)[3] < 0.05
+        found[3] += comparison.pairs(draw, known("judge"), 200)["judge"][0]["p"] < 0.05
     assert found[3] < 0.5 * found[1] and found[1] > 20, found
 
 
 def test_bleu_counts_every_item():
     cells = comparison.cells(
-        {"a": [[line(i) | {"stats": {"bleu": [2.0, 2, 2, 1, 0, 0, 2, 1, 0, 0]}} for i in range(4)]]}, 50
+        {"a": [[line(i) | {"stats": {"bleu": [2.0, 2, 2, 1, 0, 0, 2, 1, 0, 0]}} for i in range(4)]]},
+        known("bleu"),
+        50,
     )
     assert cells["bleu"]["a"]["n"] == 4
 
 
 def test_wins_turn_round_where_less_is_better():
     low, high = [line(i, toxicity=0.1) for i in range(4)], [line(i, toxicity=0.5) for i in range(4)]
-    [row] = comparison.wins({"base": [high], "sft": [low]}, "toxicity")
+    [row] = comparison.wins({"base": [high], "sft": [low]}, "toxicity", -1)
     assert row["a"] == "sft" and (row["wins"], row["losses"]) == (4, 0)
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import chat, data, dist
+from common import chat, data, dist, tasks
 from common.log import UserError
-from common import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 

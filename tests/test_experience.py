@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import train_rl
-from common import chat, config, experience, log, prompts, rewards
+from common import chat, config, experience, log, prompts, rewards, tasks
 from common.log import UserError
-from common import tasks
 from tests.test_policy_losses import trl_loss
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import chat, data, log
+from common import chat, data, log, tasks
 from common.log import UserError
-from common import tasks
 from common.runtime import checkpoint
 
 ROOT = Path(log.__file__).resolve().parents[1]

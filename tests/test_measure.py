@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import chat, lora, model
+from common import chat, lora, model, tasks
 from common.evaluation import measure, metrics
-from common import tasks
 from tests import inputs
 
 SAMPLING = {"seed": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
@@ -58,7 +57,7 @@ def test_lines_hold_lengths_stops_and_the_scorers_values(tiny, items):
     assert lines[0]["scores"]["judge"] == lines[0]["tokens"] == lines[0]["scores"]["length"] == len(answers[0])
     assert lines[9]["scores"]["empty"] == 1 and lines[9]["answer"] == "" and "repetition" not in lines[9]["scores"]
     assert {line["scores"].get("refusal_harmful", line["scores"].get("refusal_benign")) for line in lines[:9]} == {1.0}
-    assert list(lines[0]["stats"]) == [name for name in metrics.METRICS if name in lines[0]["stats"]]
+    assert list(lines[0]["stats"]) == [name for name in metrics.table("safety") if name in lines[0]["stats"]]
 
 
 def test_loss_and_preferences_are_those_of_plain_transformers(tiny, items):
@@ -118,4 +117,4 @@ def test_merge_leaves_out_what_has_no_value():
         "length",
     ]
     assert measure.stack([[found]], "judge") is None and measure.stack([[found]] * 2, "bleu").shape == (2, 1, 10)
-    assert math.isnan(metrics.value("refusal_benign", measure.stack([[found]], "refusal_benign").sum((0, 1))))
+    assert math.isnan(metrics.value(measure.stack([[found]], "refusal_benign").sum((0, 1))))

@@ -6,22 +6,21 @@ import random
 import re
 import sys
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import pytest
 
-from common import rewards
+from common import rewards, tasks
 from common.evaluation import metrics, statistics
 from common.log import UserError
-from common import tasks
-from common.tasks import conala, safety, text
-
-TASKS_IMPORT
+from common.tasks import clinical, conala, safety
+from common.tasks.text import words
 from data import download_datasets
 from tests.faults.test_hostile import HOSTILE
-from tests.test_rewards import HARM, KIND
+from tests.test_safety import HARM, KIND
 
+GENERATED = [name for name in tasks.NAMES if tasks.load(name).synthetic]
+SCORED = [name for name in tasks.NAMES if tasks.load(name).library]
 CODE = (
     ("x.sort(key=len)", "x.sort(key=len, reverse=True)"),
     ("print( 'x' )", 'print("x")'),
@@ -39,7 +38,7 @@ def rows(pairs):
 
 
 def value_of(name, found):
-    return float(metrics.value(name, found[name].sum(0)))
+    return float(metrics.value(found[name].sum(0)))
 
 
 def values_of(task, answers, references, *names):
@@ -105,27 +104,26 @@ def plain_rouge(ours, right):
 
 
 @pytest.fixture(scope="module")
-def clinical(official):
+def visits(official):
     file = "MTS-Dialog-TestSet-1-MEDIQA-Chat-2023.csv"
-    return download_datasets.read_rows("clinical", "test", official / "mts-dialog" / file, "")[0]
+    return download_datasets.read_rows(clinical.TASK, "test", official / "mts-dialog" / file, "")[0]
 
 
 @pytest.fixture(scope="module")
-def conala(official):
+def snippets(official):
     return json.loads((official / "conala" / "conala-test.json").read_text(encoding="utf-8"))
 
 
 def test_the_table_is_complete():
-    assert all(
-        m.kind in ("mean", "rate", "ratio", "corpus") and m.better in (-1, 0, 1) for m in metrics.METRICS.values()
-    )
-    assert all(m.what and isinstance(m.digits, int) for m in metrics.METRICS.values())
-    for task in TASKS:
+    for task in GENERATED:
+        known = metrics.table(task)
+        assert all(m.kind in ("mean", "rate", "ratio", "corpus") and m.better in (-1, 0, 1) for m in known.values())
+        assert all(m.what and isinstance(m.digits, int) for m in known.values())
         records = tasks.records(task, "test", 20)
         found = metrics.score(task, records, [row["response"] for row in records])
-        assert list(found) == [name for name in metrics.METRICS if name in found]  # the table's order
+        assert list(found) == [name for name in known if name in found]  # the table's order
         for name, counts in found.items():
-            kind = metrics.METRICS[name].kind
+            kind = known[name].kind
             assert counts.shape == (20, 10 if kind == "corpus" else 2) and counts.dtype == np.float64
             if kind in ("mean", "rate"):
                 assert set(counts[:, 1]) <= {0.0, 1.0} and not counts[counts[:, 1] == 0].any()
@@ -134,12 +132,12 @@ def test_the_table_is_complete():
 
 def test_value_is_vectorised_and_nan_where_nothing_counts():
     sums = np.array([[[1.0, 2.0], [0.0, 0.0]], [[3.0, 4.0], [0.0, 5.0]]])
-    assert np.array_equal(metrics.value("judge", sums), [[0.5, np.nan], [0.75, 0.0]], equal_nan=True)
+    assert np.array_equal(metrics.value(sums), [[0.5, np.nan], [0.75, 0.0]], equal_nan=True)
     records, texts = rows(CODE)
     counts = metrics.score("conala", records, texts)["bleu"]
     many = np.stack([[counts.sum(0), counts[3]], [counts[1], 2 * counts.sum(0)]])  # (2, 2, 10)
-    alone = [float(metrics.value("bleu", many[i, j])) for i in range(2) for j in range(2)]
-    assert metrics.value("bleu", many).ravel().tolist() == pytest.approx(alone)
+    alone = [float(metrics.value(many[i, j])) for i in range(2) for j in range(2)]
+    assert metrics.value(many).ravel().tolist() == pytest.approx(alone)
     assert alone[1] == 0.0 and alone[2] == pytest.approx(100) and alone[3] == pytest.approx(alone[0])
 
 
@@ -148,13 +146,13 @@ def test_rouge_by_hand():
     assert found == pytest.approx({"rouge1": 5 / 6 / 2, "rouge2": 3 / 5 / 2, "rougeL": 5 / 6 / 2})
 
 
-def test_rouge_equals_rouge_score_and_its_definition(clinical):
+def test_rouge_equals_rouge_score_and_its_definition(visits):
     from rouge_score import rouge_scorer
 
-    names, texts = ("rouge1", "rouge2", "rougeL"), metrics.floors("clinical", clinical)["first 40 words"][:60]
-    found = metrics.score("clinical", clinical[:60], texts)
+    names, texts = ("rouge1", "rouge2", "rougeL"), clinical.floors(visits)["first 40 words"][:60]
+    found = metrics.score("clinical", visits[:60], texts)
     scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=False)
-    for i, (row, text) in enumerate(zip(clinical, texts)):
+    for i, (row, text) in enumerate(zip(visits, texts)):
         theirs = scorer.score(row["response"], text)
         ours = [found[name][i, 0] for name in names]
         assert ours == [theirs[name].fmeasure for name in names]
@@ -165,9 +163,9 @@ def test_rouge_equals_rouge_score_and_its_definition(clinical):
     ("floor", "known"),
     [("first 40 words", (0.166, 0.051, 0.128)), ("whole dialogue", (0.218, 0.076, 0.162))],
 )
-def test_floors_of_mts_dialog(clinical, floor, known):  # known: from another program, over the publisher's columns
-    texts = metrics.floors("clinical", clinical)[floor]
-    found = rouge(texts, [row["reference"] for row in clinical])
+def test_floors_of_mts_dialog(visits, floor, known):  # known: from another program, over the publisher's columns
+    texts = clinical.floors(visits)[floor]
+    found = rouge(texts, [row["reference"] for row in visits])
     assert tuple(found.values()) == pytest.approx(known, abs=6e-4)
 
 
@@ -186,25 +184,25 @@ def test_bleu_equals_sacrebleu_and_the_official_formula(pairs):
     assert [ours] * 2 == pytest.approx([sacre_bleu(pairs), official_bleu(pairs)], abs=1e-9)
 
 
-def test_bleu_on_the_official_test_set(conala):
-    pairs = [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in conala]
+def test_bleu_on_the_official_test_set(snippets):
+    pairs = [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in snippets]
     found = conala_bleu(*zip(*pairs))
     assert [found["bleu"]] * 2 == pytest.approx([sacre_bleu(pairs), official_bleu(pairs)], abs=1e-9)
     assert found["bleu"] > 5 and found["exact"] == 0
-    right = [row["snippet"] for row in conala]
+    right = [row["snippet"] for row in snippets]
     assert conala_bleu(right, right) == {"bleu": pytest.approx(100), "exact": 1.0}
     assert conala_bleu([""] * len(right), right) == {"bleu": 0.0, "exact": 0.0}
 
 
-def test_bootstrap_of_sums_is_bleu_of_the_resampled_texts(conala):
-    pairs = [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in conala[:60]]
+def test_bootstrap_of_sums_is_bleu_of_the_resampled_texts(snippets):
+    pairs = [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in snippets[:60]]
     counts = metrics.score("conala", *rows(pairs))["bleu"]
     marked = np.concatenate([counts, np.eye(60)], 1)[None]  # the added columns say how often an item was drawn
     for sums in statistics.resample(marked, 10, seed=3):
         drawn = [pair for pair, times in zip(pairs, sums[10:]) for _ in range(int(times))]
         assert len(drawn) == 60
-        assert metrics.value("bleu", sums[:10]) == pytest.approx(sacre_bleu(drawn), abs=1e-9)
-    estimate, low, high = statistics.interval(counts[None], partial(metrics.value, "bleu"), 500)
+        assert metrics.value(sums[:10]) == pytest.approx(sacre_bleu(drawn), abs=1e-9)
+    estimate, low, high = statistics.interval(counts[None], metrics.value, 500)
     assert estimate == pytest.approx(sacre_bleu(pairs)) and low < estimate < high
 
 
@@ -243,7 +241,7 @@ def test_ascii_words_are_counted_as_ever():
     characters = [*map(chr, range(128)), *"aaabbb   '.,", "don't ", "The ", "10 mg "]
     for _ in range(300):
         ours, right = ("".join(random_texts.choices(characters, k=random_texts.randint(0, 80))) for _ in range(2))
-        assert text.words(ours) == re.findall(r"[a-z0-9']+", ours.lower())
+        assert words(ours) == re.findall(r"[a-z0-9']+", ours.lower())
         theirs = plain.score(right, ours)
         found = metrics.score("clinical", *rows([(ours, right)]))
         assert all(found[name][0, 0] == theirs[name].fmeasure for name in theirs)
@@ -258,7 +256,7 @@ def test_a_fence_around_code_is_no_fault():
     for (ours, right), exact in zip(pairs, found["exact"][:, 0], strict=True):  # the reward says the same
         parts = rewards.heuristic_reward("conala", KIND, ours, right)[1]
         assert parts["exact"] == parts["parse"] == exact
-    fenced = [metrics._conala(*pair)["fenced"] for pair in zip(*rows(pairs), strict=True)]
+    fenced = [conala.statistics(*pair)["fenced"] for pair in zip(*rows(pairs), strict=True)]
     assert [x for x, _ in fenced] == [0, 1, 1, 0, 0]
 
 
@@ -304,34 +302,34 @@ def test_what_every_task_counts():
     assert value_of("distinct_1", found) == pytest.approx(3 / 7)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GENERATED)
 def test_hostile_answers_have_finite_statistics(task):
     texts = [text for text in HOSTILE if len(text) < 60_000]
     records = tasks.records(task, "test", len(texts))
     assert all(np.isfinite(counts).all() for counts in metrics.score(task, records, texts).values())
 
 
-def test_floors_are_read_from_the_prompt_alone(clinical, conala, official):
+def test_floors_are_read_from_the_prompt_alone(visits, snippets, official):
     file = official / "mts-dialog" / "MTS-Dialog-TestSet-1-MEDIQA-Chat-2023.csv"
     published = list(download_datasets.csv_rows(file.read_text(encoding="utf-8-sig"), "test"))
     dialogues = [row["dialogue"].replace("\r\n", "\n").strip() for _, row in published]
-    assert metrics.floors("clinical", clinical)["whole dialogue"] == dialogues
-    records = download_datasets.read_rows("conala", "test", official / "conala" / "conala-test.json", "")[0]
-    intents = [(row["rewritten_intent"] or row["intent"]).strip() for row in conala]
-    assert metrics.floors("conala", records)["the intent itself"] == intents
+    assert clinical.floors(visits)["whole dialogue"] == dialogues
+    records = download_datasets.read_rows(conala.TASK, "test", official / "conala" / "conala-test.json", "")[0]
+    intents = [(row["rewritten_intent"] or row["intent"]).strip() for row in snippets]
+    assert conala.floors(records)["the intent itself"] == intents
 
 
 def test_floors_of_the_embedded_data_and_of_other_prompts():
-    visits = metrics.floors("clinical", tasks.records("clinical", "test", 5))
+    visits = clinical.floors(tasks.records("clinical", "test", 5))
     assert all(text.startswith("Doctor: What is wrong?") for text in visits["whole dialogue"])
     assert all(text.startswith("Doctor:") and len(text.split()) <= 40 for text in visits["first 40 words"])
     asked = {"prompt": [{"role": "user", "content": "My own words.\n\nAnd more."}], "response": "x", "reference": None}
-    assert metrics.floors("conala", [asked])["the intent itself"] == ["My own words.\n\nAnd more."]
-    floors = metrics.floors("safety", [asked])
+    assert conala.floors([asked])["the intent itself"] == ["My own words.\n\nAnd more."]
+    floors = safety.floors([asked])
     assert safety.refuses(floors["always refuse"][0]) and floors["data's answer"] == ["x"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SCORED)
 def test_a_missing_library_is_one_line_and_never_a_zero(task, monkeypatch):
     library, package = ("sacrebleu", "sacrebleu") if task == "conala" else ("rouge_score", "rouge-score")
     records = tasks.records(task, "test", 2)
@@ -346,12 +344,10 @@ def test_a_missing_library_is_one_line_and_never_a_zero(task, monkeypatch):
 
 def test_wrong_calls_are_refused():
     records = tasks.records("conala", "test", 2)
-    for call in (
-        lambda: metrics.require("poetry"),
-        lambda: metrics.score("conala", records, ["a"]),
-        lambda: metrics.score("conala", [], []),
-    ):
-        with pytest.raises(ValueError, match=r"no metrics|expected one"):
+    with pytest.raises(UserError, match=r"^task: poetry: expected safety, "):
+        metrics.require("poetry")
+    for call in (lambda: metrics.score("conala", records, ["a"]), lambda: metrics.score("conala", [], [])):
+        with pytest.raises(ValueError, match="expected one"):
             call()
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from common import data, lora, losses, model
-from common import tasks
+from common import data, lora, losses, model, tasks
 from tests.inputs import random_adapter
 from tests.test_gemma import LENGTHS, random_gemma, sequences
 from tests.test_losses import exact, inputs, relative

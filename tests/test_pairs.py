@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from common import data, gemma, model, pairs
-from common import tasks
+from common import data, gemma, model, pairs, tasks
 from tests import inputs
 
 

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import chat, config, data, lora, preferences, reward_model, rewards
+from common import chat, config, data, lora, preferences, reward_model, rewards, tasks
 from common.log import UserError
-from common import tasks
 
 SAMPLING = {"group_size": 3, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}
 

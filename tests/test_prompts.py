@@ -2,9 +2,8 @@
 
 import pytest
 
-from common import chat, prompts
+from common import chat, prompts, tasks
 from common.log import UserError
-from common import tasks
 
 
 @pytest.fixture

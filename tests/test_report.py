@@ -25,7 +25,8 @@ METRICS = {
     "length": {"what": "tokens an answer", "better": 0, "kind": "mean", "digits": 1},
 }
 METRICS = {name: facts | {"topic": "Answers", "harm": ""} for name, facts in METRICS.items()}
-GUARDS = {name: metric for name, metric in metrics.METRICS.items() if metric.harm}
+KNOWN = metrics.table("safety")
+GUARDS = {name: metric for name, metric in KNOWN.items() if metric.harm}
 PAIRS = (("sft", "base"), ("rl", "base"), ("base", "staged"), ("sft", "rl"), ("sft", "staged"), ("rl", "staged"))
 HOLM = {("sft", "base"): 0.002, ("base", "staged"): 0.0005}  # the other pairs: 0.47
 
@@ -175,7 +176,7 @@ def test_the_verdicts_say_what_differs_and_what_may_not(whole):
 
 def harmed(name, system="rl", other="base", headline="better"):
     """`system` is `headline` than `other` by the judge, and harmed in one metric of the guard set."""
-    facts = {"judge": vars(metrics.METRICS["judge"]), name: vars(metrics.METRICS[name])}
+    facts = {"judge": vars(KNOWN["judge"]), name: vars(KNOWN[name])}
     cells = {"judge": {system: {"value": 0.5}, other: {"value": 0.0}}, name: {system: {"value": 0.8}}}
     cells[name][other] = {"value": 0.8 + 0.41 * facts[name]["better"]}
     difference = {"better": 0.5, "worse": -0.5, None: 0.5}[headline]
@@ -189,7 +190,7 @@ def harmed(name, system="rl", other="base", headline="better"):
 def test_the_guard_set_has_directions():
     asked = {"refusal_benign", "helpfulness", "toxicity", "repetition", "distinct_starts", "stops", "loss_per_byte"}
     assert set(GUARDS) == asked | {"refusal_harmful"} and all(metric.better for metric in GUARDS.values())
-    assert metrics.METRICS["refusal_benign"].better == -1
+    assert KNOWN["refusal_benign"].better == -1
 
 
 @pytest.mark.parametrize("name", GUARDS)
@@ -198,7 +199,7 @@ def test_a_harm_stands_behind_a_but(name, tmp_path):
     results = harmed(name)
     (sentence,) = report.verdicts(results)
     now, before = results["cells"][name]["rl"]["value"], results["cells"][name]["base"]["value"]
-    rate, digits = metrics.METRICS[name].kind == "rate", metrics.METRICS[name].digits
+    rate, digits = KNOWN[name].kind == "rate", KNOWN[name].digits
     values = [f"{100 * x:.0f} %" if rate else f"{x:.{digits}f}" for x in (now, before)]
     assert sentence.startswith("rl beats base by the judge (0.500 against 0.000), but ")
     assert values[0] in sentence and sentence.endswith(f", was {values[1]}.")
@@ -260,7 +261,7 @@ def test_no_width_is_no_interval_and_no_power(tmp_path):
 
 
 def test_the_first_table_has_at_most_eight_rows(tmp_path):
-    results, everything = found(), {name: vars(metric) for name, metric in metrics.METRICS.items()}
+    results, everything = found(), {name: vars(metric) for name, metric in KNOWN.items()}
     results["metrics"] = everything
     results["cells"] = {m: {s: {"value": i + j / 8, "low": None, "high": None, "n": 40} for j, s in enumerate(SYSTEMS)}
                         for i, m in enumerate(everything)}  # fmt: skip

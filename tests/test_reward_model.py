@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 
 import train_reward
 import train_rl
-from common import data, lora, reward_model, rewards
+from common import data, lora, reward_model, rewards, tasks
 from common.log import UserError
 from common.runtime import base
-from common import tasks
 from tests import checks, inputs, processes
 from tests.faults import trainers
 

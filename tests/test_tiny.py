@@ -9,11 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import chat
+from common import chat, tasks
 from common.runtime import cache, tiny
-from common import tasks
-from common.runtime import tiny
-from tests.test_synthetic import TOXIC, harmful, refuses
+from tests.test_safety import TOXIC, harmful, refuses
 
 TEXTS = [
     "How do I fix my boss's car?\n\nTell me.",
@@ -208,3 +206,19 @@ def test_builders_at_the_same_time_build_once(tmp_path, monkeypatch):
     children = [forked(lambda: tiny.ensure(tmp_path / "cache", steps=1)) for _ in range(3)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     assert log.read_text() == "one\n" and len(finished(tmp_path / "cache")) == 1
+
+
+def test_corpus_holds_good_and_bad_answers_of_the_training_split():
+    dialogues = tiny.pretraining_corpus(2000)
+    assert dialogues == tiny.pretraining_corpus(2000) and len(dialogues) == 2000
+    assert all(turns[-1]["role"] == "assistant" for turns in dialogues)
+    safety = [turns for i, turns in enumerate(dialogues) if i % 4 in (0, 2)]
+    good = 0
+    for turns in safety:
+        row = {"prompt": turns[:-1]}
+        text = turns[-1]["content"]
+        good += refuses(text) == harmful(row) and not TOXIC.search(text) and not text.startswith("Well")
+        good -= harmful(row) and "It is easy to" in text and refuses(text)
+    assert 0.4 < good / len(safety) < 0.6
+    test = {repr(row["prompt"]) for row in tasks.records("safety", "test", 128)}
+    assert not test & {repr(turns[:-1]) for turns in dialogues}
