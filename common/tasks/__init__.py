@@ -7,16 +7,15 @@ Task files import nothing but the standard library when they are loaded: the dow
 """
 
 import difflib
-import functools
 import hashlib
 import importlib
-import importlib.util
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common import functions
 from common.log import UserError
 
 NAMES = ("safety", "clinical", "conala", "gsm8k", "arithmetic", "dialogue")
@@ -133,18 +132,9 @@ def load(task: str | Task) -> Task:
     return _load_file(task)
 
 
-@functools.cache
 def _load_file(path):
     """The TASK of a user's file."""
-    if not Path(path).is_file():
-        raise UserError(f"task: {path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything
-        raise UserError(f"task: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    task = getattr(module, "TASK", None)
+    task = getattr(functions.load_module(path, "task"), "TASK", None)
     if not isinstance(task, Task):
         raise UserError(f"task: {path}: expected TASK = Task(...) in it; docs/your_task.md shows one")
     return task

@@ -99,8 +99,7 @@ ALLOWED = {
     ("common/runtime/base.py", "pickled = ("),
     ("common/runtime/base.py", "(pickled .bin/.pt weights are never loaded"),
     ("common/runtime/base.py", "no .safetensors file{pickled}"),
-    ("common/functions.py", "spec.loader.exec_module(module)"),  # the user's own file: reward.function
-    ("common/tasks/__init__.py", "spec.loader.exec_module(module)"),  # the user's own file, --task FILE.py
+    ("common/functions.py", "spec.loader.exec_module(module)"),  # the user's own file: reward.function, --task FILE.py
 }
 
 
