@@ -8,10 +8,12 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of neighbours that spin take longer than the work
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
-# Longest first: two processes that take a file at a time then end together.
-LONGEST = """test_train_online test_serve test_online_values test_export test_train_rl test_online_stops test_sft
-    test_train_staged test_adapter_base test_dist test_tiny test_ranks test_explain test_train_sft test_dpo
-    test_evaluate test_train_reward test_checkpoints test_engine""".split()
+# Longest first: two processes that take a file at a time then end together. The second to the fifth need no base:
+# where the tiny one is not built yet, the first file builds it, and nobody waits.
+LONGEST = """test_train_online test_platforms test_checkpoints test_report test_pictures test_online_stops
+    test_train_staged test_rollouts test_train_rl test_explain test_dist test_adapter_base test_train_sft test_serve
+    test_pages test_engine test_sft test_online_values test_export test_dpo test_run test_train_reward test_tiny
+    test_evaluate test_reward test_ranks test_staged""".split()
 # `pytest -m fast`: pure functions, the config, the house rules.
 FAST = """test_advantages test_agreement test_analysis test_cache test_chat test_checkpoint test_comparison test_config
     test_clinical test_conala test_data test_dialogue test_docs test_fields test_functions test_house
