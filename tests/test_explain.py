@@ -233,7 +233,7 @@ def kept_bytes(net, tokens, lengths, context):
 @pytest.mark.parametrize("full", [False, True])
 def test_activations_are_what_autograd_keeps(dtype, full):
     """2 % is left for what is not counted: norms' inverses, rotations, the end."""
-    net, length = wide(torch.float32 if full else dtype), 192
+    net, length = wide(torch.float32 if full else dtype), 192 if dtype == torch.float32 else 96  # bf16 may be slow
     config = net.config
     if not full:
         lora.inject(net, "policy", 8, 16)

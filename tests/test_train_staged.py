@@ -63,7 +63,7 @@ def compared(tmp_path_factory, settings):
     """The folder of a comparison of all paradigms, its command, its result."""
     out = tmp_path_factory.mktemp("compared")
     argv = settings(out, "--paradigms", "sft,rl,staged", "--training.budget_tokens", BUDGET)
-    return out / "run", argv, train(out, argv, functools.partial(count_reads, out), pictures=True)
+    return out / "run", argv, train(out, argv, functools.partial(count_reads, out))
 
 
 # ---------------------------------------------------------------- stages
