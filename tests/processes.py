@@ -4,6 +4,7 @@ Every run is a forked child of the warmed parent: locks, signal handlers and pat
 does is a body(main, argv), `call` if nothing is to go wrong; `main` is a script's.
 """
 
+import gc
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import torch
 
 from common import config, log
 
-SCHEMA = config._schema()  # every child would read configs/defaults.yml anew, which is a third of a short one's time
+# every child would read configs/defaults.yml anew, which is a third of a short one's time
+CONFIGS, SCHEMA = config.CONFIGS, config._schema()
 
 
 def call(main, argv):
@@ -28,6 +30,8 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
 
     Pictures are drawn only with `pictures`: they take longer than a short run.
     """
+    if pictures:
+        import matplotlib.figure  # noqa: F401  # once, for all children
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -36,9 +40,11 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(folder / f"{name}-{os.getpid()}", os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            gc.freeze()  # what the parent holds is not the child's to look through
             torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
             os.environ.update(environment)
-            config._schema = lambda: SCHEMA
+            if config.CONFIGS == CONFIGS:
+                config._schema = lambda: SCHEMA
             if not pictures:
                 log.save_picture = lambda path, draw: path.write_bytes(b"")
             body(main, argv)
