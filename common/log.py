@@ -169,12 +169,12 @@ def listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def progress(total: int, done: int) -> "tqdm":
-    """A bar over optimizer steps with time left; silent where stderr is no terminal and on other ranks."""
+def progress(total: int | None, done: int = 0, unit: str = "step", delay: float = 0.0) -> "tqdm":
+    """A bar with time left, shown after `delay` seconds; silent where stderr is no terminal and on other ranks."""
     from tqdm import tqdm
 
     hidden = not is_main() or not sys.stderr.isatty()
-    return tqdm(total=total, initial=done, unit="step", disable=hidden, dynamic_ncols=True, smoothing=0.1)
+    return tqdm(total=total, initial=done, unit=unit, disable=hidden, dynamic_ncols=True, smoothing=0.1, delay=delay)
 
 
 def write(path: Path | str, text: str, mode: str = "w") -> None:
