@@ -8,6 +8,8 @@ An example is {"id", "ids": T token ids, "mask": T of 0 / 1}, a pair two example
 until `collate`.
 """
 
+import bisect
+import heapq
 import json
 import math
 import random
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import chat, dist, tasks
+from common import chat, dist, log, tasks
 from common.log import UserError
 
 MAX_LINE = 4 * 2**20  # bytes
@@ -206,16 +208,28 @@ def collate_pairs(pairs: list[dict], device: torch.device | str = "cpu") -> tupl
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: lists of indices whose lengths sum to at most `capacity` (a longer one stands alone)."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    packs, room = [], []
+    packs: list[list[int]] = []
+    open_packs: dict[int, list[int]] = {}  # {room: heap of the packs that have just so much left}
+    rooms: list[int] = []  # its keys, sorted
+    bar = log.progress(len(order), unit="row", delay=1)
     for i in order:
-        open_packs = [(space, number) for number, space in enumerate(room) if space >= lengths[i]]
-        if open_packs:
-            _, number = min(open_packs)
+        at = bisect.bisect_left(rooms, lengths[i])
+        if at < len(rooms):
+            space = rooms[at]
+            number = heapq.heappop(open_packs[space])
             packs[number].append(i)
-            room[number] -= lengths[i]
+            if not open_packs[space]:
+                del open_packs[space], rooms[at]
         else:
+            space, number = capacity, len(packs)
             packs.append([i])
-            room.append(capacity - lengths[i])
+        space -= lengths[i]
+        if space not in open_packs:
+            open_packs[space] = []
+            bisect.insort(rooms, space)
+        heapq.heappush(open_packs[space], number)
+        bar.update()
+    bar.close()
     return packs
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -119,6 +120,40 @@ def test_pack_by_hand():
     # best fit, not first fit: 3 goes where just 3 are left, though there is room for 40 before it
     assert data.pack([60, 55, 42, 3], 100) == [[0], [1, 2, 3]]
     assert data.pack([99, 1], 10) == [[0], [1]] and data.pack([], 10) == []
+
+
+def quadratic_pack(lengths, capacity):
+    """Best-fit decreasing by the book: of the packs with room the fullest, of equals the first."""
+    packs, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [(space, number) for number, space in enumerate(room) if space >= lengths[i]]
+        if fitting:
+            _, number = min(fitting)
+            packs[number].append(i)
+            room[number] -= lengths[i]
+        else:
+            packs.append([i])
+            room.append(capacity - lengths[i])
+    return packs
+
+
+@pytest.mark.parametrize("capacity", [1, 8, 64, 512])
+def test_packs_are_those_of_the_book_to_the_index(capacity):
+    rng = random.Random(capacity)
+    for count in (0, 1, 2, 30, 300):
+        for longest in (2, 12, capacity, 2 * capacity):
+            lengths = [rng.randint(1, longest) for _ in range(count)]
+            assert data.pack(lengths, capacity) == quadratic_pack(lengths, capacity)
+
+
+def test_packing_is_near_linear():
+    times = []
+    for count in (20_000, 80_000):
+        lengths = lengths_of(count)
+        start = time.process_time()
+        data.pack(lengths, 2048)
+        times.append(time.process_time() - start)
+    assert times[1] < 8 * times[0] and times[1] < 5  # the square would take 16 times as long, and a minute
 
 
 @pytest.mark.parametrize("capacity", [200, 512, 2048])
