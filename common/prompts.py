@@ -67,6 +67,11 @@ def encode(
     Those of more than `max_tokens` tokens or without a user turn are left out and counted; max_val bounds the held-out
     ones (None: all). UserError where too few remain.
     """
+    if max_tokens < 1:
+        raise UserError(
+            f"rl.max_new_tokens leaves {max_tokens} of training.max_seq_length's tokens to a prompt: "
+            "lower rl.max_new_tokens or raise training.max_seq_length"
+        )
     kept = {}
     for split, rows in records.items():
         kept[split], counts = encode_prompts(rows, tokenizer, max_tokens)
@@ -74,12 +79,15 @@ def encode(
     train, val = kept["train"], kept["val"][:max_val]
     if size < dist.world_size():
         raise UserError(f"rl.rollout_size: {size} prompts per step leave some of {dist.world_size()} ranks without one")
-    for split, prompts, least in (("train", train, size), ("val", val, dist.world_size())):
-        if len(prompts) < least:
-            raise UserError(
-                f"{split}: {len(prompts)} prompts of at most {max_tokens} tokens (training.max_seq_length minus "
-                f"rl.max_new_tokens), at least {least} are needed"
-            )
+    longest = f"of at most {max_tokens} tokens (training.max_seq_length minus rl.max_new_tokens)"
+    remedy = "lower rl.max_new_tokens, raise training.max_seq_length or take more data"
+    if len(train) < size:
+        raise UserError(
+            f"train: {len(train)} prompts {longest}, at least {size} are needed, rl.rollout_size for a step: "
+            f"lower rl.rollout_size, or {remedy}"
+        )
+    if len(val) < dist.world_size():
+        raise UserError(f"val: {len(val)} prompts {longest}, at least {dist.world_size()} are needed: {remedy}")
     fingerprint = resume.fingerprint([[p.id, p.ids, p.record["reference"]] for p in train + val])
     return PromptDataset(train, val, size, seed, fingerprint)
 

@@ -35,6 +35,19 @@ def test_prompts_that_do_not_fit_are_counted(tokenizer, capsys):
         prompts.encode(records, tokenizer, 3, 2, None, 0)
 
 
+def test_d24_too_few_prompts_name_the_keys_to_change(tokenizer):
+    records = {split: synthetic.records("safety", split, 20) for split in ("train", "val")}
+    with pytest.raises(
+        UserError, match=r"rl\.max_new_tokens leaves -208 of training\.max_seq_length's tokens"
+    ) as error:
+        prompts.encode(records, tokenizer, -208, 2, None, 0)
+    assert "lower rl.max_new_tokens or raise training.max_seq_length" in str(error.value)
+    with pytest.raises(UserError, match=r"train: 20 prompts .* at least 21 are needed.* lower rl\.rollout_size"):
+        prompts.encode(records, tokenizer, 300, 21, None, 0)
+    with pytest.raises(UserError, match=r"val: 0 prompts .* raise training\.max_seq_length"):
+        prompts.encode(records | {"val": []}, tokenizer, 300, 4, None, 0)
+
+
 def test_comparison_by_hand():
     lines = [
         {"step": 9, "row": row, "reward": row / 12, "parts": {"refusal": row % 2}, "tokens": row + 1, "stopped": True}
