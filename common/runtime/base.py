@@ -129,27 +129,29 @@ def _is_checkpoint(folder):
 
 def _downloaded(repo):
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     instead = "or use a .gguf file (--model.base_checkpoint FILE.gguf, see README) or --debug, which needs no download"
     try:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
-    except GatedRepoError:
-        todo = f"accept the licence at https://huggingface.co/{repo} and log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        todo = (
-            f"check the name; for a gated one accept the licence at https://huggingface.co/{repo}, then `hf auth login`"
-        )
-    except HfHubHTTPError as error:
+    except Exception as error:
+        todo = hub_remedy(error, f"https://huggingface.co/{repo}")
+        raise UserError(f"model.base_checkpoint: cannot load {repo}: {todo}, {instead}") from error
+
+
+def hub_remedy(error: Exception, page: str) -> str:
+    """What to do about an error of huggingface_hub, for a message; page: of what was asked for."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return f"accept the licence at {page} and log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"check the name; for a gated one accept the licence at {page}, then `hf auth login`"
+    if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", "?")
-        todo = f"the hub answered {status}" + (
-            "; accept the licence and log in with `hf auth login`" if status in (401, 403) else ""
-        )
-    except Exception as error:  # offline, no route, a timeout: each layer below has its own types
-        todo = (
-            f"the hub cannot be reached and the model is not in its cache ({type(error).__name__}); check the network"
-        )
-    raise UserError(f"model.base_checkpoint: cannot load {repo}: {todo}, {instead}")
+        login = "; accept the licence and log in with `hf auth login`" if status in (401, 403) else ""
+        return f"the hub answered {status}{login}"
+    # offline, no route, a timeout: each layer below has its own types
+    return f"the hub cannot be reached and it is not in its cache ({type(error).__name__}); check the network"
 
 
 def _converted_gguf(path):
