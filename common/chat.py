@@ -5,10 +5,12 @@ A dialogue is `[{"role": "user" | "assistant" | "system", "content": str}, ...]`
     <bos><start_of_turn>user\n...<end_of_turn>\n<start_of_turn>model\n...<end_of_turn>\n
 
 The control tokens are written as numbers and contents are encoded with `split_special_tokens`, so no text that a
-user, a data set or a model wrote can turn into a control token. On clean dialogues the ids are those of
+user, a data set or a model wrote can turn into a control token. A token that somebody added to a base, such as
+`<think>`, is none of them and becomes its id. On clean dialogues the ids are those of
 `apply_chat_template` with the template that Gemma 3 was published with (`TEMPLATE` below).
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -19,6 +21,7 @@ START_OF_TURN, END_OF_TURN = 105, 106
 STOP_TOKENS = (EOS, END_OF_TURN)
 # what a text must never encode to: the five specials, the turn marks, and the image marks of the larger Gemma 3
 CONTROL_TOKENS = frozenset({0, 1, 2, 3, 4, 105, 106, 255999, 256000})
+IMAGE_TOKEN = "<image_soft_token>"  # added to the published tokenizer, one beyond the text models' embedding
 ROLES = ("system", "user", "assistant")
 REPAIRS = ("empty", "system_folded", "merged", "leading_assistant")  # what normalise counts
 
@@ -42,26 +45,71 @@ TEMPLATE = (
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text, with no specials added; `<end_of_turn>` and the like inside it stay plain characters.
 
-    Raises ValueError if even so the tokenizer yields a control token or an id beyond its vocabulary, and for half of a
-    surrogate pair, which is no text.
+    A token that was added to the tokenizer, such as `<think>`, becomes its id. Raises ValueError if the tokenizer
+    yields a control token or an id that the model has no embedding for, and for half of a surrogate pair, which is no
+    text.
     """
-    text.encode("utf-8")
-    ids = _plain_ids(tokenizer, text)
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """As encode_text, of many texts at once."""
+    for text in texts:
+        text.encode("utf-8")
+    return [_checked_ids(tokenizer, text, ids) for text, ids in zip(texts, _ids(tokenizer, texts), strict=True)]
+
+
+def _ids(tokenizer, texts):
+    """Ids of texts, with those of added special tokens, which the tokenizer itself would spell like the others."""
+    added, _, _ = _added_tokens(tokenizer)
+    if not added:
+        return _plain_ids(tokenizer, texts)
+    tokens = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
+    parts = [tokens.split(text) for text in texts]  # of each: text, token, text, ..., token, text
+    plain = iter(_plain_ids(tokenizer, [text for split in parts for text in split[::2]]))
+    encoded = []
+    for split in parts:
+        ids = [*next(plain)]
+        for token in split[1::2]:
+            ids += [added[token], *next(plain)]
+        encoded.append(ids)
+    return encoded
+
+
+def _checked_ids(tokenizer, text, ids):
     if CONTROL_TOKENS.intersection(ids):  # some tokenizers hold a mark as an ordinary token: cut it in two
         marks = [tokenizer.convert_ids_to_tokens(i) for i in sorted(CONTROL_TOKENS) if i < tokenizer.vocab_size]
         parts = re.split(
-            "|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in marks if mark),  # type: ignore[type-var]  # of one id: one text
+            "|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in marks if mark),
             text,
         )
-        ids = [token for part in parts for token in _plain_ids(tokenizer, part)]
+        ids = [token for part in _ids(tokenizer, parts) for token in part]
     bad = CONTROL_TOKENS.intersection(ids)
-    if bad or max(ids, default=0) >= tokenizer.vocab_size:  # the hub's image token lies one beyond the embedding
-        raise ValueError(f"text encodes to control or unknown token ids {sorted(bad) or [max(ids)]}: {text[:60]!r}")
+    if bad:
+        raise ValueError(f"text encodes to control token ids {sorted(bad)}: {text[:60]!r}")
+    if (last := max(ids, default=0)) >= known_tokens(tokenizer):
+        name, known = tokenizer.convert_ids_to_tokens(last), known_tokens(tokenizer)
+        raise ValueError(f"{name!r} is token {last}, and the model has embeddings of {known} alone: {text[:60]!r}")
     return ids
 
 
-def _plain_ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def known_tokens(tokenizer: Tokenizer) -> int:
+    """How many tokens the model has embeddings of (model.load notes it); of a tokenizer alone, all but IMAGE_TOKEN."""
+    return getattr(tokenizer, "num_embeddings", None) or _added_tokens(tokenizer)[2]
+
+
+def _plain_ids(tokenizer, texts):
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+@functools.lru_cache(maxsize=16)
+def _added_tokens(tokenizer):
+    """({text: id} of special tokens that somebody added after Gemma's own, ids of the other special ones, how many
+    tokens there are but IMAGE_TOKEN)."""
+    tokens = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.content != IMAGE_TOKEN}
+    added = {token.content: i for i, token in tokens.items() if token.special and i >= tokenizer.vocab_size}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added, special - {*added.values()}, max(tokenizer.vocab_size, 1 + max(tokens, default=0))
 
 
 def normalise(turns: list[dict]) -> tuple[list[dict], dict[str, int]]:
@@ -111,21 +159,40 @@ def encode(
     generates it. User text is stripped as Gemma's template does; assistant text is kept as it is, since the
     indentation of code is part of the answer. `turns` must be normalised (ValueError otherwise).
     """
-    ids, mask = [BOS], [0]
-    names = {"user": encode_text(tokenizer, "user\n"), "assistant": encode_text(tokenizer, "model\n")}
-    newline = encode_text(tokenizer, "\n")
-    for i, turn in enumerate(turns):
-        role, content = _checked(turn)
-        if role != ("user", "assistant")[i % 2]:
-            raise ValueError(f"turn {i} is {role!r}: roles must alternate and start with 'user' (see normalise)")
-        body = encode_text(tokenizer, content.strip() if role == "user" else content)
-        trained = int(role == "assistant" and (not last_turn_only or i == len(turns) - 1))
-        ids += [START_OF_TURN, *names[role], *body, END_OF_TURN, *newline]
-        mask += [0] * (1 + len(names[role])) + [trained] * (len(body) + 1) + [0] * len(newline)
-    if add_generation_prompt:
-        ids += [START_OF_TURN, *names["assistant"]]
-        mask += [0] * (1 + len(names["assistant"]))
-    return ids, mask
+    return encode_all(tokenizer, [turns], add_generation_prompt, last_turn_only)[0]
+
+
+def encode_all(
+    tokenizer: Tokenizer, dialogues: list[list[dict]], add_generation_prompt: bool = False, last_turn_only: bool = False
+) -> list[tuple[list[int], list[int]]]:
+    """As encode, of many dialogues, in one call of the tokenizer."""
+    names = {"user": "user\n", "assistant": "model\n"}
+    texts = dict.fromkeys([*names.values(), "\n"])
+    for turns in dialogues:
+        for i, turn in enumerate(turns):
+            role, _ = _checked(turn)
+            if role != ("user", "assistant")[i % 2]:
+                raise ValueError(f"turn {i} is {role!r}: roles must alternate and start with 'user' (see normalise)")
+        texts |= dict.fromkeys(_body(turn) for turn in turns)
+    ids_of = dict(zip(texts, encode_texts(tokenizer, [*texts]), strict=True))
+    heads = {role: [START_OF_TURN, *ids_of[name]] for role, name in names.items()}
+    newline, encoded = ids_of["\n"], []
+    for turns in dialogues:
+        ids, mask = [BOS], [0]
+        for i, turn in enumerate(turns):
+            role, body = turn["role"], ids_of[_body(turn)]
+            trained = int(role == "assistant" and (not last_turn_only or i == len(turns) - 1))
+            ids += [*heads[role], *body, END_OF_TURN, *newline]
+            mask += [0] * len(heads[role]) + [trained] * (len(body) + 1) + [0] * len(newline)
+        if add_generation_prompt:
+            ids += heads["assistant"]
+            mask += [0] * len(heads["assistant"])
+        encoded.append((ids, mask))
+    return encoded
+
+
+def _body(turn):
+    return turn["content"].strip() if turn["role"] == "user" else turn["content"]
 
 
 def encode_prompt(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
@@ -136,7 +203,13 @@ def encode_prompt(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of a completion: cut at the first stop token, so no control token and no later turn is shown."""
     end = next((i for i, token in enumerate(ids) if token in STOP_TOKENS), len(ids))
-    return tokenizer.decode(ids[:end], skip_special_tokens=True)  # type: ignore[return-value]  # of one list: a text
+    return _shown(tokenizer, ids[:end])
+
+
+def _shown(tokenizer, ids):
+    """The text of ids without the special tokens, but with those that somebody added: they belong to the answer."""
+    added, hidden, _ = _added_tokens(tokenizer)
+    return tokenizer.decode([i for i in ids if i not in hidden] if added else ids, skip_special_tokens=not added)
 
 
 def streamer(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable:
@@ -152,9 +225,9 @@ def streamer(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable:
         if token is not None and token not in STOP_TOKENS:
             ids.append(token)
         # the window begins at a token that was shown before, as a text may depend on its neighbour in front
-        before, now = (tokenizer.decode(ids[start:end], skip_special_tokens=True) for end in (known, len(ids)))
-        if last or not now.endswith("\ufffd") or len(ids) - known > 8:  # type: ignore[union-attr]  # texts, as above
-            held += now[len(before) :]  # type: ignore[operator]
+        before, now = (_shown(tokenizer, ids[start:end]) for end in (known, len(ids)))
+        if last or not now.endswith("\ufffd") or len(ids) - known > 8:
+            held += now[len(before) :]
             start, known = known, len(ids)
         starts = [held.index(text) for text in stops if text in held]
         if starts:

@@ -57,6 +57,7 @@ def load(
     config, tokenizer = base.read_config(folder), base.load_tokenizer(folder)
     if config.vocab_size < tokenizer.vocab_size:  # Gemma's own has one added mark more, <image_soft_token>
         raise UserError(f"{folder}: the tokenizer knows {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    tokenizer.num_embeddings = config.vocab_size  # for chat: a token that was added beyond them has none
     base.check_weights(folder, config)
     transformers_logging.disable_progress_bar()
     loaded: Any = Gemma3ForCausalLM.from_pretrained(

@@ -228,20 +228,23 @@ class Letters:
     """A tokenizer of one id a letter, except for the ordinary pieces given."""
 
     def __init__(self, pieces, size=300_000):
-        self.pieces, self.size = pieces, size
+        self.pieces, self.size, self.added_tokens_decoder = pieces, size, {}
 
     @property
     def vocab_size(self):
         return self.size
 
-    def __call__(self, text, add_special_tokens, split_special_tokens):
+    def __call__(self, texts, add_special_tokens, split_special_tokens):
         assert split_special_tokens and not add_special_tokens
+        return {"input_ids": [self.spell(text) for text in texts]}
+
+    def spell(self, text):
         ids = []
         while text:
             piece = next((p for p in self.pieces if text.startswith(p)), text[0])
             ids.append(self.pieces.get(piece, 1000 + ord(piece[0])))
             text = text[len(piece) :]
-        return {"input_ids": ids}
+        return ids
 
     def convert_ids_to_tokens(self, index):
         return {i: piece for piece, i in self.pieces.items()}.get(index)
