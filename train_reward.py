@@ -96,10 +96,9 @@ def make_pairs(net, tokenizer, records, sampling, task):
 def load_pairs(run, net, tokenizer, explain_only):
     """{split: records} with pairs of the data, or of the base's own samples where the data has none."""
     cfg, rl = run.cfg, run.cfg.rl
-    records = {split: data.from_config(cfg, split) for split in ("train", "val")}
-    if tasks.load(cfg.task).has_pairs or any(
-        record["rejected"] is not None for rows in records.values() for record in rows
-    ):
+    records = data.load_train_and_val(cfg)
+    paired = any(record["rejected"] is not None for rows in records.values() for record in rows)
+    if paired or tasks.load(cfg.task).has_pairs:
         return records
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     key = resume.fingerprint([run.start_key[:4], sampling, cfg.seed, tasks.fingerprint(cfg.task), records])

@@ -491,7 +491,7 @@ def main(argv=None):
     score = rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(models.tokenizer, ids), trained_scorer)
 
     # --- data, optimizer and loop
-    records = {split: data.from_config(cfg, split) for split in ("train", "val")}
+    records = data.load_train_and_val(cfg)
     explained = max(min(training.batch_size, 4), dist.world_size()) if job.explain else 0
     return (train_on_prompts if online else train_on_pairs)(run, models, records, score, explained)
 

@@ -63,12 +63,12 @@ def main(argv=None):
     say(f"{name} on {run.device} in {run.dtype}, {cfg.model.peft_type}: {count:,} parameters to train")
 
     # --- data: token ids with the mask of what is trained
-    examples = {}
-    for split in ("train", "val"):
-        records = data.from_config(cfg, split)
-        length = training.max_seq_length
+    examples, length = {}, training.max_seq_length
+    for split, records in data.load_train_and_val(cfg).items():
         examples[split], counts = data.encode_records(records, tokenizer, length, training.last_turn_only)
         say_counts(split, counts, length)
+        if counts["empty_response"] == len(records):
+            raise UserError(f"{split}: no record has a response to train on; prompts alone are for ppo and grpo")
         if not examples[split]:
             raise UserError(f"{split}: training.max_seq_length {length} leaves no example a token to train on")
     train, val = examples["train"], examples["val"]

@@ -34,7 +34,7 @@ import train_sft
 from common import chat, config, data, dist, log, model, prompts, rewards, rollouts, tasks
 from common.evaluation import measure, metrics
 from common.log import UserError, command, say
-from common.runtime import base, checkpoint
+from common.runtime import base, checkpoint, sources
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
 PARADIGMS = ("sft", "rl", "staged")
@@ -61,8 +61,12 @@ def stages(cfg, arms, out):
     rewarded = bool(online) and rewards.wants_model(cfg.reward) and cfg.reward.checkpoint is None
     judged = bool(arms) and tasks.load(cfg.task).has_pairs and cfg.evaluation.reward_checkpoint is None
     pairs = {"training.budget_tokens": "null"} | ({"model.peft_type": "lora"} if full else {})
-    reward = [("reward", "reward", pairs | ({"dataset_path": out / "pairs-reward"} if judged else {}))] * rewarded
-    judge = [("judge", "reward", pairs | {"dataset_path": out / "pairs-judge", "seed": cfg.seed + 1})] * judged
+
+    def halved(name):
+        return {"dataset_path": out / f"pairs-{name}", "data_keys": "null"}  # records as write_halves makes them
+
+    reward = [("reward", "reward", pairs | (halved("reward") if judged else {}))] * rewarded
+    judge = [("judge", "reward", pairs | halved("judge") | {"seed": cfg.seed + 1})] * judged
     scorer = {"reward.checkpoint": out / "reward" / "final"} if rewarded else {}
     half = {} if budget is None else {"training.budget_tokens": max(1, budget // 2)}
 
@@ -107,8 +111,9 @@ def settings(cfg, flags, fingerprint):
     kept = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(outside)}
     kept |= {key: str(value) for key, value in flags.items()}
     folder = kept.get("dataset_path") or (None if cfg.debug else Path(__file__).parent / "data" / cfg.task)
-    files = [Path(folder) / f"{split}.jsonl" for split in ("train", "val")] if folder else []
-    judge, hashes = kept["reward.checkpoint"], [checkpoint.sha256(path) for path in files if path.is_file()]
+    by_split = sources.files(folder) if folder else {}
+    hashes = [checkpoint.sha256(path) for split in ("train", "val") for path in by_split.get(split, ())]
+    judge = kept["reward.checkpoint"]
     trained = judge and (Path(judge) / "adapter_config.json").is_file()
     return kept | {"base": fingerprint, "data": hashes, "score": model.adapter_fingerprint(judge) if trained else None}
 

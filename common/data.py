@@ -1,8 +1,8 @@
 """Records of a task -> token examples -> steps of rows -> micro-batches under a token budget.
 
-A record is one JSON line: `prompt` (turns, the last one the user's), `response`, `rejected` (or null), `reference`
-(or null), `id`; optional `margin` (of a preference), `unfinished` (which of the two answers were cut off) and
-`answer_ids` (of answers that a model sampled: {"response": ids, "rejected": ids}).
+A record has `prompt` (turns, the last one the user's), `response`, `rejected` (or None), `reference` (or None), `id`;
+optional are `margin` (of a preference), `unfinished` (which of the two answers were cut off) and `answer_ids` (of
+answers that a model sampled: {"response": ids, "rejected": ids}). records.py makes them of rows of any known shape.
 
 An example is {"id", "ids": T token ids, "mask": T of 0 / 1}, a pair two examples with one prompt; nothing is padded
 until `collate`.
@@ -10,96 +10,103 @@ until `collate`.
 
 import bisect
 import heapq
-import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace as Config
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, dist, log, tasks
-from common.log import UserError
+from common.log import UserError, say
+from common.records import content_hash, cut, place, read
+from common.runtime import sources
 
-MAX_LINE = 4 * 2**20  # bytes
+CHUNK = 1000  # dialogues that are encoded at a time
 PAIR_SKIPS = ("no_rejected", "empty_answer", "equal_answers", "no_user_turn", "prompt_too_long")
 
 
 def load(
-    task: str, folder: Path | str | None, split: str, debug: bool, seed: int, options: SimpleNamespace | None = None
+    task: str,
+    folder: Path | str | None,
+    split: str,
+    debug: bool,
+    seed: int,
+    options: Config | None = None,
+    data_keys: str | None = None,
 ) -> list[dict]:
-    """The records of a split: of `folder`, or without one those that the task generates, or its downloaded files.
+    """The records of a split: of `folder`, any source (sources.py); without one, those that the task generates, or its
+    downloaded files.
 
     options: section `task_options` of the config.
     """
     chosen = tasks.load(task)
     if folder is None and (debug or not chosen.files):
         size = (tasks.DEBUG_SIZES if debug else chosen.sizes or tasks.DEBUG_SIZES).get(split, 128)
-        return tasks.records(chosen, split, size, seed, **vars(options or SimpleNamespace()))
-    return load_split(folder or Path(__file__).parents[1] / "data" / chosen.name, split)
+        return tasks.records(chosen, split, size, seed, **vars(options or Config()))
+    return load_split(folder or Path(__file__).parents[1] / "data" / chosen.name, split, data_keys)
 
 
-def from_config(cfg: SimpleNamespace, split: str) -> list[dict]:
+def from_config(cfg: Config, split: str) -> list[dict]:
     """The records of a split of the task and data that a config names."""
-    return load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options)
+    return load(cfg.task, cfg.dataset_path, split, cfg.debug, cfg.seed, cfg.task_options, cfg.data_keys)
 
 
-def load_split(folder: Path | str, split: str) -> list[dict]:
-    """The records of folder/<split>.jsonl; every fault is a UserError naming file, line and key."""
-    path = Path(folder) / f"{split}.jsonl"
-    if not path.is_file():
+def load_train_and_val(cfg: Config) -> dict[str, list[dict]]:
+    """{"train": records, "val": records} of a run; warns of rows that are in both."""
+    loaded = {split: from_config(cfg, split) for split in ("train", "val")}
+    held_out = {content_hash(record) for record in loaded["val"]}
+    equal = sum(content_hash(record) in held_out for record in loaded["train"])
+    if equal:
+        log.warn(
+            f"{equal:,} of {len(loaded['train']):,} rows of train are in val too: what is measured on val flatters"
+        )
+    return loaded
+
+
+def load_split(source: Path | str, split: str, data_keys: str | None = None) -> list[dict]:
+    """The records of a split of a source (sources.py); every fault is a UserError naming file, line and key.
+
+    Where there is no val, it is cut from train; from train alone, test too. Says what was read.
+    """
+    there = sources.files(source)
+    parts = () if "train" not in there or "val" in there else ("val",) if "test" in there else ("val", "test")
+    paths = there.get("train" if split in parts else split)
+    if not paths:
         raise UserError(
-            f"{path}: no such file; run `python data/download_datasets.py`, name a folder of train/val/test JSONL "
+            f"{source}/{split}.jsonl: no such file; run `python data/download_datasets.py`, name other data "
             "with --dataset_path, or try --debug, which brings its own data"
         )
-    records, lines = [], {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                record = _record(line, f"{path}:{number}")
-                if record["id"] in lines:
-                    raise UserError(f"{path}:{number}: id {record['id']!r} was used in line {lines[record['id']]}")
-                lines[record["id"]] = number
-                records.append(record)
-    if not records:
-        raise UserError(f"{path}: no records in it")
-    return records
+    rows, shape, left_out = read(paths, data_keys)
+    notes = [f"{count:,} left out: {why}" for why, count in left_out.items()]
+    if parts and split in ("train", *parts):
+        notes.append(f"of {len(rows):,} in train, from which {' and '.join(parts)} are cut by a hash of the prompt")
+        rows = cut(rows, parts, source)[split]
+    say("; ".join([f"{split}: {len(rows):,} rows of {shape} in {source}", *notes]))
+    return rows
 
 
-def _record(line, where):
-    if len(line) > MAX_LINE:
-        raise UserError(f"{where}: the line is longer than {MAX_LINE} bytes")
-    try:
-        record = json.loads(line.decode("utf-8"))
-        json.dumps(record, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a JSON record in UTF-8 ({str(error)[:80]})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object, got {type(record).__name__}")
-    for key, optional in (("id", False), ("response", False), ("rejected", True), ("reference", True)):
-        value = record.setdefault(key, None)
-        if not (isinstance(value, str) or (optional and value is None)):
-            raise UserError(f"{where}: {key}: expected text{' or null' * optional}, got {str(value)[:40]!r}")
-    margin = record.get("margin", 0.0)
-    if type(margin) not in (int, float) or not 0 <= margin < 1e6:
-        raise UserError(f"{where}: margin: expected a number from 0 up, got {str(margin)[:40]!r}")
-    answer_ids = record.get("answer_ids", {})
-    if not isinstance(answer_ids, dict) or not all(
-        key in ("response", "rejected") and isinstance(ids, list) and all(type(token) is int for token in ids)
-        for key, ids in answer_ids.items()
-    ):
-        raise UserError(f"{where}: answer_ids: expected lists of token ids by response and rejected")
-    prompt = record.get("prompt")
-    if not isinstance(prompt, list) or not prompt:
-        raise UserError(f"{where}: prompt: expected a list of turns, got {str(prompt)[:40]!r}")
-    try:
-        chat.normalise(prompt)
-    except ValueError as error:
-        raise UserError(f"{where}: prompt: {error}") from error
-    return record
+def encode_dialogues(
+    dialogues: list[tuple[dict, list[dict]]], tokenizer: Tokenizer, **how: bool
+) -> Iterator[tuple[list[int], list[int]]]:
+    """chat.encode of each of many (record, normalised turns). UserError names the record that cannot be encoded."""
+    bar = log.progress(len(dialogues), unit="row", delay=1)
+    for start in range(0, len(dialogues), CHUNK):
+        chunk = dialogues[start : start + CHUNK]
+        try:
+            yield from chat.encode_all(tokenizer, [turns for _, turns in chunk], **how)
+        except ValueError:
+            for record, turns in chunk:
+                try:
+                    chat.encode(tokenizer, turns, **how)
+                except ValueError as error:
+                    raise UserError(f"{place(record)}: {error}") from error
+            raise
+        bar.update(len(chunk))
+    bar.close()
 
 
 def encode_records(
@@ -112,26 +119,33 @@ def encode_records(
     """
     report = {"records": len(records), "empty_response": 0, "no_user_turn": 0, "no_target": 0, "truncated": 0}
     report |= dict.fromkeys(chat.REPAIRS, 0)
-    examples = []
+    dialogues, examples = [], []
     for record in records:
         if not record["response"].strip():
             report["empty_response"] += 1
             continue
         turns, repairs = chat.normalise([*record["prompt"], {"role": "assistant", "content": record["response"]}])
         report |= {key: report[key] + count for key, count in repairs.items()}
-        if not turns:
+        if turns:
+            dialogues.append((record, turns))
+        else:
             report["no_user_turn"] += 1
-            continue
-        ids, mask = chat.encode(tokenizer, turns, last_turn_only=last_turn_only)
-        end = max(i for i, m in enumerate(mask) if m) + 1  # the newline after the last stop token teaches nothing
+    encoded = encode_dialogues(dialogues, tokenizer, last_turn_only=last_turn_only)
+    for (record, _), (ids, mask) in zip(dialogues, encoded, strict=True):
+        end = _last_trained(mask)
         report["truncated"] += end > max_length
-        ids, mask = ids[: min(end, max_length)], mask[: min(end, max_length)]
-        if any(mask):
-            examples.append({"id": record["id"], "ids": ids, "mask": mask})
+        cut_at = min(end, max_length)
+        if any(mask[:cut_at]):
+            examples.append({"id": record["id"], "ids": ids[:cut_at], "mask": mask[:cut_at]})
         else:
             report["no_target"] += 1
     report["kept"] = len(examples)
     return examples, report
+
+
+def _last_trained(mask):
+    """Where to end a row: the newline after the last stop token teaches nothing, and is never generated."""
+    return len(mask) - mask[::-1].index(1)
 
 
 def encode_pairs(records: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list[dict], dict[str, int]]:
@@ -142,9 +156,18 @@ def encode_pairs(records: list[dict], tokenizer: Tokenizer, max_length: int) -> 
     teaches nothing is skipped and counted by PAIR_SKIPS.
     """
     report = {"records": len(records)} | dict.fromkeys((*PAIR_SKIPS, "truncated", *chat.REPAIRS), 0)
-    pairs = []
+    usable, dialogues, pairs = [], [], []
     for record in records:
-        pair = _pair(record, tokenizer, max_length, report)
+        sides = _sides(record)
+        if isinstance(sides, str):
+            report[sides] += 1
+            continue
+        usable.append((record, sides))
+        sampled = record.get("answer_ids", {})
+        dialogues += [(record, turns) for key, (turns, _) in sides.items() if key not in sampled]
+    encoded = encode_dialogues(dialogues, tokenizer, last_turn_only=True)
+    for record, sides in usable:
+        pair = _pair(record, sides, encoded, tokenizer, max_length, report)
         if isinstance(pair, str):
             report[pair] += 1
         else:
@@ -153,8 +176,8 @@ def encode_pairs(records: list[dict], tokenizer: Tokenizer, max_length: int) -> 
     return pairs, report
 
 
-def _pair(record, tokenizer, max_length, report):
-    """One pair, or the name of the reason why there is none."""
+def _sides(record):
+    """{key of an answer: (the whole dialogue, its repairs)}, or the name of the reason why there is no pair."""
     texts = record["response"], record["rejected"]
     if texts[1] is None:
         return "no_rejected"
@@ -162,34 +185,44 @@ def _pair(record, tokenizer, max_length, report):
         return "empty_answer"
     if texts[0] == texts[1]:
         return "equal_answers"
-    pair = {"id": record["id"], "margin": record.get("margin", 0.0), "texts": texts}
-    for side, key, text in zip(("chosen", "rejected"), ("response", "rejected"), texts):
-        turns, repairs = chat.normalise([*record["prompt"], {"role": "assistant", "content": text}])
-        if not turns:
-            return "no_user_turn"
-        sampled = record.get("answer_ids", {}).get(key)
-        if sampled is None:
-            ids, mask = chat.encode(tokenizer, turns, last_turn_only=True)
-            end = max(i for i, m in enumerate(mask) if m) + 1  # the newline after the stop token is never generated
-            end -= key in record.get("unfinished", ())  # an answer that was cut off has no stop token to learn
-        else:
-            ids, mask = _sampled_answer(record, sampled, text, tokenizer)
+    sides = {
+        key: chat.normalise([*record["prompt"], {"role": "assistant", "content": text}])
+        for key, text in zip(("response", "rejected"), texts, strict=True)
+    }
+    return sides if all(turns for turns, _ in sides.values()) else "no_user_turn"
+
+
+def _pair(record, sides, encoded, tokenizer, max_length, report):
+    """One pair, or the name of the reason why there is none. encoded: the next of it are the sides not sampled."""
+    pair = {"id": record["id"], "margin": record.get("margin", 0.0), "texts": (record["response"], record["rejected"])}
+    answer_ids, ends = record.get("answer_ids", {}), {}
+    for side, key in (("chosen", "response"), ("rejected", "rejected")):
+        if key in answer_ids:
+            ids, mask = _sampled_answer(record, answer_ids[key], record[key], tokenizer)
             end = len(ids)
-        cut = min(end, max_length)
+        else:
+            ids, mask = next(encoded)
+            end = _last_trained(mask)
+            end -= key in record.get("unfinished", ())  # an answer that was cut off has no stop token to learn
+        ends[side], cut = end, min(end, max_length)
         pair[side] = {"id": f"{record['id']}/{side}", "ids": ids[:cut], "mask": mask[:cut]}
-        if sampled is not None:
+        if key in answer_ids:
             pair[side]["sampled"] = True  # it may hold what no text encodes to
         pair["prompt_tokens"] = mask.index(1)
-        if pair["prompt_tokens"] >= max_length:
-            return "prompt_too_long"
-        report["truncated"] += end > max_length
+    if pair["prompt_tokens"] >= max_length:
+        return "prompt_too_long"
+    report["truncated"] += sum(end > max_length for end in ends.values())
+    repairs = sides["rejected"][1]
     report |= {key: report[key] + count for key, count in repairs.items()}
     return pair if pair["chosen"]["ids"] != pair["rejected"]["ids"] else "equal_answers"
 
 
 def _sampled_answer(record, sampled, text, tokenizer):
     """(ids, mask) of the prompt and the very ids that were sampled. UserError if they are another tokenizer's."""
-    if not all(0 <= token < tokenizer.vocab_size for token in sampled) or chat.decode(tokenizer, sampled) != text:
+    if (
+        not all(0 <= token < chat.known_tokens(tokenizer) for token in sampled)
+        or chat.decode(tokenizer, sampled) != text
+    ):
         raise UserError(f"{record['id']}: answer_ids do not decode to the answer: they are of another tokenizer")
     prompt = chat.encode_prompt(tokenizer, record["prompt"])
     return [*prompt, *sampled], [0] * len(prompt) + [1] * len(sampled)

@@ -95,11 +95,11 @@ def encode(
 def encode_prompts(records: list[dict], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Prompt], dict[str, int]]:
     """([Prompt of at most `max_tokens` tokens], {reason: how many were left out})."""
     counts, kept = {"records": len(records), "no_user_turn": 0, "prompt_too_long": 0}, []
-    for record in records:
-        if not chat.normalise(record["prompt"])[0]:
-            counts["no_user_turn"] += 1
-            continue
-        ids = chat.encode_prompt(tokenizer, record["prompt"])
+    dialogues = [(record, chat.normalise(record["prompt"])[0]) for record in records]
+    asked = [(record, turns) for record, turns in dialogues if turns]
+    counts["no_user_turn"] = len(records) - len(asked)
+    encoded = data.encode_dialogues(asked, tokenizer, add_generation_prompt=True)
+    for (record, _), (ids, _) in zip(asked, encoded, strict=True):
         if len(ids) > max_tokens:
             counts["prompt_too_long"] += 1
         else:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import chat, data, dist, tasks
+from common import chat, config, data, dist, model, prompts, tasks
 from common.log import UserError
+from common.runtime import base
 
 ROOT = Path(__file__).resolve().parents[1]
+IMAGE = chat.IMAGE_TOKEN
 
 
 def user(text):
@@ -34,7 +36,8 @@ def record(index=0, prompt="question", response="answer", **changes):
 
 
 def write(folder, *lines):
-    """train.jsonl with a good record in front of the lines given, as text, bytes or records."""
+    """train.jsonl with a good record in front of the lines given, as text, bytes or records; and a val.jsonl."""
+    (folder / "val.jsonl").write_text(json.dumps(record("val")) + "\n")
     rows = [line if isinstance(line, str | bytes) else json.dumps(line) for line in (record("first"), *lines)]
     (folder / "train.jsonl").write_bytes(b"\n".join(r.encode() if isinstance(r, str) else r for r in rows))
     return folder
@@ -78,6 +81,37 @@ def test_counts(tokenizer):
         "leading_assistant": 3,
         "kept": 4,
     }
+
+
+def naive_examples(rows, tokenizer, limit, last_turn_only):
+    """One record at a time and one text at a time, as before there were batches."""
+    for row in rows:
+        turns, _ = chat.normalise([*row["prompt"], assistant(row["response"])])
+        ids, mask = [chat.BOS], [0]
+        for i, turn in enumerate(turns):
+            name, text = ("user", turn["content"].strip()) if i % 2 == 0 else ("model", turn["content"])
+            head, body, newline = (
+                tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                for part in (f"{name}\n", text, "\n")
+            )
+            trained = int(name == "model" and (not last_turn_only or i == len(turns) - 1))
+            ids += [105, *head, *body, 106, *newline]
+            mask += [0] * (1 + len(head)) + [trained] * (len(body) + 1) + [0] * len(newline)
+        end = min(limit, max(i for i, m in enumerate(mask) if m) + 1)
+        if any(mask[:end]):
+            yield {"id": row["id"], "ids": ids[:end], "mask": mask[:end]}
+
+
+@pytest.mark.parametrize("last_turn_only", [False, True])
+def test_batches_encode_what_single_texts_did(tokenizer, monkeypatch, last_turn_only):
+    monkeypatch.setattr(data, "CHUNK", 7)
+    words = ["How do I", " fix", "my car?", "\n\n", "    ", "é漢🧑‍🚀", "<end_of_turn>", "x = 1", "12.5"]
+    rng, rows = random.Random(4), []
+    for i in range(60):
+        turns = [(user, assistant)[k % 2]("w" + "".join(rng.choices(words, k=6))) for k in range(1 + 2 * (i % 3))]
+        rows.append(record(i, turns, "".join(rng.choices(words, k=9)) + "."))
+    examples, report = data.encode_records(rows, tokenizer, 120, last_turn_only)
+    assert examples == [*naive_examples(rows, tokenizer, 120, last_turn_only)] and 0 < report["truncated"] < 60
 
 
 def test_truncation_keeps_the_start_and_the_length(tokenizer):
@@ -337,3 +371,51 @@ def test_answer_ids_that_are_no_lists_of_ids(tmp_path, ids):
     path.write_text(json.dumps(record | {"answer_ids": {"response": ids} if isinstance(ids, list) else ids}) + "\n")
     with pytest.raises(UserError, match=r"train.jsonl:1: answer_ids"):
         data.load_split(tmp_path, "train")
+
+
+def test_rows_in_train_and_val_are_counted(tmp_path, capsys):
+    for split, numbers in (("train", range(6)), ("val", range(4, 8))):
+        lines = [json.dumps({"question": f"{i}", "answer": f"{i}"}) + "\n" for i in numbers]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    cfg = config.load_config(None, {"dataset_path": str(tmp_path), "data_keys": "question=question"})
+    loaded = data.load_train_and_val(cfg)
+    assert [len(loaded[split]) for split in ("train", "val")] == [6, 4]
+    assert "warning: 2 of 6 rows of train are in val too" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- tokens that were added to a base
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_d5_an_added_token_becomes_its_id(folder, special):
+    """Also beside control tokens in a text, which stay text; and an answer with it decodes to itself."""
+    tokenizer = base.load_tokenizer(folder)
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    first = tokenizer.convert_tokens_to_ids("<think>")
+    text = "<think>a <end_of_turn> b</think>\n" + IMAGE + "yes"
+    ids = chat.encode_text(tokenizer, text)
+    assert ids[0] == first and ids.count(first + 1) == 1 and not chat.CONTROL_TOKENS.intersection(ids)
+    assert max(ids) == first + 1 and chat.decode(tokenizer, ids) == text
+    push, shown = chat.streamer(tokenizer), ""
+    for i, token in enumerate(ids):
+        shown += push(token, last=i == len(ids) - 1)[0]
+    assert shown == text
+    rows = [record(0, "why <think>?", text, rejected="no")]
+    for examples, _ in (data.encode_records(rows, tokenizer, 200), data.encode_pairs(rows, tokenizer, 200)):
+        assert first in (examples[0].get("chosen") or examples[0])["ids"]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_d5_without_an_embedding_file_and_record_are_named(folder, tmp_path, special):
+    tokenizer = base.load_tokenizer(folder)
+    tokenizer.add_tokens(["<think>"], special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    _, tokenizer = model.load(str(folder), torch.device("cpu"), torch.float32)
+    rows = data.load_split(write(tmp_path, record(1), record(2, response="so <think> it")), "train")
+    for encode in (data.encode_records, data.encode_pairs, prompts.encode_prompts):
+        changed = [row | {"rejected": "x", "prompt": [user(row["response"])]} for row in rows]
+        with pytest.raises(UserError) as error:
+            encode(changed, tokenizer, 100)
+        assert str(error.value).startswith(f"{tmp_path}/train.jsonl:3: r2: '<think>' is token ")
+        assert "the model has embeddings of" in str(error.value)

@@ -14,8 +14,9 @@ import pytest
 
 from common import data
 from common.log import UserError
+from common.runtime import sources
 from tests.publishers import HH_TEST, HH_TRAIN, MTS, MTS_NAMES, from_archive, hh, leftovers, pair, pin, read
-from tests.test_data import record, without, write
+from tests.test_data import assistant, record, user, without, write
 
 # ---------------------------------------------------------------- S3: archives
 
@@ -465,9 +466,8 @@ BAD = {
     "cut": ('{"id": "a", "prompt": [', "not a JSON record"),
     "deep": ("[" * 100_000, "not a JSON record"),
     "a list": ("[1]", "expected an object, got list"),
-    "no id": (without("id"), "id: expected text"),
     "a number as id": (record(id=3), "id: expected text"),
-    "no response": (without("response"), "response: expected text"),
+    "no response": (without("response"), "not prompt+response as before; keys found: id, prompt, reference, rejected"),
     "null response": (record(response=None), "response: expected text"),
     "rejected": (record(rejected=["x"]), "rejected: expected text or null"),
     "reference": (record(reference=1), "reference: expected text or null"),
@@ -475,12 +475,18 @@ BAD = {
     "margin below zero": (record(margin=-1), "margin: expected a number"),
     "margin true": (record(margin=True), "margin: expected a number"),
     "infinite margin": ('{"id": "a", "prompt": [], "response": "", "margin": 1e400}', "margin: expected a number"),
-    "no prompt": (without("prompt"), "prompt: expected a list"),
-    "text as prompt": (record() | {"prompt": "hi"}, "prompt: expected a list"),
+    "no prompt": (without("prompt"), "no known shape; keys found: id, reference, rejected, response; known: prompt+re"),
+    "a number as prompt": (record() | {"prompt": 5}, "prompt: expected a list"),
+    "the assistant speaks last": (record(prompt=[user("a"), assistant("b")]), "ends with a turn of the assistant"),
+    "it only greets": (record(prompt=[assistant("hello")]), "ends with a turn of the assistant"),
+    "nothing is asked after it": (
+        record(prompt=[user("a"), assistant("b"), user(" ")]),
+        "ends with a turn of the assi",
+    ),
     "empty prompt": (record(prompt=[]), "prompt: expected a list"),
     "a role": (record(prompt=[{"role": "human", "content": "x"}]), "prompt: a turn is"),
     "no content": (record(prompt=[{"role": "user"}]), "prompt: a turn is"),
-    "too long": (record(response="x" * (data.MAX_LINE + 1)), "longer than"),
+    "too long": (record(response="x" * (sources.MAX_LINE + 1)), "longer than"),
 }
 
 
@@ -500,8 +506,10 @@ def test_S5_duplicate_ids_name_both_lines(tmp_path):
 
 
 def test_S5_missing_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match=r"val\.jsonl: no such file; run `python data/download_datasets\.py`.*--debug"):
-        data.load_split(write(tmp_path), "val")
+    with pytest.raises(UserError, match=r"test\.jsonl: no such file; run `python data/download_datasets\.py`.*--debug"):
+        data.load_split(write(tmp_path), "test")
+    with pytest.raises(UserError, match=r"train\.jsonl: no such file"):
+        data.load_split(tmp_path / "none", "train")
     (tmp_path / "test.jsonl").write_text("\n \n")
     with pytest.raises(UserError, match=r"test\.jsonl: no records"):
         data.load_split(tmp_path, "test")

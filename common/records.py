@@ -1,0 +1,307 @@
+"""Rows in the shapes that people have -> our records (see data.py), and what is cut from train where there is no val.
+
+All rows of a file have one of the SHAPES, by the keys of the first. Which files there are: runtime/sources.py.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from common import chat, log
+from common.log import UserError
+from common.runtime import sources
+
+HELD_OUT = 20  # one prompt of so many is cut from train for val, another for test
+ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
+
+
+class Id(str):
+    """The id of a record, which remembers the place where the record was read, as file:line."""
+
+    place: str
+
+
+def place(record: dict) -> str:
+    """The file, line and id of a record for a message, as far as they are known."""
+    return f"{getattr(record['id'], 'place', 'record')}: {record['id']}"
+
+
+def _turn(turn, key):
+    """A turn of any of the spellings that are known. ValueError for another, for calls of tools, for pictures."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"{key}: expected turns, got {str(turn)[:40]!r}")
+    role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise ValueError(f"{key}: a turn calls tools, only turns of text are read")
+    if ROLES.get(str(role)) is None:
+        raise ValueError(f"{key}: the role of a turn is {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"{key}: the content of a turn is {str(content)[:40]!r}, only text is read")
+    return {"role": ROLES[role], "content": content}
+
+
+def _turns(value, key):
+    """Turns of a text (the user's, or a dialogue as HH-RLHF writes it) or of a list of turns."""
+    if isinstance(value, str):
+        return _hh_turns(value) if value.startswith("\n\nHuman:") else [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key}: expected a list of turns or text, got {str(value)[:40]!r}")
+    return [_turn(turn, key) for turn in value]
+
+
+def _hh_turns(text):
+    """Turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; an empty last one, where an answer would begin, is left out."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    turns = [
+        {"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
+        for speaker, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def _ends_with_assistant(turns):
+    spoken = [turn["role"] for turn in turns if turn["role"] != "system" and turn["content"].strip()]
+    return bool(spoken) and spoken[-1] == "assistant"
+
+
+def _asked(value, key):
+    """Turns that an answer can follow."""
+    turns = _turns(value, key)
+    if _ends_with_assistant(turns):
+        raise ValueError(f"{key}: it ends with a turn of the assistant, and the answer would follow that")
+    return turns
+
+
+def _parted(turns):
+    """Turns -> (those before the last answer, the answer's text, "" where the user has the last word)."""
+    end = len(turns)
+    while end and turns[end - 1]["role"] == "assistant":
+        end -= 1
+    return turns[:end], "\n".join(turn["content"] for turn in turns[end:])
+
+
+def _ours(row):
+    prompt = row["prompt"]
+    return row | {"prompt": _turns(prompt, "prompt") if isinstance(prompt, str) else prompt}
+
+
+def _dialogue(row):
+    key = "messages" if "messages" in row else "conversations"
+    prompt, response = _parted(_turns(row[key], key))
+    if not prompt:
+        raise ValueError(f"{key}: no turn of a user")
+    return {"prompt": prompt, "response": response}
+
+
+def _completion(row):
+    prompt, completion = _asked(row["prompt"], "prompt"), row["completion"]
+    if isinstance(completion, str):
+        return {"prompt": prompt, "response": completion}
+    between, response = _parted(_turns(completion, "completion"))
+    if not response:
+        raise ValueError("completion: its last turn is not the assistant's")
+    return {"prompt": prompt + between, "response": response}
+
+
+def _preference(row):
+    """Two answers, or two dialogues that should differ in the last turn only; the name of its dirt if they do not."""
+    sides = []
+    for key in ("chosen", "rejected"):
+        value = row[key]
+        answer_alone = isinstance(value, str) and not value.startswith("\n\nHuman:")
+        sides.append([{"role": "assistant", "content": value}] if answer_alone else _turns(value, key))
+    before = []
+    if all(side[0]["role"] == "assistant" for side in sides):
+        if "prompt" not in row:
+            raise ValueError("chosen: an answer alone needs a prompt")
+        before = _asked(row["prompt"], "prompt")
+    if sides[0][:-1] != sides[1][:-1]:
+        return "prompts differ"
+    if isinstance(row["chosen"], str) and not before:  # HH-RLHF's text holds labels that nobody spoke
+        roles = [[turn["role"] for turn in side] for side in sides]
+        if any(each != ["user", "assistant"] * (len(each) // 2) for each in roles):
+            return "roles do not alternate"
+    prompt, (chosen, rejected) = before + sides[0][:-1], (side[-1] for side in sides)
+    if {chosen["role"], rejected["role"]} != {"assistant"} or not prompt or _ends_with_assistant(prompt):
+        return "no answer after a turn of the user"
+    return {"prompt": prompt, "response": chosen["content"], "rejected": rejected["content"]}
+
+
+def _instruction(row):
+    text, more = row["instruction"], row.get("input") or ""
+    if not isinstance(text, str) or not isinstance(more, str):
+        raise ValueError(f"instruction, input: expected text, got {str(text)[:40]!r}, {str(more)[:40]!r}")
+    return {
+        "prompt": [{"role": "user", "content": f"{text}\n\n{more}" if more.strip() else text}],
+        "response": row["output"],
+    }
+
+
+def _question(row):
+    return {"prompt": _asked(row["question"], "question"), "response": row["answer"], "reference": row["answer"]}
+
+
+def _prompt_alone(row):
+    return {"prompt": _asked(row["prompt"], "prompt"), "response": ""}
+
+
+SHAPES: dict[tuple, Any] = {  # {keys of a row: what makes a record of it}; the first that fits is taken
+    ("prompt", "response"): _ours,
+    ("chosen", "rejected"): _preference,  # a prompt may stand beside them
+    ("messages",): _dialogue,
+    ("prompt", "completion"): _completion,
+    ("conversations",): _dialogue,
+    ("instruction", "output"): _instruction,
+    ("question", "answer"): _question,
+    ("prompt",): _prompt_alone,
+}
+KEYS = {"id", "reference", "margin", "input", "rejected", *itertools.chain(*SHAPES)}  # what data_keys may name
+
+
+def shape_of(row: dict) -> tuple | None:
+    """The keys of the first shape that the row has."""
+    return next((keys for keys in SHAPES if all(key in row for key in keys)), None)
+
+
+def named_keys(text: str | None) -> dict[str, str]:
+    """{our key: the row's} of data_keys, "prompt=question,response=answer". UserError names what is wrong."""
+    pairs = [pair.strip().partition("=") for pair in text.split(",")] if text else []
+    for ours, equals, theirs in pairs:
+        if not equals or not theirs or ours not in KEYS:
+            raise UserError(
+                f"data_keys: expected KEY=KEY_OF_THE_ROWS, with commas between, KEY one of {', '.join(sorted(KEYS))}, "
+                f"got {f'{ours}{equals}{theirs}'!r:.80}"
+            )
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def _renamed(row, names, where):
+    missing = [theirs for theirs in names.values() if theirs not in row]
+    if missing:
+        raise UserError(f"{where}: data_keys: no key {missing[0]!r}; keys found: {_listed(row)}")
+    kept = {key: value for key, value in row.items() if key not in names.values()}
+    return kept | {ours: row[theirs] for ours, theirs in names.items()}
+
+
+def _listed(row):
+    return log.listed([str(key)[:24] for key in sorted(row)], 6) or "none"
+
+
+def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], str, Counter]:
+    """(records, their shape in words, {why a row was left out: how many}) of files.
+
+    UserError names file and line of a row that is none, has another shape than the first, or an id that was used.
+    """
+    names, shape, records, places, left_out = named_keys(data_keys), None, [], {}, Counter()
+    bar = log.progress(None, unit="row", delay=1)
+    for where, raw in itertools.chain.from_iterable(sources.rows(path) for path in paths):
+        bar.update()
+        row = _renamed(raw, names, where) if names else raw
+        keys = shape_of(row)
+        shape = shape or keys
+        if keys is None or keys != shape:
+            why = f"not {'+'.join(shape)} as before" if keys else "no known shape"
+            known = ", ".join("+".join(each) for each in SHAPES)
+            raise UserError(f"{where}: {why}; keys found: {_listed(row)}; known: {known} (or --data_keys)")
+        try:
+            record = SHAPES[keys](row)
+            if isinstance(record, str):
+                left_out[record] += 1
+                continue
+            if keys != ("prompt", "response"):
+                record = {key: row[key] for key in ("reference", "margin") if key in row} | record
+            record = _checked(record, row.get("id"), keys == ("prompt", "response"))
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        record["id"] = _unique(record["id"], where, places, row, keys)
+        records.append(record)
+    bar.close()
+    if not records:
+        reasons = "".join(f"; {count:,} left out: {why}" for why, count in left_out.items())
+        raise UserError(f"{paths[0]}: no records in it{reasons}")
+    return records, " + ".join(shape), left_out
+
+
+def _checked(record, name, strict):
+    """The record with all keys that one has. ValueError names the key of a value that is none. strict: it is ours."""
+    for key, optional in (("response", False), ("rejected", True), ("reference", True)):
+        value = record.setdefault(key, None)
+        if not (isinstance(value, str) or (optional and value is None)):
+            raise ValueError(f"{key}: expected text{' or null' * optional}, got {str(value)[:40]!r}")
+    margin = record.get("margin", 0.0)
+    if type(margin) not in (int, float) or not 0 <= margin < 1e6:
+        raise ValueError(f"margin: expected a number from 0 up, got {str(margin)[:40]!r}")
+    answer_ids = record.get("answer_ids", {})
+    if not isinstance(answer_ids, dict) or not all(
+        key in ("response", "rejected") and isinstance(ids, list) and all(type(token) is int for token in ids)
+        for key, ids in answer_ids.items()
+    ):
+        raise ValueError("answer_ids: expected lists of token ids by response and rejected")
+    prompt = record["prompt"]
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"prompt: expected a list of turns or text, got {str(prompt)[:40]!r}")
+    try:
+        chat.normalise(prompt)
+    except ValueError as error:
+        raise ValueError(f"prompt: {error}") from error
+    if _ends_with_assistant(prompt):
+        raise ValueError("prompt: it ends with a turn of the assistant, and the answer would follow that")
+    if name is not None and not isinstance(name, str) and (strict or type(name) is not int):
+        raise ValueError(f"id: expected text, got {str(name)[:40]!r}")
+    record["id"] = content_hash(record)[:16] if name is None else str(name)
+    return record
+
+
+def _unique(name, where, places, row, keys):
+    """The id with its place. Equal ids of our own shape are refused; hashes and the ids of others get a number."""
+    if name in places and keys == ("prompt", "response") and "id" in row:
+        path, _, line = places[name].rpartition(":")
+        earlier = f"line {line}" if where.startswith(f"{path}:") else places[name]
+        raise UserError(f"{where}: id {name!r} was used in {earlier}")
+    first, number = name, 1
+    while name in places:
+        number += 1
+        name = f"{first}-{number}"
+    places[name] = where
+    made = Id(name)
+    made.place = where
+    return made
+
+
+# ---------------------------------------------------------------- what is cut from train
+
+
+def content_hash(record: dict) -> str:
+    """SHA-256 of what is asked and answered: equal rows, whatever their ids and files."""
+    text = json.dumps([record["prompt"], record["response"], record["rejected"]])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _prompt_hash(record):
+    """Equal for prompts that differ in case or white space only."""
+    text = "\n".join(f"{turn['role']}: {' '.join(turn['content'].lower().split())}" for turn in record["prompt"])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def cut(records: list[dict], splits: tuple, source: Path | str) -> dict[str, list[dict]]:
+    """{split: records} for "train" and `splits`, by a hash of the prompt: rows of one prompt stay together.
+
+    A twentieth of the prompts each, and at least one. UserError if there are too few prompts.
+    """
+    hashes = [_prompt_hash(record) for record in records]
+    prompts = sorted(set(hashes))
+    if len(prompts) <= len(splits):
+        raise UserError(f"{source}: {len(prompts)} prompts are too few to cut {' and '.join(splits)} from, add files")
+    names = dict(enumerate(splits))
+    part = {each: names.get(int(each[:8], 16) % HELD_OUT, "train") for each in prompts}
+    if len(set(part.values())) <= len(splits):  # few prompts: one to each
+        part = {each: names.get(rank, "train") for rank, each in enumerate(prompts)}
+    made = {split: [] for split in ("train", *splits)}
+    for record, each in zip(records, hashes, strict=True):
+        made[part[each]].append(record)
+    return made
