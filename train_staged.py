@@ -110,7 +110,9 @@ def settings(cfg, flags, fingerprint):
     outside = ("evaluation.", "logging.", "training.resume_changed")
     kept = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(outside)}
     kept |= {key: str(value) for key, value in flags.items()}
-    folder = kept.get("dataset_path") or (None if cfg.debug else Path(__file__).parent / "data" / cfg.task)
+    task = tasks.load(cfg.task)
+    own = None if cfg.debug or not task.files else Path(__file__).parent / "data" / task.name
+    folder = kept.get("dataset_path") or own
     by_split = sources.files(folder) if folder else {}
     hashes = [checkpoint.sha256(path) for split in ("train", "val") for path in by_split.get(split, ())]
     judge = kept["reward.checkpoint"]

@@ -36,7 +36,7 @@ def test_prompts_that_do_not_fit_are_counted(tokenizer, capsys):
 
 
 def test_d24_too_few_prompts_name_the_keys_to_change(tokenizer):
-    records = {split: synthetic.records("safety", split, 20) for split in ("train", "val")}
+    records = {split: tasks.records("safety", split, 20) for split in ("train", "val")}
     with pytest.raises(
         UserError, match=r"rl\.max_new_tokens leaves -208 of training\.max_seq_length's tokens"
     ) as error:
