@@ -22,6 +22,11 @@ import yaml
 from common import tasks
 from common.log import UserError
 
+# Every config once listed the parts of these three tasks, whatever its own was: those of the others are skipped.
+PARTS_OF_OLD = {
+    f"reward.heuristic.{part}"
+    for part in ("toxicity", "refusal", "length", "repetition", "overlap", "facts", "bleu", "exact", "parse")
+}
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPTS = {"sft": "train_sft.py", "reward": "train_reward.py", "rl": "train_rl.py", "staged": "train_staged.py"}
 NAME_RULE = "a NAME has letters, digits, '_', '-' and '.', and begins with none of the last two"
@@ -60,9 +65,8 @@ def parse_args(
     for flag in ("--config", "--task"):
         first.add_argument(flag)
     early = first.parse_known_args(argv)[0]
-    leaves, headings = _schema(
-        _named_task([early.config] if early.config else [], {} if early.task is None else {"task": early.task})
-    )
+    task = _named_task([early.config] if early.config else [], {} if early.task is None else {"task": early.task})
+    leaves, headings = _schema(task)
     parser = argparse.ArgumentParser(script, "%(prog)s [--config FILE] [--debug] [--section.key VALUE]...", description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev, parser.error = False, _refuse  # type: ignore[method-assign]  # its own ends the process
@@ -72,7 +76,7 @@ def parse_args(
     parser.add_argument("--debug", action="store_true", help=f"{leaves['debug'].help}: configs/debug.yml over FILE")
     for flag, kwargs in jobs:
         parser.add_argument(flag, **kwargs)
-    for section in ("", "task_options", *sections):
+    for section in ("", *["task_options"] * bool(task.options), *sections):
         group = parser.add_argument_group(section or "top level", headings.get(section))
         for key, leaf in leaves.items():
             if key != "debug" and key.rpartition(".")[0].partition(".")[0] == section:
@@ -135,7 +139,10 @@ def _resolve(leaves, headings, files, given, label):
     """Lay files, then `given` ({dotted key: text or Python value}), over the defaults; returns nested namespaces."""
     flat = {key: leaf.default for key, leaf in leaves.items()}
     entries = [
-        (f"{path}:{line}: {ascii(key)[1:-1]:.80}", key, value) for path in files for line, key, value in _walk(path)
+        (f"{path}:{line}: {ascii(key)[1:-1]:.80}", key, value)
+        for path in files
+        for line, key, value in _walk(path)
+        if key in leaves or key not in PARTS_OF_OLD
     ]
     for where, key, value in [*entries, *((label + key, key, value) for key, value in given.items())]:
         if key in leaves:
@@ -174,26 +181,33 @@ def _schema(task=None):
     `| null`, or `list` (some of the default).
     """
     path, leaves, headings = CONFIGS / "defaults.yml", {}, {}
+    own = _of_task(task) if task else {}
     lines = path.read_text(encoding="utf-8").splitlines()
     for line, key, value in _walk(path):
         comment = lines[line - 1].partition(" # ")[2].strip()
         rule, _, words = comment.partition("; ")
         if value == {}:
             headings[key] = comment
+            leaves |= own.get(key, {})
         else:
             rule = f"list of {' | '.join(value)}" if rule == "list" else rule
             leaves[key] = SimpleNamespace(text=str(value).replace("'", ""), rule=rule, help=words)
             leaves[key].default = _convert(leaves[key], value, f"{path}:{line}: {key}")
-    parts, options = (task.parts, task.options) if task else ({}, {})
-    for name, part in parts.items():
-        leaves[f"reward.heuristic.{name}"] = SimpleNamespace(
-            default=part.weight, text=str(part.weight), rule="float >= 0", help=f"{task.name}: {part.what}"
-        )
-    for name, option in options.items():
-        leaf = SimpleNamespace(text=str(option.default), rule=option.rule, help=f"{task.name}: {option.what}")
-        leaf.default = _convert(leaf, option.default, f"{task.name}: options: {name}")
-        leaves[f"task_options.{name}"] = leaf
     return leaves, headings
+
+
+def _of_task(task):
+    """{section: {dotted key: leaf}} of the settings that a task has of its own."""
+    weights = {name: tasks.Option(part.weight, "float >= 0", part.what) for name, part in task.parts.items()}
+    own = {}
+    for section, options in (("task_options", task.options), ("reward.heuristic", weights)):
+        own[section] = {}
+        for name, option in options.items():
+            text = str(option.default).replace("'", "")
+            leaf = SimpleNamespace(text=text, rule=option.rule, help=f"{task.name}: {option.what}")
+            leaf.default = _convert(leaf, option.default, f"task: {task.path or task.name}: {section}.{name}")
+            own[section][f"{section}.{name}"] = leaf
+    return own
 
 
 def _convert(leaf, value, where):
@@ -201,11 +215,8 @@ def _convert(leaf, value, where):
     kind, names = leaf.rule.partition(" ")[0], leaf.rule.removeprefix("list of ").split(" | ")
     text = "null" if value is None else "" if isinstance(value, list | tuple | dict) else str(value)
     if kind == "list":
-        items = (
-            [str(item) for item in value]
-            if isinstance(value, list | tuple)
-            else text.strip("[] ").replace(",", " ").split()
-        )
+        listed = [str(item) for item in value] if isinstance(value, list | tuple) else None
+        items = text.strip("[] ").replace(",", " ").split() if listed is None else listed
         if items and all(item in names and items.count(item) == 1 for item in items):
             return [*items]
     elif kind in NUMBERS and re.fullmatch(NUMBERS[kind], text):

@@ -21,6 +21,7 @@ import torch
 from torch.nn import Parameter
 
 from common import dist, log
+from common.config import PARTS_OF_OLD
 from common.log import UserError, say
 from common.runtime import checkpoint
 
@@ -176,7 +177,7 @@ def refuse_changes(
     What is in `free` may differ, and CHANGED_ON_REQUEST where that is `allowed` and a step is left to make. A run that
     was begun before a hash of CONTENTS was kept is held to its path.
     """
-    then = saved["facts"]
+    then = {key: value for key, value in saved["facts"].items() if key in now or key not in PARTS_OF_OLD}
     hashed = {path for path, content in CONTENTS.items() if content in then}
     functions = {str(facts.get("reward.function")).rpartition(":")[2] for facts in (then, now)}  # of file.py:name
     if len(functions) > 1:

@@ -9,8 +9,28 @@ import time
 
 import pytest
 
+from common.log import UserError
 from common.runtime import checkpoint, resume
 from tests.faults.children import CRASHED, spawn, wait, wait_for
+
+
+def test_a_state_of_before_may_list_parts_of_other_tasks(tmp_path):
+    """Facts once held the weights of all tasks' parts: those that this task never had are no change."""
+    now = {"task": "safety", "reward.heuristic.toxicity": 1.0}
+    saved = {
+        "step": 2,
+        "evaluation": None,
+        "facts": now | {"reward.heuristic.overlap": 1.0, "reward.heuristic.exact": 1},
+    }
+
+    def refuse(facts):
+        resume.refuse_changes(tmp_path, tmp_path / "step-000002", saved, facts, 5, resume.FREE_TO_CHANGE, False)
+
+    refuse(now)
+    for change in ({"reward.heuristic.toxicity": 2.0}, {"reward.heuristic.overlap": 2.0}, {"reward.heuristic.new": 1}):
+        with pytest.raises(UserError, match=f"{next(iter(change))} "):
+            refuse(now | change)
+
 
 # ---------------------------------------------------------------- R13: signals
 
