@@ -141,7 +141,7 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, _ = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     lines, speed = ask(net, tokenizer, items, cfg, scorers or {}, others or {})
-    known = metrics.table(cfg.task, cfg.evaluation.samples)
+    known = metrics.table(cfg.task, cfg.evaluation.samples, cfg.evaluation.metric)
     cells = comparison.cells({"": [lines]}, {name: known[name] for name in lines[0]["stats"]}, cfg.evaluation.draws)
     return {"metrics": {name: row[""] for name, row in cells.items()}, "lines": lines, "speed": speed}
 
@@ -161,9 +161,10 @@ def ask(net, tokenizer, items, cfg, scorers, others):
     return measure.merge(lines, more), speed
 
 
-def check_samples(cfg):
-    """UserError where several answers per item make no sense."""
+def check_metrics(cfg):
+    """UserError where several answers per item make no sense, or a user's metric has the name of another."""
     samples, task = cfg.evaluation.samples, tasks.load(cfg.task)
+    metrics.table(task, samples, cfg.evaluation.metric)
     if samples > 1 and cfg.evaluation.temperature == 0:
         raise UserError(f"evaluation.samples {samples}: greedy answers are all equal; set evaluation.temperature")
     if samples > 1 and not task.correct:
@@ -275,6 +276,15 @@ def make_scorers(cfg, bare):
         settings = SimpleNamespace(checkpoint=judge, normalize_rewards=True)
         scorers["judge"] = trained_scorer(bare, settings, "judge")
         facts["judge"] = model.adapter_fingerprint(judge)
+    if cfg.evaluation.metric:
+        own = functions.load(cfg.evaluation.metric, "evaluation.metric")
+
+        def measured(records, answers):
+            texts = [chat.decode(bare.tokenizer, ids) for ids in answers]
+            return torch.tensor(functions.call(own, "evaluation.metric", records, texts, answers))
+
+        path, _, name = cfg.evaluation.metric.rpartition(":")
+        scorers[name], facts[name] = measured, checkpoint.sha256(path)
     wants_model = rewards.wants_model(cfg.reward)
     if wants_model and cfg.reward.checkpoint is None:
         notes.append(f"The optimised reward was not measured: reward.type {cfg.reward.type} needs --reward.checkpoint.")
@@ -333,7 +343,7 @@ def measure_floors(bare, items, cfg, scorers, has_base, path, key):
 def main(argv=None):
     # --- config
     cfg, job = config.parse_args("evaluate.py", __doc__, SECTIONS, (), argv, JOBS)
-    check_samples(cfg)
+    check_metrics(cfg)
     name = cfg.logging.run_name or config.run_name(cfg, job.config, "checkpoints") + "-evaluation"
     out = Path(cfg.logging.output_dir) / name
     if job.export:
@@ -407,7 +417,7 @@ def main(argv=None):
 def tables(cfg, systems, runs_by_system, floors):
     """The tables of results.json that follow from the answers alone."""
     draws, judge = cfg.evaluation.draws, cfg.evaluation.reward_checkpoint
-    known = metrics.table(cfg.task, cfg.evaluation.samples)
+    known = metrics.table(cfg.task, cfg.evaluation.samples, cfg.evaluation.metric)
     table = comparison.cells(runs_by_system | {name: [lines] for name, lines in floors.items()}, known, draws)
     headline = next((name for name in tasks.load(cfg.task).headline if name in table), next(iter(table)))
     known = {name: known[name] for name in (headline, *(name for name in table if name != headline))}

@@ -17,8 +17,7 @@ import torch
 
 from common import config, log
 
-# every child would read configs/defaults.yml anew, which is a third of a short one's time
-CONFIGS, SCHEMA = config.CONFIGS, config._schema()
+config.load_config()  # every child would read configs/defaults.yml anew, which is a third of a short one's time
 
 
 def call(main, argv):
@@ -43,8 +42,6 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
             gc.freeze()  # what the parent holds is not the child's to look through
             torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
             os.environ.update(environment)
-            if config.CONFIGS == CONFIGS:
-                config._schema = lambda: SCHEMA
             if not pictures:
                 log.save_picture = lambda path, draw: path.write_bytes(b"")
             body(main, argv)

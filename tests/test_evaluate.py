@@ -271,3 +271,25 @@ def test_bad_input_is_one_line(tmp_path, settings, adapters, micro_folder, monke
     status, _, err = run(tmp_path, settings(tmp_path, "--checkpoints", base), without)
     assert status == 2 and "rouge-score" in err and err.count("\n") == 1
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_an_own_metric_and_several_answers(tmp_path, settings, micro_folder):
+    """A user's metric beside the task's; pass@k and the majority vote of a task with right answers."""
+    file = tmp_path / "mine.py"
+    file.write_text("def letters(prompt, completion, reference):\n    return len(completion)\n")
+    asked = ["--checkpoints", f"base={micro_folder}", "--evaluation.metric", f"{file}:letters", "--task", "arithmetic"]
+    asked += ["--evaluation.samples", 3, "--evaluation.temperature", 1.0, "--dataset_path", "null"]
+    cells = train(tmp_path, settings(tmp_path, *asked))["cells"]
+    answers = [line["answer"] for line in lines(tmp_path / "run", "base-0")]
+    assert cells["letters"]["base"]["value"] == pytest.approx(np.mean([len(text) for text in answers]))
+    rates = [cells[f"pass@{k}"]["base"]["value"] for k in (1, 2, 3)]
+    assert rates == sorted(rates) and 0 <= cells["majority"]["base"]["value"] <= 1
+    for flags, reason in (
+        (["--evaluation.metric", f"{file}:absent"], "no function 'absent'"),
+        (["--evaluation.samples", 3, "--task", "arithmetic", "--evaluation.temperature", 0], "greedy answers are all"),
+        (["--evaluation.samples", 3, "--task", "safety", "--evaluation.temperature", 1], "no right answers to count"),
+    ):
+        refused(tmp_path, settings(tmp_path, "--checkpoints", f"base={micro_folder}", *flags), reason)
+    file.write_text("def exact(prompt, completion, reference):\n    return 1\n")
+    own = ["--evaluation.metric", f"{file}:exact", "--task", "arithmetic"]
+    refused(tmp_path, settings(tmp_path, "--checkpoints", f"base={micro_folder}", *own), "rename your function")

@@ -76,15 +76,22 @@ ANY_TASK = {  # in the order of the tables, after the task's own
 }
 
 
-def table(task: str | tasks.Task, samples: int = 1) -> dict[str, Metric]:
-    """{name: Metric} in the order of the tables: the task's own first. samples: answers per item, for pass@k."""
+def table(task: str | tasks.Task, samples: int = 1, own: str | None = None) -> dict[str, Metric]:
+    """{name: Metric} in the order of the tables: the task's own first.
+
+    samples: answers per item, for pass@k; own: file.py:name of the user's metric. UserError if its name is taken.
+    """
     task, several = tasks.load(task), {}
     if task.correct and samples > 1:
         what = "share of prompts with a right answer among {} sampled ones (unbiased; Chen et al. 2021)"
         several = {f"pass@{k}": Metric(what.format(k), 1, "mean", "Several answers") for k in range(1, samples + 1)}
         what = f"share of prompts whose most frequent answer of {samples} is right; ties count by their share"
         several["majority"] = Metric(what, 1, "mean", "Several answers")
-    return task.metrics | ANY_TASK | several
+    known = task.metrics | ANY_TASK | several
+    name = own.rpartition(":")[2] if own else None
+    if name in known:
+        raise UserError(f"evaluation.metric: {name} is the name of another metric: rename your function")
+    return ({name: Metric(f"mean of {own}", 1, "mean")} if name else {}) | known
 
 
 def require(task: str | tasks.Task) -> None:

@@ -114,6 +114,8 @@ class Task:
     pair_rules: dict[str, Callable[[str], float]] = field(default_factory=dict)  # {rule: score}: the higher is chosen
     plain: Callable[[list[dict]], bool] | None = None  # may this prompt be shown as an example?
 
+    path: str | None = None  # the user's file that it was loaded from
+
     def weights(self) -> dict[str, float]:
         """Default weights of the reward's parts."""
         return {name: part.weight for name, part in self.parts.items()}
