@@ -174,7 +174,7 @@ def check_metrics(cfg):
 def kept_answers(path, key, make, *arguments):
     """The records that make(*arguments) returns, from `path` where an earlier call left them under the same key."""
     asked = []
-    records = cache.records(path, key, lambda: asked.append(True) or make(*arguments))
+    records = cache.records(path, key, lambda: asked.append(True) or make(*arguments), needed=True)
     if not asked:
         say(f"{path.stem}: answered before")
     return records

@@ -134,7 +134,7 @@ def reference_logprobs(frozen: Gemma, pairs: list[dict], micro_batches: list[lis
         return dist.sum_tensor(logprobs).tolist()
 
     name = cache.key(key, gemma, losses, lora, model)
-    rows = cache.records(cache.root() / "reference" / f"{name}.jsonl", name, compute, optional=True)
+    rows = cache.records(cache.root() / "reference" / f"{name}.jsonl", name, compute)
     return torch.tensor(rows, dtype=torch.float64)
 
 

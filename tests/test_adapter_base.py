@@ -207,7 +207,7 @@ def test_what_full_rl_started_from_is_found_where_it_was_moved(tmp_path, micro_f
 # ---------------------------------------------------------------- a run's folder in place of its final/
 
 
-def test_a_run_stands_for_its_final_where_a_checkpoint_is_looked_at(tmp_path, trained, few, micro_folder):
+def test_a_run_stands_for_its_final_where_one_is_looked_at(tmp_path, trained, few, micro_folder):
     """B13: evaluate, export and serve."""
     run = shutil.copytree(trained.parent, tmp_path / "outputs" / "run")
     status, out, err = processes.run(

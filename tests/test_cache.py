@@ -68,12 +68,12 @@ def sealed(folder):
     return folder
 
 
-def test_what_is_optional_is_not_lost_where_it_cannot_be_kept(tmp_path, capsys):
+def test_what_cannot_be_kept_is_not_lost(tmp_path, capsys):
     path = sealed(tmp_path / "cache") / "reference" / "kept.jsonl"
-    assert cache.records(path, "one", lambda: ROWS, optional=True) == ROWS
+    assert cache.records(path, "one", lambda: ROWS) == ROWS
     assert capsys.readouterr().out.startswith("warning: not kept for the next run: ")
     with pytest.raises(OSError):
-        cache.records(path, "one", lambda: ROWS)
+        cache.records(path, "one", lambda: ROWS, needed=True)
 
 
 def test_a_filled_cache_is_read_without_a_lock(tmp_path, monkeypatch):

@@ -60,11 +60,11 @@ def _build(target, build):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def records(path: Path, name: str, make: Callable[[], list], optional: bool = False) -> list:
+def records(path: Path, name: str, make: Callable[[], list], needed: bool = False) -> list:
     """The list of records (JSON) that make() returns, from the file `path` where it was left under the same `name`.
 
     make() runs on all ranks together or on none, and returns the same on each; the main rank writes. A damaged file is
-    made anew, and said. optional: where it cannot be written that is a warning.
+    made anew, and said. Where it cannot be written that is a warning, unless the file is `needed`.
     """
     kept = _read(path, name) if dist.is_main() else None
     if dist.any_rank(kept is not None):
@@ -74,7 +74,7 @@ def records(path: Path, name: str, make: Callable[[], list], optional: bool = Fa
         try:
             _write(path, [{"key": name, "sha256": _digest(made)}, *made])
         except (OSError, UserError) as error:
-            if not optional:
+            if needed:
                 raise
             warn(f"not kept for the next run: {error}")
     return made

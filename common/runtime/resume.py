@@ -115,9 +115,8 @@ def check_ranks_agree(facts: dict) -> None:
     """UserError on all ranks unless they have the same facts: a machine of its own may have other files."""
     first, *others = dist.gather_rows([{key: str(value) for key, value in facts.items()}])
     for number, other in enumerate(others if dist.world_size() > 1 else (), 1):
-        free = ("logging.", *CONTENTS)
-        odd = [key for key in first | other if first.get(key) != other.get(key) and not matches(key, free)]
-        if odd:
+        odd = [key for key in first | other if first.get(key) != other.get(key) and not key.startswith("logging.")]
+        if set(odd) - CONTENTS.keys():
             shown = [f"{key} is {first.get(key)} on rank 0, {other.get(key)} on rank {number}" for key in odd[:3]]
             raise UserError(
                 f"the ranks would not train the same: {'; '.join(shown)}; every machine needs the same "
@@ -192,8 +191,9 @@ def refuse_changes(
         return between.join(form.format(key, then.get(key), now.get(key)) for key in keys)
 
     if fixed:
+        told = [key for key in changed if key in fixed or key in hashed]
         raise UserError(
-            f"{folder} cannot be resumed, this is another run: {show(fixed)}; choose another --logging.run_name"
+            f"{folder} cannot be resumed, this is another run: {show(told)}; choose another --logging.run_name"
         )
     if saved["step"] > steps:
         raise UserError(

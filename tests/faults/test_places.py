@@ -48,7 +48,7 @@ def test_D14_a_disk_without_fsync(tmp_path, settings, straight, number, folders_
     checks.assert_same_run(tmp_path / "run", straight())
 
 
-def test_D14_a_place_that_cannot_be_written_is_found_before_a_step(tmp_path, settings):
+def test_D14_an_unwritable_place_is_found_before_a_step(tmp_path, settings):
     """A new run, and one that goes on; nothing is left of the trial."""
     for _ in range(2):
         status, out, err = run(tmp_path, settings(tmp_path / "out", *SHORT), answering(errno.EIO))
