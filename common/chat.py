@@ -11,6 +11,7 @@ user, a data set or a model wrote can turn into a control token. A token that so
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,12 @@ STOP_TOKENS = (EOS, END_OF_TURN)
 # what a text must never encode to: the five specials, the turn marks, and the image marks of the larger Gemma 3
 CONTROL_TOKENS = frozenset({0, 1, 2, 3, 4, 105, 106, 255999, 256000})
 IMAGE_TOKEN = "<image_soft_token>"  # added to the published tokenizer, one beyond the text models' embedding
+# what Gemma's tokenizer does to a text before it merges: the second step finds no space that the first has left
+GEMMAS_STEPS = (
+    'Replace(pattern=String(" "), content="▁")',
+    'Split(pattern=String(" "), behavior=MergedWithPrevious, invert=False)',
+)
+MAX_WORDS = 300_000  # whose ids are kept
 ROLES = ("system", "user", "assistant")
 REPAIRS = ("empty", "system_folded", "merged", "leading_assistant")  # what normalise counts
 
@@ -52,21 +59,23 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return encode_texts(tokenizer, [text])[0]
 
 
-def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """As encode_text, of many texts at once."""
+def encode_texts(tokenizer: Tokenizer, texts: list[str], words: dict | None = None) -> list[list[int]]:
+    """As encode_text, of many texts at once. words: a dict that keeps ids of words from call to call: the same ids in
+    a fraction of the time, see _word_starts."""
     for text in texts:
         text.encode("utf-8")
-    return [_checked_ids(tokenizer, text, ids) for text, ids in zip(texts, _ids(tokenizer, texts), strict=True)]
+    encoded = _ids(tokenizer, texts, words)
+    return [_checked_ids(tokenizer, text, ids) for text, ids in zip(texts, encoded, strict=True)]
 
 
-def _ids(tokenizer, texts):
+def _ids(tokenizer, texts, words=None):
     """Ids of texts, with those of added special tokens, which the tokenizer itself would spell like the others."""
     added, _, _ = _added_tokens(tokenizer)
     if not added:
-        return _plain_ids(tokenizer, texts)
+        return _plain_ids(tokenizer, texts, words)
     tokens = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
     parts = [tokens.split(text) for text in texts]  # of each: text, token, text, ..., token, text
-    plain = iter(_plain_ids(tokenizer, [text for split in parts for text in split[::2]]))
+    plain = iter(_plain_ids(tokenizer, [text for split in parts for text in split[::2]], words))
     encoded = []
     for split in parts:
         ids = [*next(plain)]
@@ -98,8 +107,35 @@ def known_tokens(tokenizer: Tokenizer) -> int:
     return getattr(tokenizer, "num_embeddings", None) or _added_tokens(tokenizer)[2]
 
 
-def _plain_ids(tokenizer, texts):
+def _plain_ids(tokenizer, texts, words=None):
+    starts = None if words is None else _word_starts(tokenizer)
+    if starts:
+        if len(words) > MAX_WORDS:
+            words.clear()
+        parts = [starts.split(text) for text in texts]
+        new = [*{word for split in parts for word in split if word not in words}]
+        words |= zip(new, _plain_ids(tokenizer, new), strict=True)
+        return [[*itertools.chain.from_iterable(map(words.__getitem__, split))] for split in parts]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+@functools.lru_cache(maxsize=16)
+def _word_starts(tokenizer):
+    """The places where a text can be cut into words whose tokens, joined, are those of the text; None: not known.
+
+    Gemma's tokenizer writes a space as "▁" and merges pairs in the whole text. A merge across the start of a word, a
+    space after another character, makes a token that holds both: without such a token none happens. Gemma has one,
+    ">▁</", so there is no cut after ">".
+    """
+    backend = tokenizer.backend_tokenizer
+    bpe, known = backend.model, (str(backend.normalizer), str(backend.pre_tokenizer))
+    plain = getattr(bpe, "dropout", 1) is None and not (bpe.continuing_subword_prefix or bpe.end_of_word_suffix)
+    added = tokenizer.added_tokens_decoder.values()
+    if known != GEMMAS_STEPS or not plain or any(t.lstrip or t.rstrip or t.single_word for t in added):
+        return None
+    tokens = "\n".join([*backend.get_vocab(with_added_tokens=False), *(token.content for token in added)])
+    before = {" ", "▁", *re.findall(r"([^▁ ])(?=[▁ ])", tokens)}
+    return re.compile(f"(?<=[^\\s{re.escape(''.join(sorted(before)))}])(?= )")
 
 
 @functools.lru_cache(maxsize=16)
@@ -163,9 +199,13 @@ def encode(
 
 
 def encode_all(
-    tokenizer: Tokenizer, dialogues: list[list[dict]], add_generation_prompt: bool = False, last_turn_only: bool = False
+    tokenizer: Tokenizer,
+    dialogues: list[list[dict]],
+    add_generation_prompt: bool = False,
+    last_turn_only: bool = False,
+    words: dict | None = None,
 ) -> list[tuple[list[int], list[int]]]:
-    """As encode, of many dialogues, in one call of the tokenizer."""
+    """As encode, of many dialogues, in one call of the tokenizer. words: see encode_texts."""
     names = {"user": "user\n", "assistant": "model\n"}
     texts = dict.fromkeys([*names.values(), "\n"])
     for turns in dialogues:
@@ -174,7 +214,7 @@ def encode_all(
             if role != ("user", "assistant")[i % 2]:
                 raise ValueError(f"turn {i} is {role!r}: roles must alternate and start with 'user' (see normalise)")
         texts |= dict.fromkeys(_body(turn) for turn in turns)
-    ids_of = dict(zip(texts, encode_texts(tokenizer, [*texts]), strict=True))
+    ids_of = dict(zip(texts, encode_texts(tokenizer, [*texts], words), strict=True))
     heads = {role: [START_OF_TURN, *ids_of[name]] for role, name in names.items()}
     newline, encoded = ids_of["\n"], []
     for turns in dialogues:

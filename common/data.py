@@ -93,11 +93,11 @@ def encode_dialogues(
     dialogues: list[tuple[dict, list[dict]]], tokenizer: Tokenizer, **how: bool
 ) -> Iterator[tuple[list[int], list[int]]]:
     """chat.encode of each of many (record, normalised turns). UserError names the record that cannot be encoded."""
-    bar = log.progress(len(dialogues), unit="row", delay=1)
+    bar, words = log.progress(len(dialogues), unit="row", delay=1), {}
     for start in range(0, len(dialogues), CHUNK):
         chunk = dialogues[start : start + CHUNK]
         try:
-            yield from chat.encode_all(tokenizer, [turns for _, turns in chunk], **how)
+            yield from chat.encode_all(tokenizer, [turns for _, turns in chunk], words=words, **how)
         except ValueError:
             for record, turns in chunk:
                 try:

@@ -1,8 +1,11 @@
 """Our token ids against `apply_chat_template`, and the promise that no text becomes a control token."""
 
 import random
+import re
 
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from common import chat
 
@@ -262,6 +265,57 @@ def test_what_cannot_be_cut_and_unknown_ids_are_refused():
     with pytest.raises(ValueError, match="5000"):
         chat.encode_text(Letters({"a": 5000}, size=5000), "xax")
     assert chat.encode_text(Letters({"a": 4999}, size=5000), "a") == [4999]
+
+
+# --------------------------------------------------------------------------------------------------------- word by word
+
+
+def like_gemmas(across):
+    """A small tokenizer that takes Gemma's steps; across: its tokens may hold the end of a word and the next one."""
+    corpus = [text for turns in clean_dialogues() for text in (turn["content"] for turn in turns)]
+    corpus += ["the list of the words > </b> is sorted, the list > </b> of x"] * 50
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = None if across else tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
+    alphabet = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *alphabet], show_progress=False)
+    backend.train_from_iterator(corpus, trainer)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.add_tokens(["\n", "\n\n"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_word_by_word_the_ids_are_those_of_the_text(across, monkeypatch):
+    monkeypatch.setattr(chat, "CONTROL_TOKENS", frozenset())  # it has words at those ids
+    monkeypatch.setattr(chat, "MAX_WORDS", 300)  # so that it forgets between calls
+    tokenizer, words, calls = like_gemmas(across), {}, []
+    spelled = [" the", " list", " >", " </b>", " </", "▁", " ▁", "▁ ", " of", " x", "sorted"]
+    many = texts(400, 5, [*ALPHABET, *spelled * 2])
+    tokens = [token for token in tokenizer.get_vocab() if re.search("[^▁]▁", token)]
+    assert bool(tokens) == across and chat._word_starts(tokenizer)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted(PreTrainedTokenizerFast.__call__, calls))
+    for start in range(0, len(many), 50):
+        part = many[start : start + 50]
+        right = chat.encode_texts(tokenizer, part)
+        calls.clear()
+        assert chat.encode_texts(tokenizer, part, words) == right
+        assert all(len(chat._word_starts(tokenizer).split(word)) == 1 for word in calls[0])  # no whole texts
+    assert len(words) > 100
+
+
+def counted(call, calls):
+    def wrapped(self, asked, **options):
+        calls.append(asked)
+        return call(self, asked, **options)
+
+    return wrapped
+
+
+def test_of_other_tokenizers_the_whole_text_is_asked(tokenizer):
+    words, many = {}, texts(50, 6)
+    assert chat.encode_texts(tokenizer, many, words) == [chat.encode_text(tokenizer, text) for text in many]
+    assert not words and chat._word_starts(tokenizer) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- normalise
