@@ -85,7 +85,7 @@ def load_split(source: Path | str, split: str, data_keys: str | None = None) -> 
     if parts and split in ("train", *parts):
         notes.append(f"of {len(rows):,} in train, from which {' and '.join(parts)} are cut by a hash of the prompt")
         rows = cut(rows, parts, source)[split]
-    say("; ".join([f"{split}: {len(rows):,} rows of {shape} in {source}", *notes]))
+    say("; ".join([f"read {len(rows):,} rows of {shape} for {split} from {source}", *notes]))
     return rows
 
 

@@ -147,7 +147,7 @@ def test_what_the_product_imports_is_in_requirements():
     pinned = {one.name.lower().replace("_", "-") for one in requirements("requirements.txt")}
     owners = importlib.metadata.packages_distributions()
     ours = {path.stem for path in ROOT.glob("*.py")} | {"common"}
-    optional = {"wandb", "tensorboard"}  # trackers that a user switches on
+    optional = {"wandb", "tensorboard", "pyarrow"}  # trackers that a user switches on, data that a user has
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []

@@ -78,7 +78,7 @@ def test_all_shapes_give_the_same_examples(load, tokenizer, shape, capsys):
         assert [record[key] for record in read] == [record[key] for record in right]
     assert [record["reference"] for record in read] == [a if shape == "question" else None for _, a, _ in SET]
     assert data.encode_records(read, tokenizer, 64) == data.encode_records(right, tokenizer, 64)
-    assert "train: 40 rows of " in capsys.readouterr().out
+    assert "read 40 rows of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shape", PREFERRED)
@@ -116,7 +116,7 @@ def test_prompts_alone(load, capsys):
         ("c", "", None),
         ("d", "", None),
     ]
-    assert "train: 3 rows of prompt in" in capsys.readouterr().out
+    assert "read 3 rows of prompt for train from" in capsys.readouterr().out
 
 
 def test_keys_of_other_names(load):
@@ -227,7 +227,7 @@ def test_a_file_alone_is_cut_in_three_by_its_prompts(tmp_path, capsys):
     asked = [{r["prompt"][0]["content"].strip() for r in part} for part in parts.values()]
     assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
     said = capsys.readouterr().out
-    assert f"val: {len(parts['val'])} rows of question + answer in {path}; of 2,000 in train" in said
+    assert f"read {len(parts['val'])} rows of question + answer for val from {path}; of 2,000 in train" in said
     # the order of the rows does not decide, nor what else stands in the file
     write(path, [*rows[::-1], {"question": "new", "answer": "new"}])
     again = data.load_split(path, "val")

@@ -141,4 +141,9 @@ def test_bad_input_is_one_line(tmp_path, settings):
     refused(tmp_path, settings(out_dir, "--dataset_path", tmp_path / "none"), f"{tmp_path}/none/train.jsonl")
     refused(tmp_path, settings(out_dir, "--training.max_seq_length", 8), "train", "training.max_seq_length 8")
     refused(tmp_path, settings(out_dir, "--model.adapter", tmp_path / "none"), "model.adapter", f"{tmp_path}/none")
+    alone = tmp_path / "prompts.jsonl"
+    alone.write_text("".join(json.dumps({"ask": f"What is {i}?"}) + "\n" for i in range(40)))
+    renamed = ["--dataset_path", alone, "--data_keys", "prompt=ask"]
+    refused(tmp_path, settings(out_dir, *renamed), "train: no record has a response", "ppo and grpo")
+    refused(tmp_path, settings(out_dir, "--dataset_path", alone), f"{alone}:1: no known shape; keys found: ask")
     assert not list(out_dir.rglob("*.*ml"))  # neither a config nor a metric
