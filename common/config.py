@@ -64,7 +64,7 @@ def parse_args(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the task has flags of its own
     first.error = _refuse  # type: ignore[method-assign]  # its own ends the process
     for flag in ("--config", "--task"):
-        first.add_argument(flag)
+        first.add_argument(flag, type=expand_home)
     early = first.parse_known_args(argv)[0]
     task = _named_task([early.config] if early.config else [], {} if early.task is None else {"task": early.task})
     leaves, headings = _schema(task)

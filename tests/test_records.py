@@ -198,8 +198,8 @@ def test_hh_texts_as_the_downloader_reads_them(load, capsys):
     more = "\n\nAssistant: Why?\n\nHuman: So."
     rows += [hh_pair("a" + more, "x", "y"), hh_pair("b", "x" + more, "y"), hh_pair("c", "x\n\nAssistant: z", "y")]
     rows += [hh_pair("d\n\nHuman: again", "x", "y"), {"chosen": "\n\nHuman: e", "rejected": "\n\nHuman: e"}]
-    right = [script.read_safety(row, "train:1", i) for i, row in enumerate(rows)]
-    kept = [parsed[1:] for parsed in right if not isinstance(parsed, str)]
+    right = [script.TASKS["safety"].read(row, "train:1", i) for i, row in enumerate(rows)]
+    kept = [(row.prompt, row.response, row.rejected) for row in right if not isinstance(row, str)]
     read = load(rows)
     assert [(r["prompt"], r["response"], r["rejected"]) for r in read] == kept and len(kept) == 7
     said = capsys.readouterr().out

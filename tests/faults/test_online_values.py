@@ -183,7 +183,7 @@ def test_R18_steps_without_a_score(tmp_path, settings, start, algorithm):
     refused(tmp_path, settings(algorithm)(tmp_path / "b", *flags), "reward.function: gave no score", "held-out")
 
 
-def test_R18_a_prompt_that_the_reward_changes_is_logged_as_it_was(tmp_path, settings, few):
+def test_R18_a_prompt_that_the_reward_changes_is_logged_whole(tmp_path, settings, few):
     body = "prompt[-1]['content'] += '!'; prompt.append(prompt[-1]); return len(completion)"
     train(tmp_path, settings("grpo")(tmp_path, *mine(tmp_path, body), "--training.max_steps", 2))
     asked = {record["id"]: record["prompt"][-1]["content"] for record in data.load_split(few, "train")}
