@@ -2,9 +2,13 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from common import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"evaluation", "human", "runtime", "serving", "tasks"}
@@ -79,6 +83,30 @@ def test_every_module_has_a_test_file_of_its_name():
     names = [name for name in modules() if name != "common.manifest"]
     missing = [name for name in names if f"test_{name.split('.')[-1]}.py" not in tests]
     assert not missing
+
+
+def test_no_product_file_knows_a_task_by_name():
+    """A task is one file: nothing outside common/tasks/ asks for one of them, but for the corpus of the tiny base."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("data/**/*.py")]
+    files = [path for path in files if path.parent != ROOT / "common" / "tasks"]
+    assert {ROOT / "evaluate.py", ROOT / "common/rewards.py", ROOT / "data/download_datasets.py"} <= set(files)
+    assert set(tasks.NAMES) <= {path.stem for path in ROOT.glob("common/tasks/*.py")}
+    modules_of_tasks = {f"common.tasks.{name}" for name in tasks.NAMES}
+    known = {}
+    for path in files:
+        name = path.relative_to(ROOT).as_posix()
+        named = {node.value for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Constant)}
+        assert not named & set(tasks.NAMES), name
+        if theirs := imported(path) & modules_of_tasks:
+            known[name] = theirs
+    assert known == {"common/runtime/tiny.py": {f"common.tasks.{name}" for name in ("clinical", "conala", "safety")}}
+
+
+def test_task_files_load_without_torch_or_numpy():
+    code = "import sys; from common import tasks; [tasks.load(n) for n in tasks.NAMES]; print(sorted(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "'common.tasks.gsm8k'" in run.stdout
+    assert not re.findall(r"'(?:torch|numpy|transformers|rouge_score|sacrebleu)'", run.stdout)
 
 
 OPAQUE = set(
