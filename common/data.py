@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, dist, log, tasks
 from common.log import UserError, say
-from common.records import content_hash, cut, place, read
+from common.records import content_hash, cut, generated, place, read
 from common.runtime import sources
 
 CHUNK = 1000  # dialogues that are encoded at a time
@@ -46,7 +46,8 @@ def load(
     chosen = tasks.load(task)
     if folder is None and (debug or not chosen.files):
         size = (tasks.DEBUG_SIZES if debug else chosen.sizes or tasks.DEBUG_SIZES).get(split, 128)
-        return tasks.records(chosen, split, size, seed, **vars(options or Config()))
+        made = tasks.records(chosen, split, size, seed, **vars(options or Config()))
+        return made if chosen.path is None else generated(made, f"task: {chosen.path}: synthetic", split)
     return load_split(folder or Path(__file__).parents[1] / "data" / chosen.name, split, data_keys)
 
 

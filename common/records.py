@@ -214,8 +214,10 @@ def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], s
                 left_out[record] += 1
                 continue
             if keys != ("prompt", "response"):
-                record = {key: row[key] for key in ("reference", "margin") if key in row} | record
+                record = {key: value for key, value in row.items() if _is_column(key, value)} | record
             record = _checked(record, row.get("id"), keys == ("prompt", "response"))
+            if isinstance(row.get("prompt"), str):
+                record["text_prompt"] = True  # see functions.call_trl
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
         record["id"] = _unique(record["id"], where, places, row, keys)
@@ -225,6 +227,26 @@ def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], s
         reasons = "".join(f"; {count:,} left out: {why}" for why, count in left_out.items())
         raise UserError(f"{paths[0]}: no records in it{reasons}")
     return records, " + ".join(shape), left_out
+
+
+def _is_column(key, value):
+    """Is it kept with the record, for reward functions that ask for the data's columns? What JSON can hold is."""
+    return key not in ("answer_ids", "unfinished") and isinstance(value, str | int | float | list | dict | None)
+
+
+def generated(made: list[dict], where: str, split: str) -> list[dict]:
+    """Records that a user's task made, checked as those of a file are."""
+    if not isinstance(made, list) or not made:
+        raise UserError(f"{where} returned {made!r:.40} for {split}, expected a list of records")
+    records = []
+    for i, record in enumerate(made):
+        try:
+            if not isinstance(record, dict) or "prompt" not in record:
+                raise ValueError(f"expected a dict with a prompt, got {record!r:.40}")
+            records.append(_checked(_ours(record), record.get("id"), True))
+        except ValueError as error:
+            raise UserError(f"{where}: record {i} of {split}: {error}") from error
+    return records
 
 
 def _checked(record, name, strict):

@@ -6,6 +6,7 @@ The heuristic reward is the weighted mean of the parts that the task's file decl
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from types import SimpleNamespace as Config
 
 import torch
@@ -17,6 +18,7 @@ from common.runtime import checkpoint
 from common.tasks.text import LONGEST
 
 SMALLEST_STD = 1e-6  # of rewards of reference answers; below it they are all alike
+ROUNDING = 1e-9  # BLEU of a text with itself is 1 + 4e-16
 SHOWN = 200  # characters of a sample in an error message
 
 
@@ -26,16 +28,28 @@ def heuristic_reward(
     """(weighted mean of the task's parts in [0, 1], {part: value}) for one completion.
 
     prompt: turns; completion: text; reference: text, or None where the task needs none; weights by part, 1 if not
-    given. ValueError: a reference is needed and missing. UserError: unknown task.
+    given. ValueError: a reference is needed and missing. UserError: unknown task, or a task that breaks its contract.
     """
     task = tasks.load(task)
     if task.needs_reference and reference is None:
         raise ValueError(f"the heuristic reward of {task.name} compares with a reference, and there is none")
     completion = completion.encode("utf-8", "replace").decode()[: LONGEST + 1]
-    parts = task.reward(prompt, completion, reference)
+    parts = _check_parts(task, task.reward(prompt, completion, reference), completion)
     shares = {name: float(weights.get(name, 1.0)) for name in parts}
     total = sum(shares.values())
     return sum(parts[name] * shares[name] for name in parts) / total if total else 0.0, parts
+
+
+def _check_parts(task, parts, completion):
+    """{part: float in [0, 1]} in the order of the task's parts, from what its reward returned."""
+    where = f"task: {task.path or task.name}: reward"
+    if not isinstance(parts, dict) or parts.keys() != task.parts.keys():
+        raise UserError(f"{where} returned {parts!r:.80}, expected a dict of {', '.join(task.parts)}")
+    for name, value in parts.items():
+        if not isinstance(value, Real) or not -ROUNDING <= float(value) <= 1 + ROUNDING:
+            said = f"it says {completion[:SHOWN]!r}"
+            raise UserError(f"{where} returned {value!r:.80} for {name}, expected a number from 0 to 1; {said}")
+    return {name: float(parts[name]) for name in task.parts}
 
 
 def wants_model(reward: Config) -> bool:
@@ -71,7 +85,9 @@ def scorer(
             rows = []
             for record, text in zip(records, texts):
                 if record["reference"] is None and chosen.needs_reference:
-                    raise UserError(f"{record['id']}: the reward of {chosen.name} needs a reference, it has none")
+                    raise UserError(
+                        f"{record['id']}: the heuristic reward of {chosen.name} needs a reference, it has none"
+                    )
                 rows.append(
                     heuristic_reward(chosen, record["prompt"], text, record["reference"], **vars(reward.heuristic))
                 )

@@ -12,7 +12,10 @@ A task's own metrics are in its file under common/tasks/, beside its rewards, so
 
 import importlib
 import itertools
+import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -82,6 +85,8 @@ def table(task: str | tasks.Task, samples: int = 1, own: str | None = None) -> d
     samples: answers per item, for pass@k; own: file.py:name of the user's metric. UserError if its name is taken.
     """
     task, several = tasks.load(task), {}
+    if taken := task.metrics.keys() & ANY_TASK.keys():
+        raise UserError(f"task: {task.path or task.name}: every task has a metric {min(taken)}: call yours otherwise")
     if task.correct and samples > 1:
         what = "share of prompts with a right answer among {} sampled ones (unbiased; Chen et al. 2021)"
         several = {f"pass@{k}": Metric(what.format(k), 1, "mean", "Several answers") for k in range(1, samples + 1)}
@@ -134,11 +139,24 @@ def score(task, records, texts):
         raise ValueError(f"expected one text a record, got {len(texts)} texts for {len(records)} records")
     rows = [_any_task(text) for text in texts]
     if task.statistics:
-        rows = [task.statistics(record, text) | row for record, text, row in zip(records, texts, rows, strict=True)]
+        rows = [_of_task(task, record, text) | row for record, text, row in zip(records, texts, rows, strict=True)]
     starts = [tuple(words(text)[:START]) for text in texts]
     for row, start in zip(rows, starts, strict=True):  # their sum is the number of different ones
         row["distinct_starts"] = counted(1 / starts.count(start))
     return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in table(task) if name in rows[0]}
+
+
+def _of_task(task, record, text):
+    """The task's own statistics of an item. UserError where they are not those of its metrics."""
+    row, where = task.statistics(record, text), f"task: {task.path or task.name}: statistics of {record.get('id')}"
+    if not isinstance(row, Mapping) or row.keys() != task.metrics.keys():
+        raise UserError(f"{where}: got {row!r:.80}, expected a dict of {', '.join(task.metrics)}")
+    for name, values in row.items():
+        count = BLEU_COUNTS if task.metrics[name].kind == "corpus" else 2
+        numbers = list(values) if isinstance(values, Sequence) else []
+        if len(numbers) != count or not all(isinstance(x, Real) and math.isfinite(x) for x in numbers):
+            raise UserError(f"{where}: got {values!r:.80} for {name}, expected {count} finite numbers")
+    return dict(row)
 
 
 def _any_task(text):

@@ -1,7 +1,7 @@
 """A task is one file: its records, its heuristic reward and its metrics. `--task NAME`, or `--task FILE.py`.
 
 The file ends with `TASK = Task(...)`; the fields below are the contract. docs/your_task.md writes one from nothing.
-A record is {"id", "prompt": turns, "response", "rejected" or None, "reference" or None}, see common/records.py.
+A record is {"id", "prompt": turns, "response", "rejected" or None, "reference" or None}, see common/data.py.
 
 Task files import nothing but the standard library when they are loaded: the downloader and `--help` stay quick.
 """
@@ -12,7 +12,7 @@ import importlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from common import functions
@@ -128,18 +128,31 @@ def load(task: str | Task) -> Task:
     if task in NAMES:
         return importlib.import_module(f"common.tasks.{task}").TASK
     if not task.endswith(".py"):
-        near = difflib.get_close_matches(task, NAMES, 1, 0.5)
+        near = difflib.get_close_matches(task, NAMES, 1)
         near_text = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"task: {task}: expected {', '.join(NAMES)} or the path of a task's .py file{near_text}")
     return _load_file(task)
 
 
 def _load_file(path):
-    """The TASK of a user's file."""
+    """The TASK of a user's file, with functions whose faults are one line that names it."""
     task = getattr(functions.load_module(path, "task"), "TASK", None)
     if not isinstance(task, Task):
         raise UserError(f"task: {path}: expected TASK = Task(...) in it; docs/your_task.md shows one")
-    return task
+    own = {entry.name: getattr(task, entry.name) for entry in fields(task)}
+    guarded = {name: _guarded(path, name, function) for name, function in own.items() if callable(function)}
+    rules = {rule: _guarded(path, rule, score) for rule, score in task.pair_rules.items()}
+    return replace(task, path=path, pair_rules=rules, **guarded)
+
+
+def _guarded(path, name, function):
+    """The function of a user's file; what it raises becomes one line that names the file."""
+
+    def call(*arguments, **options):
+        with functions.one_line(f"task: {path}: {name} called exit()", f"task: {path}: {name} failed"):
+            return function(*arguments, **options)
+
+    return call
 
 
 def fingerprint(task: str) -> str:
