@@ -51,6 +51,7 @@ from common.human import analysis, manifest, ratings
 from common.human import report as human_report
 from common.log import UserError, command, say
 from common.runtime import base, cache, checkpoint, resume
+from common.tasks import numbers, text
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
 JOBS = (
@@ -71,7 +72,7 @@ JOBS = (
 )
 BEST_OF = 4
 SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
-SOURCES += (functions, products, rewards, rollouts)  # what decides an answer and its scores
+SOURCES += (functions, numbers, products, rewards, rollouts, text)  # what decides an answer and its scores
 
 
 @dataclass
@@ -142,7 +143,7 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     items, _ = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     lines, speed = ask(net, tokenizer, items, cfg, scorers or {}, others or {})
     known = metrics.table(cfg.task, cfg.evaluation.samples, cfg.evaluation.metric)
-    cells = comparison.cells({"": [lines]}, {name: known[name] for name in lines[0]["stats"]}, cfg.evaluation.draws)
+    cells = comparison.cells({"": [lines]}, known, cfg.evaluation.draws)
     return {"metrics": {name: row[""] for name, row in cells.items()}, "lines": lines, "speed": speed}
 
 
@@ -293,7 +294,7 @@ def make_scorers(cfg, bare):
         trained = trained_scorer(bare, cfg.reward) if wants_model else None
         score = rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(bare.tokenizer, ids), trained)
         scorers["reward"] = lambda records, answers: score(records, answers)[0]
-        facts["reward"] = [rewards.fingerprint(cfg.reward), config.plain(cfg.reward)]
+        facts["reward"] = [rewards.fingerprint(cfg.reward, cfg.task), config.plain(cfg.reward)]
     lora.use(bare.net, None)
     return scorers, facts, notes
 

@@ -297,7 +297,7 @@ def train_on_prompts(run, models, records, score, explained):
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = make_optimizer(models, training, rl)
-    facts = {"data": dataset.fingerprint, "score": rewards.fingerprint(cfg.reward)}
+    facts = {"data": dataset.fingerprint, "score": rewards.fingerprint(cfg.reward, cfg.task)}
     run.state.memory = {"first": [], "last": []}  # see watch.observe
     step_folder = run.start(steps, tokens_per_step, facts, not_read=("evaluation.draws",))
     if step_folder:

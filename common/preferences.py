@@ -114,7 +114,7 @@ def from_policy(
     cfg, rl = run.cfg, run.cfg.rl
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     sampling["seed"] = cfg.seed
-    reward = [tasks.fingerprint(cfg.task), config.plain(cfg.reward), heuristics.fingerprint(cfg.reward)]
+    reward = [tasks.fingerprint(cfg.task), config.plain(cfg.reward), heuristics.fingerprint(cfg.reward, cfg.task)]
     key = None if explained else resume.fingerprint([run.start_key, sampling, reward, records])
     records = {split: rows[: explained or None] for split, rows in records.items()}
 

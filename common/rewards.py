@@ -107,11 +107,13 @@ def scorer(
     return score
 
 
-def fingerprint(reward: Config) -> str | list[str] | None:
-    """Hash of what decides the scores beside the settings: the file of the user's function, or the reward model."""
+def fingerprint(reward: Config, task: str) -> str | list | None:
+    """Hash of what decides the scores beside the settings: the user's function or task, a reward model."""
     if reward.function:
         return checkpoint.sha256(reward.function.rpartition(":")[0])
-    return model.adapter_fingerprint(reward.checkpoint) if wants_model(reward) else None
+    trained = model.adapter_fingerprint(reward.checkpoint) if wants_model(reward) else None
+    own = tasks.load(task).path is not None and reward.type != "trainable"
+    return [trained, tasks.fingerprint(task)] if own else trained
 
 
 def combine(heuristic: Tensor, trained: Tensor, alpha: float, beta: float, clip: float | None = None) -> Tensor:

@@ -169,12 +169,12 @@ def test_a_function_s_body_and_a_missing_reference(tmp_path, tokenizer):
     file = tmp_path / "mine.py"
     file.write_text("def f(prompt, completion, reference):\n    return len(completion)\n")
     chosen = settings(function=f"{file}:f")
-    first = rewards.fingerprint(chosen)
+    first = rewards.fingerprint(chosen, "safety")
     assert rewards.scorer("conala", chosen, str)([{"id": "a", "prompt": [], "reference": None}], ["four"])[
         0
     ].tolist() == [4.0]
     file.write_text("def f(prompt, completion, reference):\n    return -len(completion)\n")
-    assert rewards.fingerprint(chosen) != first  # another key of the cache
+    assert rewards.fingerprint(chosen, "safety") != first  # another key of the cache
     with pytest.raises(UserError, match="a: the heuristic reward of conala needs a reference"):
         rewards.scorer("conala", settings(), str)([{"id": "a", "prompt": [], "reference": None}], ["x"])
     assert json.dumps(first)

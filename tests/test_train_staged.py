@@ -17,9 +17,9 @@ import train_rl
 import train_sft
 import train_staged
 from common import chat, config, data
-from common.rewards import is_harmful_request
 from common.runtime import base as bases
 from common.runtime import checkpoint
+from common.tasks.safety import is_harmful_request
 from tests import checks, processes
 from tests.checks import lines
 from tests.faults.test_staged import in_stage
