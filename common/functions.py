@@ -26,6 +26,7 @@ from common.log import UserError, listed
 
 SHOWN = 200  # characters of a sample or of a value in an error message
 LARGEST = 1e12  # size of a reward: sums of squares of such rewards, values and gradients still are float32
+TRL_NAMES = {"completions", "completion_ids"}  # parameters by which TRL's form is known
 NO_COLUMN = {"prompt", "text_prompt"}  # keys of a record that TRL's form does not get as columns
 
 _loaded: dict[str, tuple[bytes, ModuleType]] = {}  # {file: its text, its module}
@@ -90,10 +91,10 @@ def call(function: Callable, key: str, records: list[dict], texts: list[str], id
     """A reward function's scores of completions -> n floats, NaN where it gave no score (None, in TRL's form alone).
 
     texts, ids: the completions, as text and as token ids. Ours is called as f(prompt, completion, reference) for each
-    completion; TRL's, known by a parameter `completions`, once for all of them. What it gets are copies. Either may be
+    completion; TRL's, known by a parameter of TRL_NAMES, once for all of them. What it gets are copies. Either may be
     `async def`. UserError naming the record if it raises, exits, or returns anything but numbers up to LARGEST.
     """
-    if "completions" not in parameters(function):
+    if TRL_NAMES.isdisjoint(parameters(function)):
         return [call_ours(function, key, record, text) for record, text in zip(records, texts, strict=True)]
     values = call_trl(function, key, records, texts, ids)
     return [

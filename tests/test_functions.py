@@ -277,6 +277,11 @@ def test_what_trls_form_gets():
         "level": [3, None, None],
     }
     assert call(lambda completions, level: [level[0]] * 3, rows, "xyz", [[]] * 3) == [3, 3, 3]
+    assert call(lambda completion_ids, **_: [len(each) for each in completion_ids], rows, "xyz", [[], [1], []]) == [
+        0,
+        1,
+        0,
+    ]
     assert call(lambda *, completions, trainer_state=None: [4] * 3, rows, "xyz", [[]] * 3) == [4, 4, 4]
     with pytest.raises(UserError, match=r"failed on a, b, c: TypeError: .*'trainer_state'"):
         call(lambda completions, trainer_state: [1] * 3, rows, "xyz", [[]] * 3)

@@ -58,3 +58,14 @@ def test_comparison_by_hand():
     assert report["steps"] == [9, 20] and report["prompts"] == 12
     assert report["reward"]["difference"] == pytest.approx(0.25) and report["length"]["difference"] == 2
     assert report["reward"]["interval"] == pytest.approx([0.25, 0.25]) and report["reward/refusal"]["p"] == 1
+
+
+def test_comparison_of_answers_without_a_score():
+    """None: the reward is compared over the prompts whose both answers have one, all else over all."""
+    line = {"parts": {}, "tokens": 4, "stopped": True}
+    rewards = {9: [1.0, None, 3.0, 4.0], 20: [2.0, 7.0, None, 6.0]}
+    lines = [line | {"step": step, "row": i, "reward": x} for step in rewards for i, x in enumerate(rewards[step])]
+    report = prompts.compare(lines, 200)
+    assert report["reward"]["prompts"] == 2 and report["reward"]["difference"] == pytest.approx(1.5)
+    assert report["length"]["prompts"] == report["prompts"] == 4
+    assert "reward" not in prompts.compare([entry | {"reward": None} for entry in lines], 200)

@@ -160,10 +160,10 @@ def test_R18_no_score_is_no_row_of_ppo(tmp_path, settings):
         scored = trl_form(folder, f"from common.chat import STOP_TOKENS; {body}")
         train(folder, settings("ppo")(folder, *flags, *scored, "--rl.mask_truncated", masked))
         step = sorted((folder / "run").glob("step-*"))[-1]
-        ends.append([load_file(path) for path in sorted(step.rglob("*adapter_model.safetensors"))])
+        ends.append([load_file(path) for path in sorted(step.rglob("*.safetensors"))])
         shares = [line["unscored_share"] for line in lines(folder / "run")[:-1]]
         assert all(0 < share < 1 for share in shares) if name == "unscored" else shares == [0, 0, 0]
-    assert len(ends[0]) >= 2  # policy and critic
+    assert len(ends[0]) >= 3  # policy, critic, optimizer
     for masked, unscored in zip(*ends, strict=True):
         assert all(torch.equal(masked[key], unscored[key]) for key in masked)
 
@@ -183,7 +183,7 @@ def test_R18_steps_without_a_score(tmp_path, settings, start, algorithm):
     refused(tmp_path, settings(algorithm)(tmp_path / "b", *flags), "reward.function: gave no score", "held-out")
 
 
-def test_R18_a_prompt_that_the_reward_changes_is_logged_whole(tmp_path, settings, few):
+def test_R18_a_changed_prompt_is_logged_as_it_was(tmp_path, settings, few):
     body = "prompt[-1]['content'] += '!'; prompt.append(prompt[-1]); return len(completion)"
     train(tmp_path, settings("grpo")(tmp_path, *mine(tmp_path, body), "--training.max_steps", 2))
     asked = {record["id"]: record["prompt"][-1]["content"] for record in data.load_split(few, "train")}
