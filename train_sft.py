@@ -67,7 +67,7 @@ def main(argv=None):
     for split, records in data.load_train_and_val(cfg).items():
         examples[split], counts = data.encode_records(records, tokenizer, length, training.last_turn_only)
         say_counts(split, counts, length)
-        if counts["empty_response"] == len(records):
+        if not any(record["response"] for record in records):
             raise UserError(f"{split}: no record has a response to train on; prompts alone are for ppo and grpo")
         if not examples[split]:
             raise UserError(f"{split}: training.max_seq_length {length} leaves no example a token to train on")

@@ -43,7 +43,7 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
     Raises UserError on an unreadable or hostile file, an unknown or repeated key, a wrong type or a value out of range.
     """
     files, given = [] if path is None else [path], overrides or {}
-    leaves, headings = _schema(_named_task(files, given))
+    leaves, headings = _schema(_named_task(files, given, "override "))
     return _resolve(leaves, headings, files, given, "override ")
 
 
@@ -66,7 +66,8 @@ def parse_args(
     for flag in ("--config", "--task"):
         first.add_argument(flag, type=expand_home)
     early = first.parse_known_args(argv)[0]
-    task = _named_task([early.config] if early.config else [], {} if early.task is None else {"task": early.task})
+    named = {} if early.task is None else {"task": early.task}
+    task = _named_task([early.config] if early.config else [], named, "--")
     leaves, headings = _schema(task)
     parser = argparse.ArgumentParser(script, "%(prog)s [--config FILE] [--debug] [--section.key VALUE]...", description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -167,11 +168,17 @@ def _resolve(leaves, headings, files, given, label):
     return root
 
 
-def _named_task(files, given):
+def _named_task(files, given, label):
     """The task that config files or flags name; the last one counts."""
-    named = [value for path in files for _, key, value in _walk(path) if key == "task"]
-    task = given.get("task", named[-1] if named else _schema()[0]["task"].default)
-    return tasks.load(str(task))
+    leaf = _schema()[0]["task"]
+    named = [(f"{path}:{line}: task", value) for path in files for line, key, value in _walk(path) if key == "task"]
+    named += [(f"{label}task", given["task"])] if "task" in given else []
+    where, task = named[-1] if named else ("task", leaf.default)
+    if not isinstance(task, str) or (task not in tasks.NAMES and not task.endswith(".py")):
+        near = difflib.get_close_matches(str(task)[:40], tasks.NAMES, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        _refuse(f"{where}: expected {leaf.rule}, got {str(task)!r:.80} ({leaf.help}){hint}")
+    return tasks.load(task)
 
 
 def _schema(task=None):

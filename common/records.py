@@ -214,9 +214,9 @@ def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], s
                 left_out[record] += 1
                 continue
             if keys != ("prompt", "response"):
-                record = {key: value for key, value in row.items() if _is_column(key, value)} | record
+                record = {key: value for key, value in row.items() if _is_column(key, value, keys)} | record
             record = _checked(record, row.get("id"), keys == ("prompt", "response"))
-            if isinstance(row.get("prompt"), str):
+            if record["prompt"][0]["content"] == row.get("prompt"):
                 record["text_prompt"] = True  # see functions.call_trl
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
@@ -229,9 +229,10 @@ def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], s
     return records, " + ".join(shape), left_out
 
 
-def _is_column(key, value):
-    """Is it kept with the record, for reward functions that ask for the data's columns? What JSON can hold is."""
-    return key not in ("answer_ids", "unfinished") and isinstance(value, str | int | float | list | dict | None)
+def _is_column(key, value, shape):
+    """Is it kept with the record, for reward functions of TRL's form? What the shape does not use, and an `answer`."""
+    used = {*shape, "input", "answer_ids", "unfinished"} - {"answer"}
+    return key not in used and isinstance(value, str | int | float | list | dict | None)
 
 
 def generated(made: list[dict], where: str, split: str) -> list[dict]:

@@ -24,7 +24,8 @@ def test_it_needs_data_and_no_reference(tmp_path):
         with pytest.raises(UserError, match="dialogue has no generated records: name your data with --dataset_path"):
             data.load("dialogue", None, "train", debug, 0)
     row = {"id": "a", "prompt": ASKED, "response": "Fine."}
-    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     [record] = data.load("dialogue", tmp_path, "train", True, 0)
     assert record == row | {"rejected": None, "reference": None}
     counts = metrics.score("dialogue", [record], ["Fine, thank you."])

@@ -122,9 +122,12 @@ def test_prompts_alone(load, capsys):
 def test_keys_of_other_names(load):
     rows = [{"ask": q, "gold": a, "prompt": "of something else", "n": 5} for q, a, _ in SET]
     read = load(rows, data_keys="prompt=ask, response=gold")
-    assert read[0] | {"id": ""} == {"n": 5, "prompt": [user(SET[0][0])], "response": SET[0][1]} | dict.fromkeys(
-        ("rejected", "reference")
-    ) | {"id": ""}
+    assert read[0] | {"id": ""} == {
+        "n": 5,
+        "prompt": [user(SET[0][0])],
+        "response": SET[0][1],
+        "text_prompt": True,
+    } | dict.fromkeys(("rejected", "reference")) | {"id": ""}
     read = load(rows, data_keys="question=ask,answer=gold")
     assert [record["reference"] for record in read] == [a for _, a, _ in SET]
     with pytest.raises(UserError, match=r"train\.jsonl:1: data_keys: no key 'asks'; keys found: ask, gold, n, prompt"):

@@ -114,7 +114,7 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer):
     assert_metrics(last, *found)
     assert_worth(report, *found[:3])
     assert (
-        "implicit accuracy: {:.3f} [{:.3f}, {:.3f}] of 40 pairs".format(
+        "implicit accuracy: {:.3f} [{:.3f}, {:.3f}] of 40 val pairs".format(
             report["implicit_accuracy"]["accuracy"], *report["implicit_accuracy"]["interval"]
         )
         in out

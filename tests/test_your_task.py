@@ -72,7 +72,7 @@ def test_the_weights_and_the_help_know_its_parts(tmp_path, page, capsys):
     ("old", "new", "words"),
     [
         ("TASK =", "task =", ("expected TASK = Task",)),
-        (EXACT, "exit('enough')", ("reward failed: SystemExit: enough",)),
+        (EXACT, "exit('enough')", ("reward called exit(): enough",)),
         (EXACT, "return {'exact': 2}", ("returned 2 for exact",)),
         (", synthetic=synthetic", "", ("task mine has no generated records", "--dataset_path")),
         (
@@ -83,7 +83,7 @@ def test_the_weights_and_the_help_know_its_parts(tmp_path, page, capsys):
         ("def synthetic(split, count, seed)", "def synthetic(split)", ("synthetic failed: TypeError",)),
         (
             '    return generate(draw, "mine", split, count, seed)',
-            "    return [{'id': 'a', 'prompt': 'Hi?', 'response': 'x', 'reference': 'x'}]",
+            "    return [{'id': 'a', 'prompt': 7, 'response': 'x', 'reference': 'x'}]",
             ("synthetic: record 0 of train: prompt: expected a list",),
         ),
     ],

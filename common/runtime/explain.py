@@ -252,7 +252,10 @@ def say_prospects(signs: dict[str, float], correct: str | None) -> None:
     named = {"reward": "reward", "reward_std": "its deviation", "group_spread": "share of groups with any spread"}
     named |= {name: name for name in signs if name.startswith("pass@")}
     named |= {"stop_rate": "share that stops", "length": "tokens"}
-    say("answers before training: " + ", ".join(f"{named[name]} {signs[name]:.3g}" for name in named if name in signs))
+    say(
+        "answers before training have "
+        + ", ".join(f"{named[name]} {signs[name]:.3g}" for name in named if name in signs)
+    )
     say(f"verdict: {verdict(signs, signs.get(f'reward/{correct}', 0.0))}")
 
 

@@ -7,6 +7,7 @@ Task files import nothing but the standard library when they are loaded: the dow
 """
 
 import difflib
+import functools
 import hashlib
 import importlib
 import random
@@ -136,7 +137,12 @@ def load(task: str | Task) -> Task:
 
 def _load_file(path):
     """The TASK of a user's file, with functions whose faults are one line that names it."""
-    task = getattr(functions.load_module(path, "task"), "TASK", None)
+    return _task_of(functions.load_module(path, "task"), path)
+
+
+@functools.cache
+def _task_of(module, path):
+    task = getattr(module, "TASK", None)
     if not isinstance(task, Task):
         raise UserError(f"task: {path}: expected TASK = Task(...) in it; docs/your_task.md shows one")
     own = {entry.name: getattr(task, entry.name) for entry in fields(task)}

@@ -66,10 +66,10 @@ def test_D14_explain_tries_nothing(tmp_path, settings):
     assert run(tmp_path, settings(tmp_path / "out", "--explain"), answering(errno.EIO))[0] == 0
 
 
-def test_D15_a_cache_that_cannot_be_written_loses_nothing(tmp_path, tiny_folder, monkeypatch):
+def test_D15_a_cache_that_cannot_be_written_loses_nothing(tmp_path, micro_folder, monkeypatch):
     """DPO keeps the reference's log-probs there, and pairs that it samples: it goes on without, to the same end."""
     source = trainers.write_data(tmp_path / "few", "dpo")
-    flags = trainers.settings("dpo", tiny_folder, source, *SHORT, "--rl.pairs", "sampled", *trainers.SIZES)
+    flags = trainers.settings("dpo", micro_folder, source, *SHORT, "--rl.pairs", "sampled", *trainers.SIZES)
     processes.train(train_rl.main, tmp_path, flags(tmp_path / "whole"))
     filled = cache.root()
     (tmp_path / "file").write_text("")
@@ -94,16 +94,16 @@ def test_D15_a_cache_that_cannot_be_written_loses_nothing(tmp_path, tiny_folder,
 # ---------------------------------------------------------------- what it reads, and where that lies
 
 
-def copied(folder, few, tiny_folder):
+def copied(folder, few, micro_folder):
     """Flags of the same data and base at other places."""
-    places = shutil.copytree(few, folder / "data"), shutil.copytree(tiny_folder, folder / "base")
+    places = shutil.copytree(few, folder / "data"), shutil.copytree(micro_folder, folder / "base")
     return ["--dataset_path", places[0], "--model.base_checkpoint", places[1]]
 
 
-def test_D20_content_decides_not_its_path(tmp_path, settings, straight, few, tiny_folder):
+def test_D20_content_decides_not_its_path(tmp_path, settings, straight, few, micro_folder):
     argv = settings(tmp_path)
     assert run(tmp_path, argv, inject.at_step(7, processes.terminate))[0] == 1
-    moved = copied(tmp_path, few, tiny_folder)
+    moved = copied(tmp_path, few, micro_folder)
     status, out, err = run(tmp_path, [*argv, *moved])
     assert status == 0 and f"dataset_path {few} -> {tmp_path / 'data'}" in out, (out, err)
     checks.assert_same_records(tmp_path / "run", straight())
@@ -117,20 +117,20 @@ def test_D20_content_decides_not_its_path(tmp_path, settings, straight, few, tin
     (tmp_path / "data" / "train.jsonl").write_text("".join(rows[1:]))
     then = checkpoint.load_state(checkpoint.newest(tmp_path / "run"))["facts"]
     refused(tmp_path, [*argv, *moved], f"data {then['data']} -> ", "this is another run")
-    other = inputs.another_base(tmp_path / "other", tiny_folder)
+    other = inputs.another_base(tmp_path / "other", micro_folder)
     words = [f"model {then['model']} -> {base.fingerprint(other)}"]  # whole
     refused(tmp_path, [*argv, "--model.base_checkpoint", other], *words)
 
 
-def test_D20_adapters_reward_models_and_functions_too(tmp_path, few, tiny_folder, start, judge):
+def test_D20_adapters_reward_models_and_functions_too(tmp_path, few, micro_folder, start, judge):
     source = trainers.write_data(tmp_path / "few", "grpo")
-    flags = trainers.settings("grpo", tiny_folder, source, "--training.max_steps", 3, "--reward.type", "hybrid")
+    flags = trainers.settings("grpo", micro_folder, source, "--training.max_steps", 3, "--reward.type", "hybrid")
     first = flags(tmp_path, "--model.adapter", start, "--reward.checkpoint", judge)
     assert processes.run(train_rl.main, tmp_path, first, inject.at_step(1, processes.terminate))[0] == 1
     moved = [shutil.copytree(folder, tmp_path / name) for folder, name in ((start, "start"), (judge, "judge"))]
     second = flags(tmp_path, "--model.adapter", moved[0], "--reward.checkpoint", moved[1])
     processes.train(train_rl.main, tmp_path, second)
-    other = inputs.random_start(tmp_path / "other", tiny_folder)
+    other = inputs.random_start(tmp_path / "other", micro_folder)
     (other / "adapter_model.safetensors").write_bytes(
         inputs.flipped((start / "adapter_model.safetensors").read_bytes())
     )
@@ -140,7 +140,7 @@ def test_D20_adapters_reward_models_and_functions_too(tmp_path, few, tiny_folder
     text = "def one(prompt, completion, reference):\n    return 1.0\n\n\n" + "two = one\n"
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text(text)
-    flags = trainers.settings("grpo", tiny_folder, source, "--training.max_steps", 3)
+    flags = trainers.settings("grpo", micro_folder, source, "--training.max_steps", 3)
     argv = flags(tmp_path / "mine", "--reward.function", f"{tmp_path}/a.py:one")
     assert processes.run(train_rl.main, tmp_path, argv, inject.at_step(1, processes.terminate))[0] == 1
     argv = flags(tmp_path / "mine", "--reward.function", f"{tmp_path}/b.py:two")
