@@ -143,7 +143,7 @@ def test_R18_no_score_is_no_row_of_grpo(tmp_path, settings):
     assert first["reward_std"] == pytest.approx(rewards[right].std().item())
 
 
-def test_R18_no_score_is_no_row_of_ppo(tmp_path, settings):
+def test_R18_no_score_is_no_row_of_ppo(tmp_path, few, tiny_folder):
     """To leave completions unscored that did not stop is to mask them: to the bit, in policy and critic."""
     flags = ["--rl.max_new_tokens", 24, "--training.max_steps", 3]
     ends = []
@@ -158,7 +158,8 @@ def test_R18_no_score_is_no_row_of_ppo(tmp_path, settings):
         folder = tmp_path / name
         folder.mkdir()
         scored = trl_form(folder, f"from common.chat import STOP_TOKENS; {body}")
-        train(folder, settings("ppo")(folder, *flags, *scored, "--rl.mask_truncated", masked))
+        settings = trainers.settings("ppo", tiny_folder, few)
+        train(folder, settings(folder, *flags, *scored, "--rl.mask_truncated", masked))
         step = sorted((folder / "run").glob("step-*"))[-1]
         ends.append([load_file(path) for path in sorted(step.rglob("*.safetensors"))])
         shares = [line["unscored_share"] for line in lines(folder / "run")[:-1]]
