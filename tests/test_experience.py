@@ -181,3 +181,18 @@ def test_a_micro_batch_is_as_if_collated_alone():
     assert micro.old_logprobs is micro.ref_logprobs is micro.returns is None
     rollout.exclude(torch.tensor([False, True, True]))
     assert rollout.mask.sum(1).tolist() == [2, 0, 0] and rollout.micro_batch([0]).tokens.equal(tokens[[0], :4])
+
+
+def test_group_metrics_by_hand():
+    """Three groups of two: one with spread and a right answer, one with neither, one with a single score."""
+    rewards = torch.tensor([1.0, 0.0, 0.5, 0.5, math.nan, 0.2])
+    parts = [{"exact": value} for value in (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
+    rollout = types.SimpleNamespace(
+        prompt_numbers=[0, 0, 1, 1, 2, 2], rewards=rewards, reward_parts=parts, correct="exact"
+    )
+    found = experience.group_metrics(rollout)
+    assert found == {"group_spread": pytest.approx(1 / 3), "pass@2": pytest.approx(1 / 3)}
+    rollout.correct = None
+    assert experience.group_metrics(rollout) == {"group_spread": pytest.approx(1 / 3)}
+    rollout.prompt_numbers = list(range(6))
+    assert experience.group_metrics(rollout) == {}

@@ -306,3 +306,18 @@ def test_seconds_are_said_as_a_person_says_them():
         "2 minutes",
         "2.0 hours",
     ]
+
+
+@pytest.mark.parametrize(
+    ("signs", "right", "words"),
+    [
+        ({"reward_std": 0.4, "group_spread": 0.5}, 0.3, "in 50% of the groups the rewards differ: RL can learn"),
+        ({"reward_std": 0.4, "group_spread": 0.0}, 0.0, "RL would learn nothing: SFT first, take easier data, or"),
+        ({"reward_std": 0.4, "group_spread": 0.05}, 0.0, "in only 5% of the groups do the rewards differ, RL would"),
+        ({"reward_std": 0.1, "group_spread": 0.2}, 0.97, "97% of the answers are right already: take harder data"),
+        ({"reward_std": 0.0}, 0.0, "all rewards are equal: SFT first"),
+        ({"reward_std": 0.2}, 0.0, "the rewards differ: RL can learn"),
+    ],
+)
+def test_verdict_says_whether_rl_can_learn_and_what_to_do(signs, right, words):
+    assert words in explain.verdict(signs, right)

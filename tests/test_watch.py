@@ -87,3 +87,10 @@ def test_alarms():
         "bfloat16" in sentence and "30%" in sentence and not watch.sampler({"eval/merge_survival": 0.6}, torch.float32)
     )
     assert watch.collapse({"eval/chosen_change": -0.6}) and not watch.collapse({"eval/chosen_change": -0.4})
+
+
+def test_groups_without_spread_are_warned_of_after_ten_steps():
+    memory, said = {"first": [], "last": []}, []
+    for share in [0.05] * 9 + [0.5] + [0.0] * 10:
+        said.append(bool(watch.equal_groups(memory, {"group_spread": share})))
+    assert said == [False] * 19 + [True] and not watch.equal_groups(memory, {})
