@@ -131,7 +131,7 @@ def load(task: str | Task) -> Task:
     if not task.endswith(".py"):
         near = difflib.get_close_matches(task, NAMES, 1)
         near_text = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"task: {task}: expected {', '.join(NAMES)} or the path of a task's .py file{near_text}")
+        raise UserError(f"task: {task:.80}: expected {', '.join(NAMES)} or the path of a task's .py file{near_text}")
     return _load_file(task)
 
 
