@@ -175,9 +175,7 @@ def _named_task(files, given, label):
     named += [(f"{label}task", given["task"])] if "task" in given else []
     where, task = named[-1] if named else ("task", leaf.default)
     if not isinstance(task, str) or (task not in tasks.NAMES and not task.endswith(".py")):
-        near = difflib.get_close_matches(str(task)[:40], tasks.NAMES, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        _refuse(f"{where}: expected {leaf.rule}, got {str(task)!r:.80} ({leaf.help}){hint}")
+        _refuse(f"{where}: expected {leaf.rule}, got {str(task)!r:.80} ({leaf.help}){tasks.hint(str(task))}")
     return tasks.load(task)
 
 

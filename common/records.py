@@ -14,6 +14,7 @@ from typing import Any
 from common import chat, log
 from common.log import UserError
 from common.runtime import sources
+from common.tasks import prompt_hash
 
 HELD_OUT = 20  # one prompt of so many is cut from train for val, another for test
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
@@ -305,18 +306,12 @@ def content_hash(record: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _prompt_hash(record):
-    """Equal for prompts that differ in case or white space only."""
-    text = "\n".join(f"{turn['role']}: {' '.join(turn['content'].lower().split())}" for turn in record["prompt"])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def cut(records: list[dict], splits: tuple, source: Path | str) -> dict[str, list[dict]]:
     """{split: records} for "train" and `splits`, by a hash of the prompt: rows of one prompt stay together.
 
     A twentieth of the prompts each, and at least one. UserError if there are too few prompts.
     """
-    hashes = [_prompt_hash(record) for record in records]
+    hashes = [prompt_hash(record) for record in records]
     prompts = sorted(set(hashes))
     if len(prompts) <= len(splits):
         raise UserError(f"{source}: {len(prompts)} prompts are too few to cut {' and '.join(splits)} from, add files")

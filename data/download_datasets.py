@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import tasks
 from common.log import UserError, command
+from common.runtime import sources
+from common.tasks import prompt_hash
 
 TASKS = {name: task for name in tasks.NAMES if (task := tasks.load(name)).files}
 SPLITS = ("test", "val", "train")  # each is kept apart from those before it
@@ -155,22 +157,15 @@ def unpack(path, member):
 
 
 def json_rows(text, name):
-    """(line, object) of JSON lines or of a JSON list, which is read item by item because that keeps the line."""
-    position, end = 0, len(text)
-    if text.lstrip().startswith("["):
-        if not text.rstrip().endswith("]"):
-            raise UserError(f"{name}:{text.count(chr(10)) + 1}: the list does not end, the file is cut off")
-        position, end = text.index("[") + 1, text.rindex("]")
-    decoder, gap, line, start = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
-    while (begin := gap.match(text, position).end()) < end:
-        line, start = line + text.count("\n", start, begin), begin
-        try:
-            row, position = decoder.raw_decode(text, begin)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}:{line}: not JSON ({getattr(error, 'msg', error)})") from error
+    """(line, object) of JSON lines or of a JSON list."""
+    for line, row, _ in sources.json_values(text, name, not_json):
         if not isinstance(row, dict):
             raise UserError(f"{name}:{line}: expected an object, found {type(row).__name__}")
         yield line, row
+
+
+def not_json(where, error):
+    return UserError(f"{where}: not JSON ({getattr(error, 'msg', error)})")
 
 
 def csv_rows(text, name):
@@ -212,12 +207,6 @@ def read_rows(task, split, path, member):
         raise UserError(f"{path}: {member or 'the file'} is empty or has no usable row")
     facts = {"rows": len(records) + sum(dropped.values()), "dropped": dropped, "flagged": [*flagged]}
     return list(records.values()), facts
-
-
-def prompt_hash(row):
-    """Equal for prompts that differ in case or white space only."""
-    text = "\n".join(f"{turn['role']}: {' '.join(turn['content'].lower().split())}" for turn in row["prompt"])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def clean_split(rows, before):

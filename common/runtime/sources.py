@@ -12,8 +12,9 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from common import log
 from common.log import UserError
@@ -168,23 +169,40 @@ def _object(row, where):
 
 
 def _items(content, path):
-    """(place, row) of a JSON array, item by item, because that keeps the line."""
+    """(place, row) of a JSON array."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_json(f"{path}:{content.count(10, 0, error.start) + 1}", error) from error
-    if not text.rstrip().endswith("]"):
-        raise UserError(f"{path}:{text.count(chr(10)) + 1}: the list does not end, the file is cut off")
-    position, end = text.index("[") + 1, text.rindex("]")
+    for line, row, escaped in json_values(text, path, _not_json):
+        where = f"{path}:{line}"
+        try:
+            _check_text(row, escaped)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(where, error) from error
+        yield where, _object(row, where)
+
+
+def json_values(
+    text: str, name: Path | str, not_json: Callable[[str, Exception], UserError]
+) -> Iterator[tuple[int, Any, bool]]:
+    """(line, value, is there an escape in it) of JSON lines or of a JSON list, value by value: that keeps the line.
+
+    name: of the file, for messages; not_json(name:line, error) is raised where a value is none.
+    """
+    position, end = 0, len(text)
+    if text.lstrip().startswith("["):
+        if not text.rstrip().endswith("]"):
+            raise UserError(f"{name}:{text.count(chr(10)) + 1}: the list does not end, the file is cut off")
+        position, end = text.index("[") + 1, text.rindex("]")
     decoder, gap, line, start = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
     while (begin := gap.match(text, position).end()) < end:
         line, start = line + text.count("\n", start, begin), begin
         try:
-            row, position = decoder.raw_decode(text, begin)
-            _check_text(row, text.find("\\u", begin, position) >= 0)
+            value, position = decoder.raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
-            raise _not_json(f"{path}:{line}", error) from error
-        yield f"{path}:{line}", _object(row, f"{path}:{line}")
+            raise not_json(f"{name}:{line}", error) from error
+        yield line, value, text.find("\\u", begin, position) >= 0
 
 
 def _parquet_rows(path):

@@ -129,10 +129,14 @@ def load(task: str | Task) -> Task:
     if task in NAMES:
         return importlib.import_module(f"common.tasks.{task}").TASK
     if not task.endswith(".py"):
-        near = difflib.get_close_matches(task, NAMES, 1)
-        near_text = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"task: {task:.80}: expected {', '.join(NAMES)} or the path of a task's .py file{near_text}")
+        raise UserError(f"task: {task:.80}: expected {', '.join(NAMES)} or the path of a task's .py file{hint(task)}")
     return _load_file(task)
+
+
+def hint(name: str) -> str:
+    """The end of a message about a task that is none: which one may have been meant."""
+    near = difflib.get_close_matches(name[:40], NAMES, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _load_file(path):
@@ -198,6 +202,12 @@ def split_of(text: str) -> str:
     """The split that a generated combination belongs to, whatever the seed: 80 % train, 10 % val, 10 % test."""
     bucket = hashlib.sha256(text.encode()).digest()[0] % 10
     return "train" if bucket < 8 else SPLITS[bucket - 7]
+
+
+def prompt_hash(record: dict) -> str:
+    """SHA-256 of a prompt, equal for prompts that differ in case or white space only."""
+    text = "\n".join(f"{turn['role']}: {' '.join(turn['content'].lower().split())}" for turn in record["prompt"])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def counted(value: float, counts: bool = True) -> tuple[float, float]:
