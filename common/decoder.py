@@ -42,7 +42,7 @@ class Decoder:
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         self.config, self.embed, self.head = config, body.embed_tokens, head.detach().to(self.dtype)
         self.layers = [_layer(layer, merge, self.dtype, adapters) for layer in body.layers]
-        self.product, self.scorer = products.product, self.head
+        self.product, self.scorer = products.product, products.pack(self.head)
         self.norm, self.scale = _scale(body.norm), config.query_pre_attn_scalar**-0.5
         positions = torch.arange(slots, device=head.device)[:, None, None]
         angles = {kind: positions * getattr(body.rotary_emb, f"{kind}_inv_freq").float() for kind in config.layer_types}
@@ -53,7 +53,8 @@ class Decoder:
         self.lengths = []  # tokens of each row in flight
         self.names = []  # and its adapter, None for the base as it was read
         if row_invariant and kind == "cpu":
-            self._make_row_invariant()
+            assert all(a is None for layer in self.layers for _, a in layer.products.values()), "an adapter is active"
+            self.product = products.row_invariant
         self.parts = {}  # {adapter: places of its tokens} in the product at hand
 
     @torch.no_grad()
@@ -129,14 +130,6 @@ class Decoder:
         self.lengths = [self.lengths[row] for row in order]
         self.names = [self.names[row] for row in order]
         return order
-
-    def _make_row_invariant(self):
-        assert all(a is None for layer in self.layers for _, a in layer.products.values()), "an adapter is active"
-        self.product, self.scorer = products.row_invariant, products.pack(self.head)
-        for layer in self.layers:
-            layer.products = {kind: (products.pack(weight), None) for kind, (weight, _) in layer.products.items()}
-            for pairs in layer.adapters.values():
-                pairs.update({name: tuple(map(products.pack, pair)) for name, pair in pairs.items()})
 
     def _share(self, names):
         """Note which tokens go through which adapter."""
@@ -214,9 +207,13 @@ def _layer(layer, merge, dtype, adapters):
     pairs_of = {
         kind: {name: products.adapter_pair(some, name, dtype) for name in adapters} for kind, some in linears.items()
     }
+    fused = {kind: products.fused_linear(some, merge, dtype) for kind, some in linears.items()}
     return SimpleNamespace(
-        products={kind: products.fused_linear(some, merge, dtype) for kind, some in linears.items()},
-        adapters={kind: {name: pair for name, pair in pairs.items() if pair} for kind, pairs in pairs_of.items()},
+        products={kind: (products.pack(weight), a) for kind, (weight, a) in fused.items()},
+        adapters={
+            kind: {name: tuple(map(products.pack, pair)) for name, pair in pairs.items() if pair}
+            for kind, pairs in pairs_of.items()
+        },
         before_attention=_scale(layer.input_layernorm),
         after_attention=_scale(layer.post_attention_layernorm),
         before_mlp=_scale(layer.pre_feedforward_layernorm),

@@ -20,6 +20,20 @@ def test_either_way_round_a_product_is_the_same(rows):
     assert found.shape == right.shape and (found - right).abs().max() < 0.02 * right.abs().max()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 9, 33, 128])
+@pytest.mark.parametrize("width", [0, 3])
+def test_a_packed_product_is_that_of_fp64(rows, width):
+    """fp32, with and without an adapter beside the weight."""
+    torch.manual_seed(rows)
+    x, weight, a = torch.randn(rows, 640), torch.randn(1536, 640 + width), torch.randn(width, 640)
+    packed = products.pack(weight)
+    assert packed.is_mkldnn == hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    found = products.product(x, (packed, a if width else None))
+    x, weight, a = x.double(), weight.double(), a.double()
+    right = x @ weight[:, :640].T + (x @ a.T) @ weight[:, 640:].T
+    assert found.shape == right.shape and (found - right).abs().max() < 1e-5 * right.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1536, 640), (640, 2048), (24, 640), (640, 8), (512, 6912)])
 def test_a_product_s_bits_do_not_depend_on_the_number_of_rows(shape, dtype):
