@@ -286,13 +286,18 @@ def prepare(task, splits, source, output, deadline):
     return report
 
 
+def expanded(path):
+    """`~` in a path is the user's folder, in quotes too."""
+    return Path(path).expanduser()
+
+
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, choices=[*TASKS, "all"])
     parser.add_argument("--splits", default="train,val,test", help="comma-separated, of train, val and test")
     parser.add_argument("--source", help="mirror in place of the publishers: a folder or an http(s) URL prefix")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--output-dir", type=expanded, default=Path(__file__).resolve().parent)
     args = parser.parse_args(argv)
     splits = args.splits.split(",")
     if set(splits) - set(SPLITS):

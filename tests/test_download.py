@@ -152,6 +152,12 @@ def test_unknown_splits_are_refused(go):
 # ------------------------------------------------------------------------------------------------------------ bad rows
 
 
+def test_a_tilde_in_the_output_folder_is_the_home_of_the_user(script, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["--dataset", "conala", "--splits", "test", "--source", server.url, "--output-dir", "~/data"]
+    assert script.main(argv)["conala"] and (tmp_path / "data" / "conala" / "test.jsonl").is_file()
+
+
 def test_a_damaged_table_of_hashes_is_not_trusted(go, tmp_path):
     go("conala", "test")
     (tmp_path / "raw" / "conala" / "sha256.json").write_text("{")
