@@ -32,6 +32,9 @@ class Prompt:
     record: dict  # of the data
 
 
+KNOWN_KEYS = {"id", "prompt", "response", "rejected", "reference", "margin", "unfinished", "answer_ids"}  # of records
+
+
 @dataclass
 class PromptDataset:
     """Prompts to train on, `size` in each step, and held-out ones."""
@@ -88,8 +91,13 @@ def encode(
         )
     if len(val) < dist.world_size():
         raise UserError(f"val: {len(val)} prompts {longest}, at least {dist.world_size()} are needed: {remedy}")
-    fingerprint = resume.fingerprint([[p.id, p.ids, p.record["reference"]] for p in train + val])
-    return PromptDataset(train, val, size, seed, fingerprint)
+    return PromptDataset(train, val, size, seed, resume.fingerprint([_identity(prompt) for prompt in train + val]))
+
+
+def _identity(prompt):
+    """What of a prompt decides a run: its tokens, its reference and the columns that a reward function may read."""
+    others = {key: repr(value) for key, value in prompt.record.items() if key not in KNOWN_KEYS}
+    return [prompt.id, prompt.ids, prompt.record["reference"], *([others] if others else [])]
 
 
 def encode_prompts(records: list[dict], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Prompt], dict[str, int]]:

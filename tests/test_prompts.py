@@ -23,6 +23,19 @@ def test_b24_each_prompt_once_an_epoch_in_whole_steps(dataset):
         assert prompt.ids[0] == chat.BOS and prompt.ids.count(chat.BOS) == 1
 
 
+def test_a_column_that_a_reward_may_read_is_part_of_the_data(tokenizer):
+    """A run does not go on over data whose extra column changed; data without such columns are what they were."""
+    records = {split: tasks.records("safety", split, 30) for split in ("train", "val")}
+
+    def fingerprint(**columns):
+        changed = records | {"train": [records["train"][0] | columns, *records["train"][1:]]}
+        return prompts.encode(changed, tokenizer, 200, 7, 10, 0).fingerprint
+
+    bare = fingerprint()
+    assert fingerprint(margin=0.5) == bare  # of a pair: no reward function is given it as something new
+    assert len({bare, fingerprint(tests=["a"]), fingerprint(tests=["b"]), fingerprint(tests=None)}) == 4
+
+
 def test_prompts_that_do_not_fit_are_counted(tokenizer, capsys):
     records = {split: tasks.records("safety", split, 20) for split in ("train", "val")}
     lengths = [len(chat.encode_prompt(tokenizer, record["prompt"])) for record in records["train"]]
