@@ -315,6 +315,8 @@ def test_seconds_are_said_as_a_person_says_them():
         ({"reward_std": 0.4, "group_spread": 0.0}, 0.0, "RL would learn nothing: SFT first, take easier data, or"),
         ({"reward_std": 0.4, "group_spread": 0.05}, 0.0, "in only 5% of the groups do the rewards differ, RL would"),
         ({"reward_std": 0.1, "group_spread": 0.2}, 0.97, "97% of the answers are right already: take harder data"),
+        ({"reward_std": 0.4, "group_spread": 0.5, "pass@8": 0.1}, 0.02, "in 50% of the groups the rewards differ"),
+        ({"reward_std": 0.4, "group_spread": 0.5, "pass@8": 0.0}, 0.0, "no group has a right answer, RL could learn"),
         ({"reward_std": 0.0}, 0.0, "all rewards are equal: SFT first"),
         ({"reward_std": 0.2}, 0.0, "the rewards differ: RL can learn"),
     ],

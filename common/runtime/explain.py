@@ -269,6 +269,8 @@ def verdict(signs: dict[str, float], right: float) -> str:
         return (
             f"all rewards are equal: {what_to_do}" if signs["reward_std"] == 0 else "the rewards differ: RL can learn"
         )
+    if any(name.startswith("pass@") and share == 0 for name, share in signs.items()):
+        return f"no group has a right answer, RL could learn no more than their form: {what_to_do}"
     if spread == 0:
         return f"within no group do the rewards differ, RL would learn nothing: {what_to_do}"
     if spread < watch.FEW_GROUPS:
