@@ -306,14 +306,16 @@ def load_adapter(
 ) -> tuple[int, float, list[str]]:
     """Inject the adapter saved in `folder` as `name`; returns (rank, alpha, targets). UserError if it does not fit.
 
-    any_bits: also where one of base and adapter is of 4 bits and the other is not.
+    folder: may be DIR@0.5, see base.split_scale; alpha is then half of the saved one. any_bits: also where one of base
+    and adapter is of 4 bits and the other is not.
     """
-    folder = Path(folder)
+    folder, scale = base.split_scale(folder)
     checkpoint.verify(folder, optional=True)
     base.check_adapter(folder, "model.adapter")
     check_base(model, folder, "model.adapter", any_bits)
     try:
         rank, alpha, targets, dropout = lora.read_config((folder / "adapter_config.json").read_text())
+        alpha *= scale
         tensors = load_file(folder / "adapter_model.safetensors")
         lora.inject(model, name, rank, alpha, targets, dropout)
         lora.load_adapter_state(model, name, tensors)
@@ -339,16 +341,20 @@ def trained_quantised(folder: Path | str) -> bool:
     and away from its run it counts as trained on the unquantised base."""
     if record := base.record(folder):
         return record["quantised"] is not None
-    run = Path(folder).resolve().parent
+    run = base.split_scale(folder)[0].resolve().parent
     if not (run / "metrics.jsonl").is_file() or not (run / "config.yml").is_file():
         return False
     return config.load_config(run / "config.yml").model.peft_type == "qlora"
 
 
-def adapter_fingerprint(folder: Path | str | None) -> list[str] | None:
-    """Hashes of what decides an adapter's effect (tensors; rank, alpha and targets); None without a folder."""
-    files = ("adapter_model.safetensors", "adapter_config.json")
-    return [checkpoint.sha256(Path(folder) / name) for name in files] if folder else None
+def adapter_fingerprint(folder: Path | str | None) -> list | None:
+    """What decides an adapter's effect: hashes of its tensors and of rank, alpha and targets, then the scale of
+    DIR@SCALE where it is not 1; None without a folder."""
+    if not folder:
+        return None
+    folder, scale = base.split_scale(folder)
+    hashes = [checkpoint.sha256(folder / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
+    return hashes if scale == 1 else [*hashes, scale]
 
 
 def save(

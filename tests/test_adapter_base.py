@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import serve
@@ -279,6 +279,83 @@ def test_a_run_begun_without_records_goes_on_to_the_same_adapter(tmp_path, setti
     one, two = (load_file(tmp_path / name / "run" / "final" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert (tmp_path / "cut" / "run" / "final" / "base.json").is_file()
+
+
+# ---------------------------------------------------------------- at a scale of its own: DIR@0.5
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, trained):
+    """The adapter in `trained` with every B halved: what DIR@0.5 is."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("half") / "final")
+    (folder / "MANIFEST.json").unlink()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {key: tensor * (0.5 if "lora_B" in key else 1.0) for key, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def on_base(micro_folder, adapter, items):
+    net, _ = model.load(str(micro_folder), torch.device("cpu"), torch.float32)
+    model.load_adapter(net, "policy", adapter)
+    return logprobs(net, items)
+
+
+def test_an_adapter_at_half_its_scale(trained, half, micro_folder, items):
+    whole, right = (on_base(micro_folder, folder, items) for folder in (trained, half))
+    assert torch.equal(on_base(micro_folder, f"{trained}@1", items), whole)
+    found = on_base(micro_folder, f"{trained}@0.5", items)
+    assert (found - right).abs().max() < 1e-5 and (whole - right).abs().max() > 1e-3
+    hashes = model.adapter_fingerprint(trained)
+    assert model.adapter_fingerprint(f"{trained}@1") == hashes
+    assert model.adapter_fingerprint(f"{trained}@0.5") == [*hashes, 0.5]
+    named = shutil.copytree(trained, half.parent / "final@2")  # a folder of that very name
+    assert torch.equal(on_base(micro_folder, named, items), whole)
+
+
+def test_a_scale_in_evaluate_and_serve(tmp_path, trained, half, few, micro_folder, items):
+    run = trained.parent  # its final/
+    argv = asked(tmp_path, few, f"base={micro_folder}", f"sft={run}", f"part={run}@0.5", f"right={half}")
+    cells = processes.train(evaluate.main, tmp_path, argv)["cells"]["loss_per_byte"]
+    assert cells["part"]["value"] == pytest.approx(cells["right"]["value"], rel=1e-6)
+    assert cells["part"]["value"] != pytest.approx(cells["sft"]["value"], rel=1e-6)
+    argv = asked(tmp_path, few, f"base={micro_folder}", f"sft={run}@0.25", f"part={run}@0.5")
+    status, out, err = processes.run(evaluate.main, tmp_path, argv)
+    assert status == 0 and "part-0: answered before" in out and "sft-0: answered before" not in out, (out, err)
+    cost = json.loads((tmp_path / "run" / "results.json").read_text())["cost"]
+    assert cost["part"] == cost["sft"] and cost["part"]["tokens"] > 0
+
+    served, _ = serve.load({"sft": str(trained), "part": f"{trained}@0.5"}, torch.device("cpu"), torch.float32)
+    assert served["sft"][0] is served["part"][0]
+    for name, folder in (("sft", trained), ("part", half)):
+        net, inner = served[name]
+        with lora.using(net, inner):
+            assert (logprobs(net, items) - on_base(micro_folder, folder, items)).abs().max() < 1e-5
+
+
+def test_training_starts_from_an_adapter_at_a_scale(tmp_path, trained, half, settings):
+    """It starts as that adapter, keeps the scale in PEFT's words, and is resumed with no other."""
+    for name, start in (("right", half), ("cut", f"{trained}@0.5")):
+        argv = settings(tmp_path / name, *SHORT, "--model.adapter", start)
+        processes.train(train_sft.main, tmp_path, argv)
+    first, right = (checks.lines(tmp_path / name / "run")[0]["eval/loss"] for name in ("cut", "right"))
+    assert first == pytest.approx(right, rel=1e-6)
+    alphas = [
+        json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+        for folder in (trained, tmp_path / "cut" / "run" / "final")
+    ]
+    assert alphas[1] == alphas[0] / 2
+    argv = settings(tmp_path / "cut", *SHORT, "--model.adapter", trained, "--training.max_steps", 4)
+    processes.refused(train_sft.main, tmp_path, argv, "cannot be resumed", "start", "0.5")
+
+
+def test_a_bad_scale_is_one_line(tmp_path, trained, few, micro_folder, settings):
+    for text in ("0", "-1", "nan", "inf", "11", "half", ""):
+        argv = asked(tmp_path, few, f"base={micro_folder}", f"sft={trained}@{text}")
+        processes.refused(evaluate.main, tmp_path, argv, f"{trained}@{text}", "DIR@SCALE", "above 0 and at most 10")
+    argv = settings(tmp_path, *SHORT, "--model.adapter", f"{trained}@x")
+    processes.refused(train_sft.main, tmp_path, argv, "DIR@SCALE")
+    processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", f"{micro_folder}@0.5"], "only an adapter")
 
 
 # ---------------------------------------------------------------- in 4 bits or not

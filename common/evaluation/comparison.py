@@ -1,13 +1,13 @@
 """Systems against each other on the same items: cells with intervals, paired tests, win rates; what each one cost."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 
 from common import config, log
 from common.evaluation import metrics, statistics
 from common.evaluation.measure import stack
+from common.runtime import base
 from common.stats import mcnemar, wilson
 
 
@@ -94,12 +94,12 @@ def value(lines, name):
 
 def history(source):
     """The run folders that led to a checkpoint, the first stage first: that of what it started from, then its own."""
-    run = Path(source).resolve().parent
+    run = base.split_scale(source)[0].resolve().parent
     if not (run / "metrics.jsonl").is_file() or not (run / "config.yml").is_file():
         return []
     start = config.load_config(run / "config.yml").model
     before = start.adapter or start.base_checkpoint
-    return [*(history(before) if Path(before).is_dir() else []), run]
+    return [*(history(before) if base.split_scale(before)[0].is_dir() else []), run]
 
 
 def cost(runs):

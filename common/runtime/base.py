@@ -54,6 +54,7 @@ LARGEST = 2**20  # bytes of a config.json: Gemma's has 2,000
 ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 RECORD = "base.json"  # beside an adapter's files: the base that it was trained on
+LARGEST_SCALE = 10
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 
 
@@ -77,9 +78,9 @@ def locate(source: str, given: str | None = None) -> tuple[Path, Path | None]:
     """(folder of the base, folder of the adapter or None) of a checkpoint: a run's final/ or any kind of base.
 
     given: the base to use for an adapter (--model.base_checkpoint), in place of the one that its files name. A run's
-    folder stands for its final/.
+    folder stands for its final/. The adapter of DIR@0.5 keeps its scale in its name, see split_scale.
     """
-    folder = Path(source).expanduser()
+    folder, scale = split_scale(source)
     if not _is_checkpoint(folder) and (inside := checkpoints_in(folder)):
         if inside[0] != folder / "final":
             raise UserError(f"{folder} is no checkpoint{did_you_mean(folder)}")
@@ -87,7 +88,10 @@ def locate(source: str, given: str | None = None) -> tuple[Path, Path | None]:
         source = folder = inside[0]
     path = folder / "adapter_config.json"
     if not path.is_file():
+        if scale != 1:
+            raise UserError(f"{source}: only an adapter has a scale, and no adapter_config.json is in {folder}")
         return resolve(str(source)), None
+    adapter = folder if scale == 1 else folder.with_name(f"{folder.name}@{scale}")
     try:
         config = json.loads(path.read_text())
         name = str(config["base_model_name_or_path"])
@@ -96,12 +100,31 @@ def locate(source: str, given: str | None = None) -> tuple[Path, Path | None]:
     if config.get("task_type") == "SEQ_CLS":
         raise UserError(f"{folder} is a reward model, not a policy")
     if given:
-        return resolve(given), folder
+        return resolve(given), adapter
     if Path(name).is_absolute() and not Path(name).exists():
         raise UserError(
             f"{folder} was trained on {name}, which is gone: pass --model.base_checkpoint with its new place"
         )
-    return resolve(name), folder
+    return resolve(name), adapter
+
+
+def split_scale(source: Path | str) -> tuple[Path, float]:
+    """DIR@0.5 -> (DIR, 0.5): the adapter in DIR with B A times 0.5. The scale is 1 without an @, and where a file or
+    folder has that very name. UserError for what is no scale."""
+    path = Path(source).expanduser()
+    name, sign, text = path.name.rpartition("@")
+    if not sign or not name or path.exists():
+        return path, 1.0
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 0 < scale <= LARGEST_SCALE:
+        raise UserError(
+            f"{source}: expected DIR@SCALE, an adapter times a number above 0 and at most {LARGEST_SCALE}, "
+            f"got {text!r:.40} as SCALE"
+        )
+    return path.with_name(name), scale
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -119,8 +142,9 @@ def did_you_mean(folder: Path) -> str:
 
 def check_adapter(folder: Path | str, key: str) -> None:
     """UserError unless `folder`, given as setting `key`, holds an adapter."""
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise UserError(f"{key}: {folder} cannot be used: no adapter_config.json in it{did_you_mean(Path(folder))}")
+    folder, _ = split_scale(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{key}: {folder} cannot be used: no adapter_config.json in it{did_you_mean(folder)}")
 
 
 def _is_checkpoint(folder):
@@ -233,7 +257,7 @@ def _fingerprint(files, versions):
 def record(folder: Path | str) -> dict | None:
     """The base that the adapter in `folder` was trained on -> {"base_checkpoint": its public name, "fingerprint",
     "quantised": "nf4" or None}. None without that file: peft writes none, nor did earlier versions."""
-    path = Path(folder) / RECORD
+    path = split_scale(folder)[0] / RECORD
     if not path.is_file():
         return None
     try:
