@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from common import chat, dist, lora, model
 from common.log import UserError, say
 from common.runtime import watch
+from common.runtime.flops import linears
 
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 NEARLY_ALL = 0.95  # right answers
@@ -89,17 +90,6 @@ def _keys(config, length):
     """
     reach = {"full_attention": length, "sliding_attention": config.sliding_window + 127}
     return sum(min(length, length / 2 + 64, reach[kind]) for kind in config.layer_types)
-
-
-def linears(config: Gemma3TextConfig) -> dict[str, int]:
-    """Numbers in the four products of one layer, as rollouts fuse them: {"qkv", "o_proj", "gate_up", "down_proj"}."""
-    d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    return {
-        "qkv": d * (heads + 2 * groups) * config.head_dim,
-        "o_proj": heads * config.head_dim * d,
-        "gate_up": 2 * d * config.intermediate_size,
-        "down_proj": config.intermediate_size * d,
-    }
 
 
 def memory_plan(
