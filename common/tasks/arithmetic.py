@@ -78,6 +78,6 @@ TASK = Task(
     vote=vote,
     floors=floors,
     synthetic=synthetic,
-    sizes={"train": 4096, "val": 128, "test": 256, "test_ood": 128},
+    sizes={"train": 4096, "val": 128, "test": 400, "test_ood": 200},
     options={"levels": Option(["1", "2", "3"], "list of 1 | 2 | 3 | 4", "digits of the numbers, drawn equally often")},
 )
