@@ -192,12 +192,10 @@ def best_of(base_model, tokenizer, items, cfg, scorers):
     with lora.using(base_model, None):  # the adapter that was loaded last is active
         answers, _ = measure.generate(base_model, items, whole, BEST_OF)
     records = [item.record for item in items for _ in range(BEST_OF)]
-    mine, scores = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records)).double()
-    flat = [ids for group in answers for ids in group]
-    scores[mine] = scorers["reward"]([records[i] for i in mine], [flat[i] for i in mine]).double().cpu()
-    table, best = dist.sum_tensor(scores).view(-1, BEST_OF), []
+    scores = measure.share_scores(scorers["reward"], records, [ids for group in answers for ids in group])
+    table, best = scores.reshape(-1, BEST_OF), []
     for n in (2, BEST_OF):
-        picked = table[:, :n].nan_to_num(nan=-torch.inf).argmax(1).tolist()  # NaN: no score
+        picked = np.where(np.isnan(table), -np.inf, table)[:, :n].argmax(1)  # NaN: no score
         lines = measure.text_lines(cfg.task, items, [g[i] for g, i in zip(answers, picked)], tokenizer, scorers)
         kl = measure.values_and_counts([np.log(n) - (n - 1) / n] * len(items))
         best.append([f"base, best of {n}{oracle}", measure.merge(lines, {"kl_base_sequence": kl})])

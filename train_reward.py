@@ -28,7 +28,6 @@ from common.runtime import explain, resume
 SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
 ADAPTER = "reward"  # its name in the model
 SAMPLED = "/sample"  # ends the id of a pair whose better answer is a sample, not a reference
-MATCHED = 5  # tokens by which two answers may differ and still count as equally long
 NOT_READ = (  # settings of the policy's reward, which a resumed run may change
     *("rl.", "reward.type", "reward.alpha", "reward.beta", "reward.checkpoint", "reward.function"),
     *("reward.normalize_rewards", "reward.clip_rewards", "reward.heuristic."),
@@ -117,11 +116,9 @@ def load_pairs(run, net, tokenizer, explain_only):
 def report(rewards, pairs, task):
     """What held-out rewards (pairs, 2) say: figures with n and a 95 % interval, beside floors without a model."""
     margins = (rewards[:, 0] - rewards[:, 1]).numpy()
-    lengths = [[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in pairs]  # tokens
-    shorter = [rejected - chosen for chosen, rejected in lengths]
-    rules = {"shorter answer": shorter}
-    for name, score in tasks.load(task).pair_rules.items():
-        rules[name] = [score(chosen) - score(rejected) for chosen, rejected in (pair["texts"] for pair in pairs)]
+    lengths = [sum(pair[side]["mask"]) for pair in pairs for side in ("chosen", "rejected")]  # tokens
+    rules = preferences.floor_margins(pairs, task)
+    shorter, near = rules["shorter answer"], preferences.MATCHED
 
     def accuracy(values):
         if not len(values):
@@ -136,14 +133,12 @@ def report(rewards, pairs, task):
     return {
         "held_out": accuracy(margins[~sampled]),
         **({"held_out_between_samples": accuracy(margins[sampled])} if sampled.any() else {}),
-        f"length_matched_within_{MATCHED}_tokens": accuracy(stats.length_matched(margins, shorter, MATCHED)),
+        f"length_matched_within_{near}_tokens": accuracy(stats.length_matched(margins, shorter, near)),
         "floors": {name: accuracy(values) for name, values in rules.items()},
         "against_shorter_answer": {"only_model_right": only_model, "only_floor_right": only_floor, "p": p},
         "calibration_error": calibration_error,
         "reliability": [{"predicted": mean, "observed": share, "count": n} for mean, share, n in bins],
-        "correlation_of_reward_and_length": stats.correlation(
-            rewards.flatten().numpy(), [tokens for pair in lengths for tokens in pair]
-        ),
+        "correlation_of_reward_and_length": stats.correlation(rewards.flatten().numpy(), lengths),
         "reward_on_reference_answers": {
             "mean": reference_rewards.mean().item(),
             "std": reference_rewards.std(correction=0).item(),

@@ -17,6 +17,7 @@ from common.runtime import cache, resume
 from common.tasks import text
 
 ROWS = 64  # completions sampled together
+MATCHED = 5  # tokens by which two answers may differ and still count as equally long
 # what decides which pairs are made, and what is written of them
 SOURCES = (chat, decoder, functions, gemma, heuristics, lora, rollouts, text, sys.modules[__name__])
 
@@ -172,6 +173,18 @@ def cached(key: str | None, splits: tuple[str, ...], make: Callable[[str], list[
         except UserError as error:
             warn(f"not kept for the next run: {error}")
     return made
+
+
+def floor_margins(pairs: list[dict], task: str) -> dict[str, list[float]]:
+    """{rule: margin of each pair}, above 0 where a rule without a model prefers the chosen answer.
+
+    The shorter answer, and the task's own pair_rules. pairs: of data.encode_pairs.
+    """
+    lengths = [[sum(pair[side]["mask"]) for side in ("chosen", "rejected")] for pair in pairs]  # tokens
+    rules = {"shorter answer": [rejected - chosen for chosen, rejected in lengths]}
+    for name, score in tasks.load(task).pair_rules.items():
+        rules[name] = [score(chosen) - score(rejected) for chosen, rejected in (pair["texts"] for pair in pairs)]
+    return rules
 
 
 def implicit_report(metrics: dict[str, torch.Tensor], pairs: list[dict]) -> dict:

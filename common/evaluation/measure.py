@@ -67,10 +67,7 @@ def text_lines(task, items, answers, tokenizer, scorers):
     records, texts = [item.record for item in items], [chat.decode(tokenizer, ids) for ids in answers]
     stats = metrics.score(task, records, texts)
     for name, scorer in scorers.items():
-        mine, scores = range(dist.rank(), len(items), dist.world_size()), torch.zeros(len(items), dtype=torch.float64)
-        if mine:
-            scores[mine] = scorer([records[i] for i in mine], [answers[i] for i in mine]).double().cpu()
-        scores = dist.sum_tensor(scores).numpy()
+        scores = share_scores(scorer, records, answers)
         stats[name] = values_and_counts(scores)
         if name == "reward":
             stats[name][np.isnan(scores)] = 0  # the user's function gave no score: the item does not count
@@ -87,6 +84,14 @@ def text_lines(task, items, answers, tokenizer, scorers):
         }
         for i, (record, text, ids) in enumerate(zip(records, texts, answers))
     ]
+
+
+def share_scores(scorer, records, answers):
+    """(n,) of scorer(records, answers as ids), shared out over ranks."""
+    mine, scores = range(dist.rank(), len(records), dist.world_size()), torch.zeros(len(records), dtype=torch.float64)
+    if mine:
+        scores[mine] = scorer([records[i] for i in mine], [answers[i] for i in mine]).double().cpu()
+    return dist.sum_tensor(scores).numpy()
 
 
 def dialogue(turns):
