@@ -43,10 +43,9 @@ from common import (
     reward_model,
     rewards,
     rollouts,
-    stats,
     tasks,
 )
-from common.evaluation import comparison, export, measure, metrics, report
+from common.evaluation import comparison, export, gate, measure, metrics, report, results
 from common.human import analysis, manifest, ratings
 from common.human import report as human_report
 from common.log import UserError, command, say
@@ -73,6 +72,7 @@ JOBS = (
 BEST_OF = 4
 SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
 SOURCES += (functions, numbers, products, rewards, rollouts, text)  # what decides an answer and its scores
+SCORING = (functions, gate, measure, metrics, numbers, reward_model, rewards, text)  # the scores alone
 
 
 @dataclass
@@ -172,13 +172,13 @@ def check_metrics(cfg):
         raise UserError(f"evaluation.samples {samples}: task {task.name} has no right answers to count")
 
 
-def kept_answers(path, key, make, *arguments):
-    """The records that make(*arguments) returns, from `path` where an earlier call left them under the same key."""
+def kept_answers(path, key, head, make, *arguments):
+    """The rows that make(*arguments) returns, from `path` where an earlier call left them under the same key."""
     asked = []
-    records = cache.records(path, key, lambda: asked.append(True) or make(*arguments), needed=True)
+    rows = cache.records(path, key, lambda: asked.append(True) or make(*arguments), needed=True, head=head)
     if not asked:
         say(f"{path.stem}: answered before")
-    return records
+    return results.Recording(head | {"key": key}, rows)
 
 
 def best_of(base_model, tokenizer, items, cfg, scorers):
@@ -292,7 +292,8 @@ def make_scorers(cfg, bare):
         trained = trained_scorer(bare, cfg.reward) if wants_model else None
         score = rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(bare.tokenizer, ids), trained)
         scorers["reward"] = lambda records, answers: score(records, answers)[0]
-        facts["reward"] = [rewards.fingerprint(cfg.reward, cfg.task), config.plain(cfg.reward)]
+        settings = config.plain(cfg.reward) | {"checkpoint": None}  # what the first decides, wherever it lies
+        facts["reward"] = [rewards.fingerprint(cfg.reward, cfg.task), settings]
     lora.use(bare.net, None)
     return scorers, facts, notes
 
@@ -326,16 +327,13 @@ def answer(system, bare, items, cfg, scorers):
     return [line | {"tokens_per_second": speed} for line in lines]
 
 
-def measure_floors(bare, items, cfg, scorers, has_base, path, key):
-    """{name: lines} of what needs no training: fixed answers, and the best of several answers of the base."""
-    floors = {}
-    make = tasks.load(cfg.task).floors
+def fixed_answers(tokenizer, items, cfg, scorers):
+    """[name, lines] of the task's answers that need no training."""
+    make, rows = tasks.load(cfg.task).floors, []
     for name, texts in (make([item.record for item in items]) if make else {}).items():
-        answers = [[*chat.encode_text(bare.tokenizer, text), chat.END_OF_TURN] for text in texts]
-        floors[name] = measure.merge(measure.text_lines(cfg.task, items, answers, bare.tokenizer, scorers), {})
-    if has_base and "reward" in scorers:
-        floors |= dict(kept_answers(path, key, best_of, bare.net, bare.tokenizer, items, cfg, scorers))
-    return floors
+        answers = [[*chat.encode_text(tokenizer, text), chat.END_OF_TURN] for text in texts]
+        rows.append([name, measure.merge(measure.text_lines(cfg.task, items, answers, tokenizer, scorers), {})])
+    return rows
 
 
 @command
@@ -378,78 +376,71 @@ def main(argv=None):
     item_records = [item.record for item in items]
     shared = [bare.fingerprint, base.tokenizer_fingerprint(base_folder), scorer_facts, resume.fingerprint(item_records)]
     shared += [tasks.fingerprint(task), decoding, cfg.seed, cfg.training.max_seq_length, str(bare.dtype)]
-    runs_by_system, speed = {}, {}
+    facts = comparable_facts(cfg, bare, item_records, scorer_facts)
+
+    def kept(name, key, head, make, *arguments):
+        key = cache.key([shared, key], sys.modules[__name__], *SOURCES)
+        return kept_answers(out / "items" / f"{name}.jsonl", key, {"facts": facts} | head, make, *arguments)
+
+    recordings = []
     for system in systems:
-        path = out / "items" / f"{system.name}-{system.seed}.jsonl"
-        key = cache.key([shared, system.weights_key], sys.modules[__name__], *SOURCES)
-        lines = kept_answers(path, key, answer, system, bare, items, cfg, scorers)
-        runs_by_system.setdefault(system.name, []).append(lines)
-        speed[system.name] = lines[0]["tokens_per_second"]
-    has_base = any((system.name, system.adapter) == ("base", None) for system in systems)
-    key = cache.key([shared, BEST_OF], sys.modules[__name__], *SOURCES)
-    floors = measure_floors(bare, items, cfg, scorers, has_base, out / "items" / "base-best.jsonl", key)
+        head = {"of": "system", "name": system.name, "four_bit": system.four_bit, "notes": notes}
+        head["cost"] = comparison.cost(system.runs)
+        name = f"{system.name}-{system.seed}"
+        recordings.append(kept(name, system.weights_key, head, answer, system, bare, items, cfg, scorers))
+    head = {"of": "floors", "cost": cost_of_model(cfg.reward.checkpoint)}
+    recordings.append(kept("floors", ["floors"], head, fixed_answers, bare.tokenizer, items, cfg, scorers))
+    if "reward" in scorers and any((system.name, system.adapter) == ("base", None) for system in systems):
+        best = best_of, bare.net, bare.tokenizer, items, cfg, scorers
+        recordings.append(kept("base-best", BEST_OF, {"of": "best"}, *best))
+    if judge := cfg.evaluation.reward_checkpoint:
+        pairs = gate.held_out_records(items, records)
+        head = {"of": "judge", "cost": cost_of_model(judge), "reliability": reliability(judge)}
+        how = gate.score_pairs, scorers["judge"], pairs, bare.tokenizer, task, cfg.training.max_seq_length
+        recordings.append(kept("judge", ["judge", resume.fingerprint(pairs)], head, *how))
 
     # --- tables and report
-    judge = cfg.evaluation.reward_checkpoint
-    results = tables(cfg, systems, runs_by_system, floors) | {
-        "speed": speed,
-        "judge": judge_accuracy(scorers["judge"], items, bare.tokenizer, judge) if judge else None,
-        "left_out": counts,
-        "notes": notes + remarks(cfg, systems, floors),
-        "command": " ".join(["python", *sys.argv]),
-    }
-    if dist.is_main():
-        log.write_json(out / "results.json", results)
-        curves = {s.name: comparison.curve(s.runs) for s in systems if s.seed == 0 and s.runs}
-        report.write(out, results, curves, side_by_side(items, runs_by_system, results["item_score"]))
-        if job.human_eval:
-            write_sheets(sheet, task, items, runs_by_system)
-        for name, row in results["cells"][results["headline"]].items():
-            say(f"{results['headline']} of {name}: {row['value']:.3f} {report.interval(row)}")
-        for sentence in report.verdicts(results) + report.next_steps(results):
-            say(sentence)
-        say(f"wrote {out}/report.md, report.html, results.json and items/")
+    curves = {system.name: comparison.curve(system.runs) for system in systems if system.seed == 0 and system.runs}
+    summary = conclude(out, recordings, cfg.evaluation.draws, curves, {"left_out": counts})
+    if dist.is_main() and job.human_eval:
+        write_sheets(sheet, task, items, results.runs_by_system(recordings))
     dist.barrier()
-    return {name: results[name] for name in ("headline", "cells", "pairs")} | {"folder": str(out)}
+    return summary
 
 
-def tables(cfg, systems, runs_by_system, floors):
-    """The tables of results.json that follow from the answers alone."""
-    draws, judge = cfg.evaluation.draws, cfg.evaluation.reward_checkpoint
-    known = metrics.table(cfg.task, cfg.evaluation.samples, cfg.evaluation.metric)
-    table = comparison.cells(runs_by_system | {name: [lines] for name, lines in floors.items()}, known, draws)
-    headline = next((name for name in tasks.load(cfg.task).headline if name in table), next(iter(table)))
-    known = {name: known[name] for name in (headline, *(name for name in table if name != headline))}
-    by_seed = {}
-    for name in known:
-        measured = [system for system in runs_by_system if system in table[name]]
-        by_seed[name] = {s: [comparison.value(lines, name) for lines in runs_by_system[s]] for s in measured}
-    models = (("reward model", cfg.reward.checkpoint), ("second reward model", judge))
-    return {
-        "task": tasks.load(cfg.task).name,
-        "items": len(next(iter(runs_by_system.values()))[0]),
-        "draws": draws,
-        "systems": list(runs_by_system),
-        "headline": headline,
-        "item_score": "reward" if "reward" in table else headline,
-        "seeds": {name: len(seeds) for name, seeds in runs_by_system.items()},
-        "metrics": {name: vars(metric) for name, metric in known.items()},
-        "cells": {name: table[name] for name in known},
-        "floors": list(floors),
-        "pairs": comparison.pairs(runs_by_system, known, draws),
-        "wins": comparison.wins(runs_by_system, headline, known[headline].better)
-        if known[headline].kind != "corpus"
-        else [],
-        "by_seed": by_seed,
-        "cost": {system.name: comparison.cost(system.runs) for system in systems if system.seed == 0},
-        "extra_cost": {
-            title: comparison.cost([Path(folder).resolve().parent])
-            for title, folder in models
-            if folder and comparison.history(folder)
-        },
-        "decoding": f"temperature {cfg.evaluation.temperature:g}, top_p {cfg.evaluation.top_p:g}, at most "
-        f"{cfg.evaluation.max_new_tokens} tokens, seed {cfg.seed}",
-    }
+def conclude(out, recordings, draws, curves, extra):
+    """Write results.json and the report of recordings, and say the verdicts; returns what main returns."""
+    tables = results.build(recordings, draws) | extra | {"command": " ".join(["python", *sys.argv])}
+    if dist.is_main():
+        log.write_json(out / "results.json", tables)
+        items = results.side_by_side(results.runs_by_system(recordings), tables["item_score"])
+        report.write(out, tables, curves, items)
+        for name, row in tables["cells"][tables["headline"]].items():
+            say(f"{tables['headline']} of {name}: {row['value']:.3f} {report.interval(row)}")
+        for sentence in [*report.instrument(tables), *report.verdicts(tables), *report.next_steps(tables)]:
+            say(sentence)
+        say(f"wrote {out}/report.md, report.html and results.json")
+    return {name: tables[name] for name in ("headline", "cells", "pairs")} | {"folder": str(out)}
+
+
+def comparable_facts(cfg, bare, item_records, scorer_facts):
+    """What must be equal where recorded answers are compared with others."""
+    settings = {name: getattr(cfg.evaluation, name) for name in results.DECODING}
+    settings["metric"] = (cfg.evaluation.metric or "").rpartition(":")[2] or None
+    facts = {"task": cfg.task, "items": resume.fingerprint(item_records), **settings, "seed": cfg.seed}
+    facts |= {"max_seq_length": cfg.training.max_seq_length, "base": bare.fingerprint, "dtype": str(bare.dtype)}
+    return facts | {"scorers": scorer_facts, "code": cache.key(tasks.fingerprint(cfg.task), *SCORING)}
+
+
+def cost_of_model(folder):
+    """What the training of a reward model took, {} where its run is not there."""
+    return comparison.cost([Path(folder).resolve().parent]) if folder and comparison.history(folder) else {}
+
+
+def reliability(judge):
+    """What the report of its own run says of a reward model's probabilities, [] where there is none."""
+    path = Path(judge).resolve().parent / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("reliability", []) if path.is_file() else []
 
 
 def write_sheets(sheet, task, items, runs_by_system):
@@ -463,54 +454,6 @@ def write_sheets(sheet, task, items, runs_by_system):
         prompt = measure.dialogue(item.record["prompt"])
         asked.append({"task": task, "prompt": prompt, "reference": item.record["reference"] or ""})
     manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
-
-
-def remarks(cfg, systems, floors):
-    """What a reader of the tables should know, in sentences."""
-    spent = {s.name: comparison.cost(s.runs)["tokens"] for s in systems if s.seed == 0 and s.runs}
-    said = []
-    if spent and max(spent.values()) > 1.05 * min(spent.values()):
-        tokens = ", ".join(f"{name} {count:,} tokens" for name, count in spent.items())
-        said.append(f"The systems did not cost the same: {tokens}.")
-    if any(system.four_bit for system in systems):
-        names = ", ".join(dict.fromkeys(system.name for system in systems if system.four_bit))
-        said.append(
-            f"Trained on a 4-bit base and measured on it: {names}. The KL to the base, which is not quantised, "
-            "counts what the 4 bits change, too."
-        )
-    if any(system.seed for system in systems):
-        said.append("Cost and learning curves are those of each system's first seed.")
-    if cfg.evaluation.temperature != 1 or cfg.evaluation.top_p < 1:
-        said.append("Answers were not drawn from the policy itself, so the KL along them is no expectation under it.")
-    if cfg.evaluation.reward_checkpoint:
-        said.append(
-            "No policy was optimised against the judge's scores, but SFT may have learned the answers that the "
-            "judge learned to prefer."
-        )
-    if any(name.endswith("(oracle)") for name in floors):
-        said.append("The best of several answers was picked by a reward that reads the reference: an upper bound.")
-    return said
-
-
-def judge_accuracy(score, items, tokenizer, checkpoint):
-    """Accuracy of a reward model on the items' own pairs, beside that of the shorter answer; None without pairs.
-
-    "reliability": what the report of its own run says of it, empty where it has none.
-    """
-    records = [item.record for item in items if item.record["rejected"]]
-    if not records:
-        return None
-    answers = [
-        [[*chat.encode_text(tokenizer, record[side]), chat.END_OF_TURN] for record in records]
-        for side in ("response", "rejected")
-    ]
-    good, bad = (score(records, side) for side in answers)
-    accuracy, low, high = stats.preference_accuracy(good - bad)
-    shorter = stats.preference_accuracy([len(b) - len(a) for a, b in zip(*answers)])[0]
-    own = Path(checkpoint).resolve().parent / "report.json"
-    reliability = json.loads(own.read_text(encoding="utf-8")).get("reliability", []) if own.is_file() else []
-    figures = {"accuracy": accuracy, "low": low, "high": high, "pairs": len(records), "shorter": shorter}
-    return figures | {"reliability": reliability}
 
 
 def write_export(cfg, job):
@@ -541,23 +484,6 @@ def human_results(out, files, draws):
     (out / "human_results.md").write_text(text, encoding="utf-8")
     say(text)
     return results
-
-
-def side_by_side(items, runs_by_system, score):
-    """Every item for the report: its prompt, and of each system's first seed the answer and its `score`."""
-    rows = []
-    for i, item in enumerate(items):
-        lines = {name: seeds[0][i] for name, seeds in runs_by_system.items()}
-        rows.append(
-            {
-                "id": item.id,
-                "prompt": measure.dialogue(item.record["prompt"]),
-                "reference": item.record["reference"] or item.record["response"],
-                "answers": {name: line["answer"] for name, line in lines.items()},
-                "scores": {name: line["scores"].get(score) for name, line in lines.items()},
-            }
-        )
-    return rows
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import train_reward
 import train_rl
 import train_sft
 import train_staged
-from common import config, data, lora, model
+from common import config, data, log, lora, model
 from common.log import UserError
 from common.runtime import base, checkpoint
 from tests import checks, inputs, processes
@@ -442,7 +442,9 @@ def test_a_comparison_of_paradigms_in_4_bits_comes_to_its_end(tmp_path, few, mic
     )
     more = ["--paradigms", "sft,staged", "--training.budget_tokens", 1500, "--evaluation.max_items", 4]
     cells = processes.train(train_staged.main, tmp_path, [*flags, *more])["cells"]
-    assert {"judge", "reward", "loss_per_byte"} <= cells.keys() and {"sft", "staged"} <= cells["judge"].keys()
+    assert {"reward", "loss_per_byte"} <= cells.keys() and {"sft", "staged"} <= cells["reward"].keys()
+    _, *rows = log.read_records(tmp_path / "run" / "comparison" / "items" / "staged-0.jsonl")
+    assert len(rows) == 4 and all("judge" in row["scores"] for row in rows)
     first = checks.lines(tmp_path / "run" / "staged-rl")[0]
     assert first["eval/kl"] == 0  # RL starts from the very policy that SFT ended with
 

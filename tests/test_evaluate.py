@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import evaluate
+import train_reward
 from common import chat, config, data, model, stats
 from common.evaluation import measure, metrics
 from common.human import manifest
@@ -77,12 +78,13 @@ def test_its_files_hold_what_it_says(done):
     names = {path.name for path in folder.iterdir()}
     assert {"results.json", "report.md", "report.html", "items", "human_eval.csv", "human_eval.key.csv"} <= names
     results = json.loads((folder / "results.json").read_text())
-    assert results["systems"] == ["base", "sft", "rl"] and results["headline"] == "judge" == result["headline"]
-    assert results["items"] == 12 and len(results["pairs"]["judge"]) == 3 == len(results["wins"])
+    assert results["systems"] == ["base", "sft", "rl"] and results["headline"] == "reward" == result["headline"]
+    assert results["items"] == 12 and len(results["pairs"]["reward"]) == 3 == len(results["wins"])
     for name in results["systems"]:
         found = lines(folder, f"{name}-0")
         assert len(found) == 12 and len({line["id"] for line in found}) == 12
-        for metric in ("judge", "reward", "length", "stops", "preference", "distinct_2", "loss_per_byte"):
+        assert all("judge" in line["scores"] for line in found)
+        for metric in ("reward", "length", "stops", "preference", "distinct_2", "loss_per_byte"):
             sums = np.array([line["stats"][metric] for line in found]).sum(0)
             cell = results["cells"][metric][name]
             assert cell["value"] == pytest.approx(metrics.value(sums)), metric
@@ -97,13 +99,16 @@ def test_its_files_hold_what_it_says(done):
         *(f"base, best of {n}" for n in (2, 4)),
     ]
     assert results["cells"]["kl_base_sequence"]["base, best of 4"]["value"] == pytest.approx(np.log(4) - 3 / 4)
-    assert "always refuse" in results["cells"]["judge"] and "always refuse" not in results["cells"]["loss_per_byte"]
-    assert results["judge"]["pairs"] == 12 and 0 <= results["judge"]["accuracy"] <= 1
+    assert "always refuse" in results["cells"]["reward"] and "always refuse" not in results["cells"]["loss_per_byte"]
+    # a judge with random weights: on the whole split's pairs it is not good enough
+    assert not results["gate"]["passed"] and "judge" not in results["cells"]
+    assert results["judge"]["pairs"] == 16 and 0 <= results["judge"]["accuracy"] <= 1
+    assert "The judge was not good enough" in (folder / "report.md").read_text()
     page = (folder / "report.html").read_text()
     assert page.count("<article") == 12 and all(line["id"] in page for line in lines(folder, "base-0"))
-    for pair in results["pairs"]["judge"]:
+    for pair in results["pairs"]["reward"]:
         ours, theirs = (
-            np.array([line["scores"]["judge"] for line in lines(folder, f"{pair[side]}-0")]) for side in "ab"
+            np.array([line["scores"]["reward"] for line in lines(folder, f"{pair[side]}-0")]) for side in "ab"
         )
         assert pair["difference"] == pytest.approx((ours - theirs).mean())
 
@@ -135,13 +140,31 @@ def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):
     status, out, err = run(tmp_path, argv, body)
     assert status == 0, err
     again = json.loads(out.partition("RESULT ")[2])
-    assert out.count("answered before") == 3 and "rl-0.jsonl is damaged" in out and "kept" in out
+    assert out.count("answered before") == 5 and "rl-0.jsonl is damaged" in out and "kept" in out
     assert again["cells"] == result["cells"] and again["pairs"] == result["pairs"]
     # another decoding is another question
     changed = [6 if before == "--evaluation.max_new_tokens" else word for before, word in zip(["", *argv], argv)]
     changed = [word for word in changed if not str(word).startswith(("sft=", "rl=", "--human"))]
     status, out, err = run(tmp_path, changed)
     assert status == 0 and "answered before" not in out, err
+
+
+def test_a_judge_that_learned_is_good_enough(tmp_path, tiny_folder):
+    """Trained for seconds on other pairs of the embedded data, it passes, and verdicts go by it."""
+    source = write_data(tmp_path / "data", "safety", train=256, val=16, test=400)
+    where = ["--debug", "--dataset_path", source, "--logging.output_dir", tmp_path]
+    where += ["--model.base_checkpoint", tiny_folder]
+    learn = ["--config", ROOT / "configs" / "reward_270m.yml", "--training.max_steps", 32, "--training.batch_size", 8]
+    learn += ["--training.learning_rate", 2e-3, "--training.eval_interval", 32, "--logging.run_name", "judge"]
+    processes.train(train_reward.main, tmp_path, [*where, *learn])
+    asked = ["--checkpoints", f"base={tiny_folder}", "--evaluation.reward_checkpoint", tmp_path / "judge" / "final"]
+    asked += ["--evaluation.max_new_tokens", 24, "--evaluation.draws", 500, "--logging.run_name", "run"]
+    result = train(tmp_path, [*where, *asked, "--reward.type", "heuristic", "--evaluation.max_items", 64])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["gate"]["passed"], results["gate"]
+    assert result["headline"] == "judge" and results["judge"]["pairs"] == 400
+    cells = results["cells"]["judge"]
+    assert cells["data's answer"]["value"] > max(cells["base"]["value"], cells["always refuse"]["value"])
 
 
 def test_seeds_of_one_system(tmp_path, settings, adapters, micro_folder):

@@ -224,8 +224,9 @@ def test_the_tokenizer_is_read_once(compared):
 def test_the_comparison_names_all_arms(compared):
     out, _, result = compared
     results = json.loads((out / "comparison" / "results.json").read_text())
-    assert result["headline"] == "judge" == results["headline"]
-    assert results["systems"] == ["base", "sft", "rl", "staged"] and len(results["pairs"]["judge"]) == 6
+    assert result["headline"] == "reward" == results["headline"]
+    assert results["systems"] == ["base", "sft", "rl", "staged"] and len(results["pairs"]["reward"]) == 6
+    assert results["judge"]["pairs"] == 10 and not results["gate"]["passed"]  # so few pairs teach and show nothing
     kl = results["cells"]["kl_reference"]  # RL from the base was held to the base, staged to the end of its SFT
     assert list(kl) == ["rl", "staged"] and kl["rl"]["value"] == results["cells"]["kl_base"]["rl"]["value"] > 0
     assert 0 < kl["staged"]["value"] != results["cells"]["kl_base"]["staged"]["value"]
@@ -239,7 +240,7 @@ def test_started_again_it_trains_nothing(compared):
     before = {name: checks.snapshot(out / name) for name in ("reward", "judge", "sft", "rl", "staged-sft", "staged-rl")}
     status, text, err = run(out.parent, argv)
     assert status == 0, err
-    assert text.count("finished before") == 6 and text.count("answered before") == 5
+    assert text.count("finished before") == 6 and text.count("answered before") == 7
     assert before == {name: checks.snapshot(out / name) for name in before}
     assert json.loads(text.partition("RESULT ")[2])["cells"] == result["cells"]
 

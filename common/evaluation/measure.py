@@ -77,6 +77,7 @@ def text_lines(task, items, answers, tokenizer, scorers):
         {
             "id": record["id"],
             "prompt": dialogue(record["prompt"]),
+            "reference": record["reference"] or record["response"],
             "answer": text,
             "tokens": len(ids),
             "stopped": bool(ids) and ids[-1] in chat.STOP_TOKENS,

@@ -23,6 +23,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 BY = {"judge": "the judge", "reward": "the optimised reward", "loss_per_byte": "the loss", "bleu": "BLEU"}
 ROWS = 8  # of the first table
 SHOWN = 6  # items in report.md; report.html has all
+REASONS = 2  # why a judge was not good enough; results.json has all
 
 
 def write(folder, results, curves, items=()):
@@ -75,12 +76,27 @@ def next_steps(results):
     trained = [values[system] for system in results["systems"] if system in values]
     if free and better and max(values[floor] for floor in free) > max(trained, default=0):
         steps.append(f"{free[-1]}, picked by the reward, scores above every system without training: ask what it adds")
+    if not (results.get("gate") or {"passed": True})["passed"]:
+        steps.append("train the judge on more pairs (train_reward.py), or ask people (--human_eval)")
     if len(results["systems"]) > 1 and max(results.get("seeds", {"": 1}).values()) == 1:
         steps.append(
             "one seed may mislead: train again with --seed 1 and --seed 2, each with a --logging.run_name of its own, "
             "and give evaluate.py all of them under the same NAME"
         )
     return [f"Next: {step}." for step in steps]
+
+
+def instrument(results):
+    """What the judge was worth, where there is one: a sentence, by common.evaluation.gate."""
+    gate = results.get("gate")
+    if not gate:
+        return []
+    if gate["passed"]:
+        return [f"The judge was good enough: it won all {len(gate['checks'])} comparisons that it had to."]
+    why, more = "; ".join(gate["reasons"][:REASONS]), len(gate["reasons"]) - REASONS
+    why += f"; and {more} more" if more > 0 else ""
+    name = BY.get(results["headline"], results["headline"])
+    return [f"The judge was not good enough, so its scores are not shown and the verdicts go by {name}: {why}."]
 
 
 # ---------------------------------------------------------------- numbers and texts
@@ -252,6 +268,7 @@ def contents(results, items):
         "verdicts": pair_verdicts(results),
         "certainty": certainty(results),
         "next_steps": next_steps(results),
+        "instrument": instrument(results),
         "marks": {(name, pair["a"]): pair["verdict"] for name in metrics for pair in pairs[name] if pair["b"] == base},
         "compared": list(dict.fromkeys((pair["a"], pair["b"]) for rows in pairs.values() for pair in rows)),
         "seeded": [

@@ -60,11 +60,12 @@ def _build(target, build):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def records(path: Path, name: str, make: Callable[[], list], needed: bool = False) -> list:
+def records(path: Path, name: str, make: Callable[[], list], needed: bool = False, head: dict | None = None) -> list:
     """The list of records (JSON) that make() returns, from the file `path` where it was left under the same `name`.
 
     make() runs on all ranks together or on none, and returns the same on each; the main rank writes. A damaged file is
-    made anew, and said. Where it cannot be written that is a warning, unless the file is `needed`.
+    made anew, and said. Where it cannot be written that is a warning, unless the file is `needed`. head: what the first
+    line says beside the name and the hash.
     """
     kept = _read(path, name) if dist.is_main() else None
     if dist.any_rank(kept is not None):
@@ -72,7 +73,7 @@ def records(path: Path, name: str, make: Callable[[], list], needed: bool = Fals
     made = make()
     if dist.is_main():
         try:
-            _write(path, [{"key": name, "sha256": _digest(made)}, *made])
+            _write(path, [{"key": name, "sha256": _digest(made)} | (head or {}), *made])
         except (OSError, UserError) as error:
             if needed:
                 raise
