@@ -12,6 +12,7 @@ stand floors, and the best of BEST_OF answers of the one named `base`. Left out:
     python evaluate.py --task conala --checkpoints base=FILE.gguf sft=outputs/conala/final
     python evaluate.py --checkpoints base=tiny sft=outputs/a/sft/final sft=outputs/b/sft/final --debug     two seeds
     python evaluate.py --checkpoints ... --human_eval            also writes the blind sheets for human raters
+    python evaluate.py --items RUN/items/*.jsonl OTHER/items/*.jsonl.gz      compares what was recorded, without a model
     python evaluate.py --export DIR --checkpoints sft=outputs/RUN/final      merged, checked against the adapter
     python evaluate.py --human_results RATINGS.csv ... --logging.run_name RUN                  reads what they answered
 Run the same command again to go on: systems whose answers are there already are not asked again.
@@ -61,6 +62,15 @@ JOBS = (
             "metavar": "DIR",
             "type": config.expand_home,
             "help": "merge the one checkpoint into a plain model, checked on test prompts",
+        },
+    ),
+    (
+        "--items",
+        {
+            "nargs": "+",
+            "metavar": "FILE",
+            "type": config.expand_home,
+            "help": "compare these of items/, without models",
         },
     ),
     ("--human_eval", {"action": "store_true", "help": "write human_eval.csv, blind, and its key"}),
@@ -347,6 +357,8 @@ def main(argv=None):
         return write_export(cfg, job)
     if job.human_results:
         return human_results(out, job.human_results, cfg.evaluation.draws)
+    if job.items:
+        return compare_items(cfg, job, out)
     if not job.checkpoints:
         raise UserError("--checkpoints: name what to compare, as base=CHECKPOINT sft=CHECKPOINT ...")
     metrics.require(cfg.task)
@@ -441,6 +453,15 @@ def reliability(judge):
     """What the report of its own run says of a reward model's probabilities, [] where there is none."""
     path = Path(judge).resolve().parent / "report.json"
     return json.loads(path.read_text(encoding="utf-8")).get("reliability", []) if path.is_file() else []
+
+
+def compare_items(cfg, job, out):
+    """Compare answers that were recorded before, without any model."""
+    if job.checkpoints or job.human_eval:
+        raise UserError("--items compares what was recorded, and does nothing beside it: leave out the other flags")
+    recordings = results.read(job.items)
+    log.on_exit(checkpoint.lock_run(out).release)
+    return conclude(out, recordings, cfg.evaluation.draws, {}, {})
 
 
 def write_sheets(sheet, task, items, runs_by_system):

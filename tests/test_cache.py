@@ -1,5 +1,6 @@
 """What is costly to make: kept to the bit under its name, made anew where the code changed or the file is damaged."""
 
+import gzip
 import json
 
 import pytest
@@ -87,3 +88,18 @@ def test_a_filled_cache_is_read_without_a_lock(tmp_path, monkeypatch):
     assert cache.build_once(folder, lambda folder: pytest.fail("built again")) == folder
     with pytest.raises(UserError, match=r"other cannot be written \(Permission denied\): set GEMMA_ALIGNMENT_CACHE"):
         cache.build_once(folder.with_name("other"), lambda folder: (folder / "a").touch())
+
+
+def test_what_was_kept_is_read_with_its_head(tmp_path):
+    path, packed = tmp_path / "kept.jsonl", tmp_path / "kept.jsonl.gz"
+    cache.records(path, "one", lambda: ROWS, head={"of": "rows", "facts": [1]})
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for file in (path, packed):
+        head, rows = cache.read(file)
+        assert rows == ROWS and (head["key"], head["of"], head["facts"]) == ("one", "rows", [1])
+    assert cache.records(path, "one", list) == ROWS
+    path.write_text(path.read_text().replace("e+300", "e+200"))
+    packed.write_bytes(packed.read_bytes()[:-9])
+    for file in (path, packed, tmp_path / "absent"):
+        with pytest.raises(UserError, match=f"{file.name} cannot be read"):
+            cache.read(file)

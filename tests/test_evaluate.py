@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -147,6 +148,37 @@ def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):
     changed = [word for word in changed if not str(word).startswith(("sft=", "rl=", "--human"))]
     status, out, err = run(tmp_path, changed)
     assert status == 0 and "answered before" not in out, err
+
+
+def test_recorded_items_are_compared_without_a_model(tmp_path, done):
+    """The files alone, some packed, give the same tables; other items, other decoding or a wrong file are refused."""
+    folder, _, result = done
+    files = []
+    for path in sorted((folder / "items").iterdir(), key=lambda path: not path.name.startswith("base-0")):
+        files.append(tmp_path / path.name)
+        files[-1].write_bytes(path.read_bytes())
+        if path.name.startswith("sft"):
+            files[-1] = tmp_path / f"{path.name}.gz"
+            files[-1].write_bytes(gzip.compress(path.read_bytes()))
+    flags = ["--logging.output_dir", tmp_path, "--logging.run_name", "again", "--evaluation.draws", 200]
+
+    def body(main, argv):
+        model.load = None  # no model is wanted
+        processes.call(main, argv)
+
+    again = train(tmp_path, [*flags, "--items", *files], body)
+    assert {name: row["sft"] for name, row in again["cells"].items()} == {
+        name: row["sft"] for name, row in result["cells"].items()
+    }
+    tables, before = (json.loads((out / "results.json").read_text()) for out in (tmp_path / "again", folder))
+    assert tables["gate"] == before["gate"] and tables["wins"] == before["wins"] and tables["notes"] == before["notes"]
+    assert (tmp_path / "again" / "report.html").read_text().count("<article") == 12
+    other = tmp_path / "other.jsonl"
+    head, *rows = files[0].read_text().splitlines(keepends=True)
+    other.write_text("".join([head.replace('"max_new_tokens": 10', '"max_new_tokens": 9'), *rows]))
+    refused(tmp_path, [*flags, "--items", files[0], other], "other.jsonl cannot be compared", "max_new_tokens 10 -> 9")
+    refused(tmp_path, [*flags, "--items", tmp_path / "nowhere.jsonl"], "nowhere.jsonl")
+    refused(tmp_path, [*flags, "--items", files[0], "--human_eval"], "--items")
 
 
 def test_a_judge_that_learned_is_good_enough(tmp_path, tiny_folder):

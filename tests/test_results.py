@@ -1,9 +1,13 @@
-"""Recordings: tables of them, with and without a judge that is good enough."""
+"""Recordings: tables of them, with and without a judge that is good enough; what may not be compared is refused."""
+
+import gzip
 
 import numpy as np
 import pytest
 
 from common.evaluation import report, results
+from common.log import UserError
+from common.runtime import cache
 from tests.test_comparison import system
 from tests.test_gate import counts_words, knows, made_pairs
 
@@ -77,3 +81,71 @@ def test_without_its_pairs_a_judge_was_not_checked():
     tables = results.build([of_system("base", -3.0, cost={}), of_system("sft", 1.0, 1)], 200)
     assert not tables["gate"]["passed"] and tables["headline"] == "reward" and tables["judge"] is None
     assert "too few" in tables["gate"]["reasons"][0]
+
+
+# ---------------------------------------------------------------- files
+
+
+def write(folder, recording, name, packed=False, **facts):
+    path = folder / f"{name}.jsonl"
+    head = recording.head | {"facts": FACTS | facts}
+    cache.records(path, head["key"], lambda: recording.rows, needed=True, head=head)
+    if not packed:
+        return path
+    (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    return folder / f"{name}.jsonl.gz"
+
+
+def test_files_are_read_whole_and_each_once(tmp_path):
+    sft = [of_system("sft", shift, seed) for seed, shift in ((1, 1.0), (2, 1.1))]
+    paths = [write(tmp_path, sft[0], "a"), write(tmp_path, sft[1], "b", packed=True)]
+    paths.append(write(tmp_path, of_system("base", -3.0, cost={}), "base"))
+    judges = [write(tmp_path, of_judge(knows), name) for name in ("judge-0", "judge-1")]
+    read = results.read([*paths, *judges, paths[0]])
+    assert [(one.head["of"], one.head.get("name")) for one in read] == [
+        ("system", "sft"),
+        ("system", "sft"),
+        ("system", "base"),
+        ("judge", None),
+    ]
+    assert read[1].rows == sft[1].rows
+    assert results.build(read, 100)["seeds"] == {"sft": 2, "base": 1}
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"items": "others"}, "it answers other items"),
+        ({"temperature": 1.0}, "temperature 1.0 -> 0.0"),
+        ({"code": "newer"}, "another version of the code scored it"),
+        ({"items": "others", "seed": 3}, "it answers other items, seed 3 -> 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, facts, words):
+    paths = [write(tmp_path, of_system("a", 0.0), "a", **facts), write(tmp_path, of_system("b", 1.0, 1), "b")]
+    with pytest.raises(UserError, match=words) as refusal:
+        results.read(paths)
+    assert str(refusal.value).startswith(f"--items: {paths[1]} cannot be compared with {paths[0]}: ")
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    path = write(tmp_path, of_system("a", 0.0), "a")
+    damaged, other, old = (tmp_path / name for name in ("damaged.jsonl", "other.jsonl", "old.jsonl"))
+    damaged.write_text(path.read_text().replace('"item-3"', '"item-4"'))
+    other.write_text("hello\n")
+    cache.records(old, "key", lambda: [{"id": 1}])
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(path.read_bytes())[:-30])
+    for wrong, words in (
+        (damaged, "cannot be read"),
+        (other, "cannot be read"),
+        (cut, "cannot be read"),
+        (tmp_path / "none", "No such file"),
+        (old, "evaluate anew"),
+        (write(tmp_path, of_judge(knows), "judge"), "none of these files holds a system's answers"),
+    ):
+        with pytest.raises(UserError, match=words):
+            results.read([wrong])
+    seeds = [of_system("a", 0.0, 0), of_system("a", 0.0, 1), *(of_system("b", 1.0, seed) for seed in (0, 1, 2))]
+    with pytest.raises(UserError, match=r"\[2, 3\] seeds"):
+        results.read([write(tmp_path, one, f"s{i}") for i, one in enumerate(seeds)])

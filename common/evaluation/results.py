@@ -11,11 +11,14 @@ All have "key", a hash of all that decides the rows, and "facts": what must be e
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from common import stats, tasks
 from common.evaluation import comparison, gate, metrics
+from common.log import UserError
+from common.runtime import cache
 
 DECODING = ("max_new_tokens", "temperature", "top_p", "samples", "metric")  # of section evaluation
 DATA = "data's answer"  # the floor that is none: what the data has for an answer
@@ -27,6 +30,34 @@ class Recording:
 
     head: dict
     rows: list
+
+
+def read(paths):
+    """The recordings in these files, each once. UserError where they cannot be compared, or none is of a system."""
+    recordings, first = {}, None
+    for path in map(Path, paths):
+        head, rows = cache.read(path)
+        if not {"of", "key", "facts"} <= head.keys():
+            raise UserError(f"--items: {path} is of a version that did not say what it answers: evaluate anew")
+        first = first or (path, head["facts"])
+        if head["facts"] != first[1]:
+            raise UserError(f"--items: {path} cannot be compared with {first[0]}: {other(head['facts'], first[1])}")
+        own = head["key"] if head["of"] == "system" else head["of"]  # floors and judge may lie beside every system
+        recordings.setdefault(own, Recording(head, rows))
+    if not any(recording.head["of"] == "system" for recording in recordings.values()):
+        raise UserError("--items: none of these files holds a system's answers")
+    counts = {len(runs) for runs in runs_by_system(recordings.values()).values()} - {1}
+    if len(counts) > 1:
+        raise UserError(f"--items: systems have {sorted(counts)} seeds; give each of them one, or equally many")
+    return list(recordings.values())
+
+
+def other(facts, first):
+    """What differs between the facts of two files, in words."""
+    words = {"items": "it answers other items", "code": "another version of the code scored it"}
+    words |= {"base": "its KL is to another base", "scorers": "other reward models or settings scored it"}
+    names = [name for name in {**first, **facts} if facts.get(name) != first.get(name)]
+    return ", ".join(words.get(name, f"{name} {first.get(name)} -> {facts.get(name)}") for name in names)
 
 
 def runs_by_system(recordings):

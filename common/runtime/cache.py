@@ -1,9 +1,11 @@
 """What is costly to make, kept for later runs under a hash of all that decides it, written whole or not at all."""
 
+import gzip
 import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,8 @@ from filelock import FileLock
 from common import dist, log
 from common.log import UserError, say, warn
 from common.runtime.checkpoint import fsync
+
+GZIP = b"\x1f\x8b"  # how such a file begins
 
 
 def root() -> Path:
@@ -65,7 +69,7 @@ def records(path: Path, name: str, make: Callable[[], list], needed: bool = Fals
 
     make() runs on all ranks together or on none, and returns the same on each; the main rank writes. A damaged file is
     made anew, and said. Where it cannot be written that is a warning, unless the file is `needed`. head: what the first
-    line says beside the name and the hash.
+    line says beside the name and the hash, for `read`.
     """
     kept = _read(path, name) if dist.is_main() else None
     if dist.any_rank(kept is not None):
@@ -79,6 +83,20 @@ def records(path: Path, name: str, make: Callable[[], list], needed: bool = Fals
                 raise
             warn(f"not kept for the next run: {error}")
     return made
+
+
+def read(path: Path) -> tuple[dict, list]:
+    """(head, records) of a file that `records` wrote, packed by gzip or not. UserError where it is none, or damaged."""
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content.startswith(GZIP) else content
+        head, *rows = [json.loads(line) for line in content.splitlines()]
+        if head["sha256"] != _digest(rows):
+            raise ValueError("its lines are not those of its first one")
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path} cannot be read: no whole file of recorded answers ({reason})") from error
+    return head, rows
 
 
 def _write(path, rows):
