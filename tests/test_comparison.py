@@ -158,3 +158,7 @@ def test_history_cost_and_curve_follow_the_stages(tmp_path):
     curve = comparison.curve(runs)
     assert [record["tokens_seen"] for record in curve] == [0, 10, 20, 20, 50, 80]
     assert [record["stage"] for record in curve] == ["sft"] * 3 + ["rl"] * 3
+    assert cost["flops"] is None  # neither run counted them
+    counting = runs[1] / "metrics.jsonl"
+    counting.write_text("".join(json.dumps({"tokens_seen": n, "flops_seen": 1e9 * n}) + "\n" for n in (30, 60)))
+    assert comparison.cost(runs)["flops"] is None and comparison.cost(runs[1:])["flops"] == 6e10

@@ -46,7 +46,7 @@ def found():
         sign = -1 if pair["a"] == "base" else 1
         if holm < 0.05:
             pair |= {"difference": sign * 0.5, "low": sign * 0.5 - 0.2, "high": sign * 0.5 + 0.2, "p_holm": holm}
-    stage = {"name": "sft", "tokens": 1234, "seconds": 20.0, "peak_memory_gb": 1.5}
+    stage = {"name": "sft", "tokens": 1234, "flops": 3.21e12, "seconds": 20.0, "peak_memory_gb": 1.5}
     return {
         "task": "safety", "items": 40, "draws": 500, "systems": SYSTEMS, "seeds": dict.fromkeys(SYSTEMS, 1),
         "metrics": METRICS, "headline": "judge", "cells": cells, "floors": ["always refuse"], "pairs": pairs,
@@ -283,8 +283,8 @@ def test_the_first_table_has_at_most_eight_rows(tmp_path):
 def test_missing_is_never_zero(whole):
     markdown = whole[1]
     cost = markdown[markdown.index("## Cost") :].split("\n\n!")[0]
-    assert "| base | – | – | – | – |" in cost
-    assert "| staged: sft | 1,234 | 20 | 1.50 | – |" in cost
+    assert "| base | – | – | – | – | – |" in cost
+    assert "| staged: sft | 1,234 | 3.2 | 20 | 1.50 | – |" in cost and "| staged | 2,468 | – | 40 |" in cost
     assert "| sft - base | judge | 25 | 2 | 13 | 0.650 | [0.500, 0.780] | – |" in markdown
     assert "**base** (0.50)" in markdown and "**sft** (–)" in markdown
 
@@ -333,7 +333,7 @@ def test_hostile_text_breaks_neither_file(tmp_path):
     assert not {"iframe", "link", "a", "object", "blockquote", "form", "base"} & set(page.tags)
     own = {name: (report.TEMPLATES / name).read_text() for name in ("report.js", "report.css")}
     assert page.tags.count("script") == 1 and "".join(page.scripts) == own["report.js"]
-    assert page.tags.count("img") == 3
+    assert page.tags.count("img") == 4
     assert all(v.startswith("data:image/png;base64,") for k, v in page.attributes if k == "src")
     assert not [(k, v) for k, v in page.attributes if k != "src" and ("//" in v or k.startswith("on") or k == "href")]
     assert "url(" not in text and "@import" not in text

@@ -83,6 +83,14 @@ def test_without_its_pairs_a_judge_was_not_checked():
     assert "too few" in tables["gate"]["reasons"][0]
 
 
+def test_unequal_costs_are_said_with_all_units():
+    cheap = COST | {"flops": 1e12}
+    tables = results.build([of_system("sft", 1.0), of_system("rl", 2.0, 1, cheap)], 200)
+    assert "sft 1,000 tokens, 2.0 TFLOP, 3 s; rl 1,000 tokens, 1.0 TFLOP, 3 s" in " ".join(tables["notes"])
+    unknown = results.build([of_system("sft", 1.0), of_system("rl", 2.0, 1, COST | {"flops": None})], 200)
+    assert not any("did not cost the same" in note for note in unknown["notes"])
+
+
 # ---------------------------------------------------------------- files
 
 

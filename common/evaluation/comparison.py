@@ -103,15 +103,20 @@ def history(source):
 
 
 def cost(runs):
-    """{"tokens" (trained and sampled), "seconds" of steps, "peak_memory_gb", "stages"} of a system's run folders."""
+    """{"tokens" (trained and sampled), "flops", "seconds" of steps, "peak_memory_gb", "stages"} of a system's runs.
+
+    flops: of common/runtime/flops.py, as the runs counted them; None where one of them did not.
+    """
     stages = []
     for run in runs:
         records = log.read_records(run / "metrics.jsonl")
-        tokens = int(max((record.get("tokens_seen") or 0) for record in records))
-        seconds = sum(record.get("seconds") or 0.0 for record in records)
-        stages.append({"name": run.name, "tokens": tokens, "seconds": seconds, "peak_memory_gb": _peak(records)})
-    tokens, seconds = (sum(stage[key] for stage in stages) for key in ("tokens", "seconds"))
-    total = {"tokens": tokens, "seconds": seconds, "peak_memory_gb": _peak(stages), "stages": stages}
+        flops = max((record["flops_seen"] for record in records if record.get("flops_seen")), default=None)
+        stage = {"name": run.name, "tokens": int(max((record.get("tokens_seen") or 0) for record in records))}
+        stage |= {"flops": flops, "seconds": sum(record.get("seconds") or 0.0 for record in records)}
+        stages.append(stage | {"peak_memory_gb": _peak(records)})
+    total = {key: sum(stage[key] for stage in stages) for key in ("tokens", "seconds")}
+    counted = [stage["flops"] for stage in stages]
+    total |= {"flops": None if None in counted else sum(counted), "peak_memory_gb": _peak(stages), "stages": stages}
     return total if stages else {}
 
 

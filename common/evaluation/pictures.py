@@ -31,8 +31,10 @@ LEARNING = {
     "KL to the reference (nats per token)": ("kl",),
     "length of an answer (tokens)": ("length",),
 }
+COSTS = {"tokens": "tokens, trained and sampled", "flops": "FLOPs by formula", "seconds": "seconds of steps"}
 ALTS = {
     "differences.png": "Differences between the systems in each metric with 95 % intervals; filled: significant.",
+    "cost.png": "The headline metric over what training cost, with 95 % intervals.",
     "frontier.png": "Reward and judge's score over the square root of the KL to the base, both with 95 % intervals.",
     "curves.png": "Learning curves of all arms over the tokens seen in training, one line for each stage.",
     "reliability.png": "How often the judge is right on its val pairs, over how sure it says it is.",
@@ -87,6 +89,39 @@ def differences(results, curves, styles):
     return figure
 
 
+def bars(cell, scale):
+    """The interval as lengths to both sides, where there is one."""
+    if not measured(cell, "low") or not measured(cell, "high"):
+        return None
+    low, middle, high = (scale(cell[key]) for key in ("low", "value", "high"))
+    return [[max(0, middle - low)], [max(0, high - middle)]]
+
+
+def cost(results, curves, styles):
+    """What was gained for what training cost: the headline over tokens, FLOPs and seconds; the base cost nothing."""
+    from matplotlib.ticker import EngFormatter
+
+    cells, spent = results["cells"].get(results["headline"], {}), results.get("cost", {})
+    names = [name for name in results["systems"] if measured(cells.get(name))]
+    panels = {}
+    for unit, title in COSTS.items():
+        values = {name: spent[name][unit] for name in names if measured(spent.get(name), unit)}
+        if values:
+            panels[title] = values | {name: 0 for name in names if name == "base" and not spent.get(name)}
+    if not panels:
+        return None
+    figure, axes = log.panels_of(len(panels), 3, (2.8, 3.2))
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        for name, value in values.items():
+            colour, marker, _ = styles[name]
+            lengths = bars(cells[name], float)
+            axis.errorbar(value, cells[name]["value"], yerr=lengths, color=colour, marker=marker, alpha=0.9)
+        axis.set(title=results["headline"], xlabel=title)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    legend(figure, names, styles)
+    return figure
+
+
 def frontier(results, curves, styles):
     """What was gained for how far the policy moved: reward and judge over the square root of the KL to the base."""
     cells = results["cells"]
@@ -94,13 +129,6 @@ def frontier(results, curves, styles):
     panels = [key for key in ("reward", "judge") if any(measured(cells.get(key, {}).get(name)) for name in distances)]
     if not panels:
         return None
-
-    def bars(cell, scale):
-        """The interval as lengths to both sides, where there is one."""
-        if not measured(cell, "low") or not measured(cell, "high"):
-            return None
-        low, middle, high = (scale(cell[key]) for key in ("low", "value", "high"))
-        return [[max(0, middle - low)], [max(0, high - middle)]]
 
     def root(kl):
         return math.sqrt(max(kl, 0))
@@ -169,6 +197,7 @@ def reliability(results, curves, styles):
 
 DRAWERS = {
     "differences.png": differences,
+    "cost.png": cost,
     "frontier.png": frontier,
     "curves.png": learning,
     "reliability.png": reliability,

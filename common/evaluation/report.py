@@ -46,7 +46,7 @@ def write(folder, results, curves, items=()):
     for name in drawn:
         inline[name] = base64.b64encode((folder / name).read_bytes()).decode()
     for name, escape in (("report.md", markdown), ("report.html", visible)):
-        filters = {"number": shown, "interval": interval, "difference": difference, "code": code}
+        filters = {"number": shown, "tera": tera, "interval": interval, "difference": difference, "code": code}
         text = log.templates(TEMPLATES, escape, **filters).get_template(name).render(shared, inline=inline)
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in ("report.md", "report.html", *drawn)]
@@ -110,6 +110,11 @@ def finite(value):
 def shown(value, digits=3, sign=""):
     """A number with its digits, or – where there is none; `sign` "+" shows both signs. Never "-0"."""
     return f"{value:{sign}z,.{digits}f}" if isinstance(value, (int, float)) and math.isfinite(value) else "–"
+
+
+def tera(value):
+    """A large number in units of 10^12."""
+    return shown(None if value is None else value / 1e12, 1)
 
 
 def width(entry):

@@ -147,11 +147,11 @@ def remarks(recordings, floors):
     """What a reader of the tables should know, in sentences."""
     heads = [recording.head for recording in recordings if recording.head["of"] == "system"]
     facts, firsts = heads[0]["facts"], first_seeds(recordings)
-    spent = {name: recording.head["cost"]["tokens"] for name, recording in firsts.items() if recording.head["cost"]}
+    spent = {name: recording.head["cost"] for name, recording in firsts.items() if recording.head["cost"]}
     said = list(dict.fromkeys(note for head in heads for note in head["notes"]))
-    if spent and max(spent.values()) > 1.05 * min(spent.values()):
-        tokens = ", ".join(f"{name} {count:,} tokens" for name, count in spent.items())
-        said.append(f"The systems did not cost the same: {tokens}.")
+    if spent and any(unequal([cost[unit] for cost in spent.values()]) for unit in ("tokens", "flops")):
+        costs = "; ".join(f"{name} {in_words(cost)}" for name, cost in spent.items())
+        said.append(f"The systems did not cost the same: {costs}.")
     if any(head["four_bit"] for head in heads):
         names = ", ".join(dict.fromkeys(head["name"] for head in heads if head["four_bit"]))
         said.append(
@@ -170,6 +170,17 @@ def remarks(recordings, floors):
     if any(name.endswith("(oracle)") for name in floors):
         said.append("The best of several answers was picked by a reward that reads the reference: an upper bound.")
     return said
+
+
+def unequal(costs):
+    """Do these differ by more than 5 %? None is not known."""
+    known = [cost for cost in costs if cost is not None]
+    return bool(known) and max(known) > 1.05 * min(known)
+
+
+def in_words(cost):
+    flops = "" if cost["flops"] is None else f"{cost['flops'] / 1e12:,.1f} TFLOP, "
+    return f"{cost['tokens']:,} tokens, {flops}{cost['seconds']:,.0f} s"
 
 
 def side_by_side(runs, score):
