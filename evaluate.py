@@ -46,7 +46,7 @@ from common import (
     rollouts,
     tasks,
 )
-from common.evaluation import comparison, export, gate, measure, metrics, report, results
+from common.evaluation import comparison, drift, export, gate, measure, metrics, report, results
 from common.human import analysis, manifest, ratings
 from common.human import report as human_report
 from common.log import UserError, command, say
@@ -80,9 +80,9 @@ JOBS = (
     ),
 )
 BEST_OF = 4
-SOURCES = (chat, data, decoder, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
+SOURCES = (chat, data, decoder, drift, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
 SOURCES += (functions, numbers, products, rewards, rollouts, text)  # what decides an answer and its scores
-SCORING = (functions, gate, measure, metrics, numbers, reward_model, rewards, text)  # the scores alone
+SCORING = (drift, functions, gate, measure, metrics, numbers, reward_model, rewards, text)  # the scores alone
 
 
 @dataclass
@@ -151,20 +151,28 @@ def evaluate(net, tokenizer, records, cfg, scorers=None, others=None):
     metrics.require(cfg.task)
     longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
     items, _ = measure.items(records, tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
-    lines, speed = ask(net, tokenizer, items, cfg, scorers or {}, others or {})
-    known = metrics.table(cfg.task, cfg.evaluation.samples, cfg.evaluation.metric)
+    other_tasks = drift.load_others(cfg)
+    lines, speed = ask(net, tokenizer, items, cfg, scorers or {}, others or {}, other_tasks)
+    known = metrics.table(cfg.task, cfg.evaluation.samples, cfg.evaluation.metric, other_tasks)
     cells = comparison.cells({"": [lines]}, known, cfg.evaluation.draws)
     return {"metrics": {name: row[""] for name, row in cells.items()}, "lines": lines, "speed": speed}
 
 
-def ask(net, tokenizer, items, cfg, scorers, others):
-    """One answer of `net` to each item -> (lines with all statistics, sampled tokens per second)."""
+def ask(net, tokenizer, items, cfg, scorers, others, other_tasks):
+    """One answer of `net` to each item -> (lines with all statistics, sampled tokens per second).
+
+    other_tasks: {name: held-out records}, on which the loss is measured.
+    """
     net.eval()
     settings = vars(cfg.evaluation) | {"seed": cfg.seed}
     answers, speed = measure.generate(net, items, settings)
     answers = [group[0] for group in answers]
     lines = measure.text_lines(cfg.task, items, answers, tokenizer, scorers)
-    more = measure.model_stats(net, others, items, answers, tokenizer, cfg.training.max_seq_length)
+    limit = cfg.training.max_seq_length
+    more = measure.model_stats(net, others, items, answers, tokenizer, limit)
+    more |= drift.losses_on(net, other_tasks, tokenizer, limit, len(items))
+    if cfg.evaluation.drift and "kl_base" in others:
+        more |= drift.kl_both_ways(net, others["kl_base"][0], items, answers, tokenizer, limit)
     if cfg.evaluation.samples > 1:
         several, _ = measure.generate(net, items, settings, cfg.evaluation.samples)
         texts = [[chat.decode(tokenizer, ids) for ids in group] for group in several]
@@ -314,7 +322,7 @@ def trained_scorer(bare, settings, *name):
     return reward_model.scorer(net, bare.tokenizer, settings, bare.fingerprint, measure.TOKENS_PER_PASS, *name)
 
 
-def answer(system, bare, items, cfg, scorers):
+def answer(system, bare, items, cfg, scorers, other_tasks):
     """The lines of a system: its answers with all statistics, and how fast they were sampled."""
     if system.is_whole:
         net = model.load(system.folder, bare.device, bare.dtype, quantize=system.four_bit)[0]
@@ -333,7 +341,7 @@ def answer(system, bare, items, cfg, scorers):
     if adapter:
         model.load_adapter(net, adapter, system.adapter, trainable=False)
     with lora.using(net, adapter):
-        lines, speed = ask(net, bare.tokenizer, items, cfg, scorers, others)
+        lines, speed = ask(net, bare.tokenizer, items, cfg, scorers, others, other_tasks)
     return [line | {"tokens_per_second": speed} for line in lines]
 
 
@@ -379,6 +387,7 @@ def main(argv=None):
     items, counts = measure.items(records, bare.tokenizer, longest, cfg.evaluation.max_items, cfg.seed)
     log.say_counts(cfg.evaluation.split, counts)
     scorers, scorer_facts, notes = make_scorers(cfg, bare)
+    other_tasks = drift.load_others(cfg)
     if dist.is_main():
         log.on_exit(checkpoint.lock_run(out).release)
     dist.barrier()
@@ -389,6 +398,8 @@ def main(argv=None):
     shared = [bare.fingerprint, base.tokenizer_fingerprint(base_folder), scorer_facts, resume.fingerprint(item_records)]
     shared += [tasks.fingerprint(task), decoding, cfg.seed, cfg.training.max_seq_length, str(bare.dtype)]
     facts = comparable_facts(cfg, bare, item_records, scorer_facts)
+    facts["other_tasks"] = {name: resume.fingerprint(rows) for name, rows in other_tasks.items()}
+    shared.append(facts["other_tasks"])
 
     def kept(name, key, head, make, *arguments):
         key = cache.key([shared, key], sys.modules[__name__], *SOURCES)
@@ -399,7 +410,7 @@ def main(argv=None):
         head = {"of": "system", "name": system.name, "four_bit": system.four_bit, "notes": notes}
         head["cost"] = comparison.cost(system.runs)
         name = f"{system.name}-{system.seed}"
-        recordings.append(kept(name, system.weights_key, head, answer, system, bare, items, cfg, scorers))
+        recordings.append(kept(name, system.weights_key, head, answer, system, bare, items, cfg, scorers, other_tasks))
     head = {"of": "floors", "cost": cost_of_model(cfg.reward.checkpoint)}
     recordings.append(kept("floors", ["floors"], head, fixed_answers, bare.tokenizer, items, cfg, scorers))
     if "reward" in scorers and any((system.name, system.adapter) == ("base", None) for system in systems):

@@ -199,6 +199,19 @@ def test_a_judge_that_learned_is_good_enough(tmp_path, tiny_folder):
     assert cells["data's answer"]["value"] > max(cells["base"]["value"], cells["always refuse"]["value"])
 
 
+def test_drift_and_what_was_forgotten(tmp_path, settings, adapters, micro_folder):
+    systems = ["--checkpoints", f"base={micro_folder}", f"sft={adapters[0]}"]
+    more = ["--evaluation.drift", "true", "--evaluation.other_tasks", "clinical,conala"]
+    cells = train(tmp_path, [*settings(tmp_path, *systems), *more])["cells"]
+    for name in ("kl_forward", "kl_reverse", "kl_base_forward"):
+        assert cells[name]["base"]["value"] == 0 < cells[name]["sft"]["value"]
+    for name in ("loss_on_clinical", "loss_on_conala"):
+        assert cells[name]["base"]["n"] == 12 and cells[name]["base"]["value"] != cells[name]["sft"]["value"]
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "## Forgetting" in text and "loss\\_on\\_clinical" in text
+    refused(tmp_path, [*settings(tmp_path, *systems), "--evaluation.other_tasks", "safety"], "other_tasks: safety")
+
+
 def test_seeds_of_one_system(tmp_path, settings, adapters, micro_folder):
     argv = settings(tmp_path, "--checkpoints", f"base={micro_folder}", f"sft={adapters[0]}", f"sft={adapters[1]}")
     result = train(tmp_path, argv)

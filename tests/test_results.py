@@ -12,7 +12,7 @@ from tests.test_comparison import system
 from tests.test_gate import counts_words, knows, made_pairs
 
 FACTS = {"task": "safety", "items": "i", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8, "samples": 1}
-FACTS |= {"metric": None, "seed": 0, "code": "c", "scorers": {"judge": "j"}}
+FACTS |= {"metric": None, "drift": False, "other_tasks": {}, "seed": 0, "code": "c", "scorers": {"judge": "j"}}
 COST = {"tokens": 1000, "flops": 2e12, "seconds": 3.0, "peak_memory_gb": 1.0, "stages": []}
 
 

@@ -114,12 +114,9 @@ def model_stats(net, others, items, answers, tokenizer, limit):
     others: {"kl_base": (net, adapter), ...}, what the KL is taken to. limit: tokens of a row, as in training.
     """
     records = [item.record for item in items]
-    stats = _preferences(net, records, tokenizer, limit)
-    examples = [
-        {"ids": [*item.ids, *ids], "mask": [0] * len(item.ids) + [1] * len(ids)} for item, ids in zip(items, answers)
-    ]
-    sizes = [len(example["ids"]) for example in examples]
-    cuts = data.micro_batches(range(dist.rank(), len(items), dist.world_size()), sizes, TOKENS_PER_PASS)
+    stats = preferences(net, records, tokenizer, limit)
+    examples = own_answers(items, answers)
+    cuts = cuts_of(examples)
     for name, (frozen, adapter) in others.items():
         sums = dist.sum_tensor(model.exact_entropy_and_kl(net, frozen, adapter, examples, cuts)).numpy()
         stats[name] = sums[:, 1:]
@@ -128,15 +125,34 @@ def model_stats(net, others, items, answers, tokenizer, limit):
     return stats
 
 
-def _preferences(net, records, tokenizer, limit):
+def own_answers(items, answers):
+    """An example for each item: its prompt, then the answer (ids) that it got."""
+    return [
+        {"id": item.id, "ids": [*item.ids, *ids], "mask": [0] * len(item.ids) + [1] * len(ids)}
+        for item, ids in zip(items, answers, strict=True)
+    ]
+
+
+def data_answers(records, tokenizer, limit):
+    """An example for each record that has an answer: its reference, or else its response."""
+    answered = [record | {"response": record["reference"] or record["response"]} for record in records]
+    return data.encode_records(answered, tokenizer, limit, last_turn_only=True)[0]
+
+
+def cuts_of(examples):
+    """This rank's share of the examples, as lists of rows that go through the model together."""
+    sizes = [len(example["ids"]) for example in examples]
+    return data.micro_batches(range(dist.rank(), len(examples), dist.world_size()), sizes, TOKENS_PER_PASS)
+
+
+def preferences(net, records, tokenizer, limit):
     """Loss per byte of the data's answers and, where there are pairs, which of the two answers is more likely."""
     if any(record["rejected"] is not None for record in records):
         pairs, _ = data.encode_pairs(records, tokenizer, limit)
         rows = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
         names = [pair["id"] for pair in pairs]
     else:
-        answered = [record | {"response": record["reference"] or record["response"]} for record in records]
-        rows, _ = data.encode_records(answered, tokenizer, limit, last_turn_only=True)
+        rows = data_answers(records, tokenizer, limit)
         names = [row["id"] for row in rows]
     if not rows:
         return {}

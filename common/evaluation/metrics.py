@@ -49,6 +49,18 @@ ANY_TASK = {  # in the order of the tables, after the task's own
     "kl_reference": Metric(
         "KL to the policy that RL started from on own samples, nats per token", 0, "ratio", "Distance from the base"
     ),
+    "kl_base_forward": Metric(
+        "KL(base || policy) on own samples, nats per token", 0, "ratio", "Distance from the base"
+    ),
+    "kl_forward": Metric(
+        "KL(base || policy) on the data's answers, nats per token: said to predict forgetting",
+        better=0,
+        kind="ratio",
+        topic="Distance from the base",
+    ),
+    "kl_reverse": Metric(
+        "KL(policy || base) on the data's answers, nats per token", 0, "ratio", "Distance from the base"
+    ),
     "length": Metric("tokens per answer", 0, "mean", "Length and variety", digits=1),
     "stops": Metric(
         "share of answers that end by themselves",
@@ -79,10 +91,13 @@ ANY_TASK = {  # in the order of the tables, after the task's own
 }
 
 
-def table(task: str | tasks.Task, samples: int = 1, own: str | None = None) -> dict[str, Metric]:
+def table(
+    task: str | tasks.Task, samples: int = 1, own: str | None = None, others: Sequence[str] = ()
+) -> dict[str, Metric]:
     """{name: Metric} in the order of the tables: the task's own first.
 
-    samples: answers per item, for pass@k; own: file.py:name of the user's metric. UserError if its name is taken.
+    samples: answers per item, for pass@k; own: file.py:name of the user's metric; others: tasks on which the loss is
+    measured. UserError if a name is taken.
     """
     task, several = tasks.load(task), {}
     if taken := task.metrics.keys() & ANY_TASK.keys():
@@ -92,11 +107,22 @@ def table(task: str | tasks.Task, samples: int = 1, own: str | None = None) -> d
         several = {f"pass@{k}": Metric(what.format(k), 1, "mean", "Several answers") for k in range(1, samples + 1)}
         what = f"share of prompts whose most frequent answer of {samples} is right; ties count by their share"
         several["majority"] = Metric(what, 1, "mean", "Several answers")
-    known = task.metrics | ANY_TASK | several
+    known = task.metrics | ANY_TASK | several | {f"loss_on_{name}": elsewhere(name) for name in others}
     name = own.rpartition(":")[2] if own else None
     if name in known:
         raise UserError(f"evaluation.metric: {name} is the name of another metric: rename your function")
     return ({name: Metric(f"mean of {own}", 1, "mean")} if name else {}) | known
+
+
+def elsewhere(name: str) -> Metric:
+    """The loss on another task, that of this name."""
+    return Metric(
+        f"nats per byte of held-out answers of {name}, another task",
+        better=-1,
+        kind="ratio",
+        topic="Forgetting",
+        harm=f"has forgotten some of {name}: {{now}} nats per byte",
+    )
 
 
 def require(task: str | tasks.Task) -> None:

@@ -20,7 +20,7 @@ from common.evaluation import comparison, gate, metrics
 from common.log import UserError
 from common.runtime import cache
 
-DECODING = ("max_new_tokens", "temperature", "top_p", "samples", "metric")  # of section evaluation
+DECODING = ("max_new_tokens", "temperature", "top_p", "samples", "metric", "drift")  # of section evaluation
 DATA = "data's answer"  # the floor that is none: what the data has for an answer
 
 
@@ -56,6 +56,7 @@ def other(facts, first):
     """What differs between the facts of two files, in words."""
     words = {"items": "it answers other items", "code": "another version of the code scored it"}
     words |= {"base": "its KL is to another base", "scorers": "other reward models or settings scored it"}
+    words["other_tasks"] = "other tasks or data tell what was forgotten"
     names = [name for name in {**first, **facts} if facts.get(name) != first.get(name)]
     return ", ".join(words.get(name, f"{name} {first.get(name)} -> {facts.get(name)}") for name in names)
 
@@ -74,7 +75,7 @@ def build(recordings, draws):
     facts, by_kind = recordings[0].head["facts"], {recording.head["of"]: recording for recording in recordings}
     runs = runs_by_system(recordings)
     floors = {name: lines for kind in ("floors", "best") if kind in by_kind for name, lines in by_kind[kind].rows}
-    known = metrics.table(facts["task"], facts["samples"], facts["metric"])
+    known = metrics.table(facts["task"], facts["samples"], facts["metric"], facts["other_tasks"])
     table = comparison.cells(runs | {name: [lines] for name, lines in floors.items()}, known, draws)
     verdict = judged(by_kind, runs, draws) if "judge" in table else None
     if verdict and not verdict["passed"]:

@@ -31,7 +31,7 @@ FREE_TO_CHANGE = (
     *(f"training.{key}" for key in "epochs max_steps budget_tokens eval_interval save_interval keep_last".split()),
     *(f"training.{key}" for key in "patience timeout resume resume_changed micro_batch_tokens".split()),
     *("rl.max_steps", "logging.", "evaluation.reward_checkpoint"),
-    *("evaluation.samples", "evaluation.metric", "evaluation.split"),
+    *("evaluation.samples", "evaluation.metric", "evaluation.split", "evaluation.drift", "evaluation.other_tasks"),
 )
 # These change the updates from there on: training.resume_changed allows it. All others would make it another run.
 CHANGED_ON_REQUEST = (
