@@ -417,7 +417,7 @@ def main(argv=None):
         best = best_of, bare.net, bare.tokenizer, items, cfg, scorers
         recordings.append(kept("base-best", BEST_OF, {"of": "best"}, *best))
     if judge := cfg.evaluation.reward_checkpoint:
-        pairs = gate.held_out_records(items, records)
+        pairs = gate.held_out_records(items, records, cfg)
         head = {"of": "judge", "cost": cost_of_model(judge), "reliability": reliability(judge)}
         how = gate.score_pairs, scorers["judge"], pairs, bare.tokenizer, task, cfg.training.max_seq_length
         recordings.append(kept("judge", ["judge", resume.fingerprint(pairs)], head, *how))

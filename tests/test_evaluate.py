@@ -194,7 +194,7 @@ def test_a_judge_that_learned_is_good_enough(tmp_path, tiny_folder):
     result = train(tmp_path, [*where, *asked, "--reward.type", "heuristic", "--evaluation.max_items", 64])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["gate"]["passed"], results["gate"]
-    assert result["headline"] == "judge" and results["judge"]["pairs"] == 400
+    assert result["headline"] == "judge" and results["judge"]["pairs"] == 416
     cells = results["cells"]["judge"]
     assert cells["data's answer"]["value"] > max(cells["base"]["value"], cells["always refuse"]["value"])
 

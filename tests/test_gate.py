@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import chat, data, tasks
+from common import chat, config, data, tasks
 from common.evaluation import gate, measure
+from tests import inputs
 
 DRAWS = 500
 
@@ -122,10 +123,16 @@ def test_scores_and_floors_are_those_of_the_pairs(micro_model):
     assert gate.score_pairs(score, records[3:4], tokenizer, "safety", 512) == []
 
 
-def test_the_items_own_pairs_come_first(micro_model):
+def test_the_items_own_pairs_come_first_and_those_of_val_last(tmp_path, micro_model):
     records = tasks.records("safety", "test", 40)
     items, _ = measure.items(records, micro_model[1], 100, 6, 0)
     records[0] |= {"rejected": None}
-    held_out = gate.held_out_records(items, records)
+    cfg = config.load_config(None, {"dataset_path": str(tmp_path)})  # holds no val
+    held_out = gate.held_out_records(items, records, cfg)
     assert {record["id"] for record in held_out[:6]} >= {item.id for item in items} - {records[0]["id"]}
     assert len({record["id"] for record in held_out}) == len(held_out) == 39
+    folder = inputs.write_data(tmp_path / "data", "safety", val=7)
+    for split, count in (("test", 46), ("val", 39)):
+        cfg = config.load_config(None, {"dataset_path": str(folder), "evaluation.split": split})
+        more = gate.held_out_records(items, records, cfg)
+        assert more[:39] == held_out and len({record["id"] for record in more}) == len(more) == count

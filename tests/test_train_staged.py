@@ -226,7 +226,7 @@ def test_the_comparison_names_all_arms(compared):
     results = json.loads((out / "comparison" / "results.json").read_text())
     assert result["headline"] == "reward" == results["headline"]
     assert results["systems"] == ["base", "sft", "rl", "staged"] and len(results["pairs"]["reward"]) == 6
-    assert results["judge"]["pairs"] == 10 and not results["gate"]["passed"]  # so few pairs teach and show nothing
+    assert results["judge"]["pairs"] == 18 and not results["gate"]["passed"]  # so few pairs teach and show nothing
     kl = results["cells"]["kl_reference"]  # RL from the base was held to the base, staged to the end of its SFT
     assert list(kl) == ["rl", "staged"] and kl["rl"]["value"] == results["cells"]["kl_base"]["rl"]["value"] > 0
     assert 0 < kl["staged"]["value"] != results["cells"]["kl_base"]["staged"]["value"]

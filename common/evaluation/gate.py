@@ -7,10 +7,13 @@ or items, and its 95 % interval has to lie above 0. Where one does not, or canno
 not shown and no verdict goes by them: a judge that only knows lengths would reward lengths.
 """
 
+import contextlib
+
 import numpy as np
 
 from common import data
 from common.evaluation import measure
+from common.log import UserError
 from common.preferences import MATCHED, floor_margins
 from common.stats import paired_bootstrap
 
@@ -41,11 +44,17 @@ def score_pairs(score, records, tokenizer, task, limit):
     ]
 
 
-def held_out_records(items, records):
-    """The records with pairs that the judge is checked on: those of the items first, then others of the split."""
+def held_out_records(items, records, cfg):
+    """The records with pairs that the judge is checked on, at most PAIRS: those of the items first, then others of the
+    split, then of val, on which no judge is trained either."""
     asked = {item.id for item in items}
     order = sorted(data.shuffled(len(records), "pairs"), key=lambda i: records[i]["id"] not in asked)
-    return [records[i] for i in order if records[i]["rejected"] is not None][:PAIRS]
+    kept = [records[i] for i in order if records[i]["rejected"] is not None]
+    if len(kept) < PAIRS and cfg.evaluation.split != "val":
+        with contextlib.suppress(UserError):  # there is no val
+            others = data.from_config(cfg, "val")
+            kept += [row | {"id": f"val/{row['id']}"} for row in others if row["rejected"] is not None]
+    return kept[:PAIRS]
 
 
 def checks(pairs, rivals, draws):
