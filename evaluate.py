@@ -282,14 +282,7 @@ def make_scorers(cfg, bare):
     """({"judge", "reward": function (records, answers as ids) -> (n,)}, what decides their scores, notes)."""
     scorers, facts, notes, judge = {}, {}, [], cfg.evaluation.reward_checkpoint
     if judge:
-        chosen = cfg.reward.checkpoint
-        base.check_adapter(judge, "evaluation.reward_checkpoint")
-        if chosen:
-            base.check_adapter(chosen, "reward.checkpoint")
-        if chosen and model.adapter_fingerprint(judge) == model.adapter_fingerprint(chosen):
-            raise UserError(
-                "evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one"
-            )
+        reward_model.check_judge(judge, cfg.reward.checkpoint)
         settings = SimpleNamespace(checkpoint=judge, normalize_rewards=True)
         scorers["judge"] = trained_scorer(bare, settings, "judge")
         facts["judge"] = model.adapter_fingerprint(judge)

@@ -31,7 +31,6 @@ import torch
 
 from common import (
     advantages,
-    chat,
     config,
     data,
     dist,
@@ -49,6 +48,7 @@ from common import (
     roles,
     tasks,
 )
+from common.evaluation.metrics import task_values
 from common.log import UserError, command, say
 from common.optim import Update, optimizer_step
 from common.run import Run
@@ -296,10 +296,11 @@ def train_on_prompts(run, models, records, score, explained):
         run.state.step = rl.critic_warmup if algorithm["critic"] else 0  # times a step in which all roles learn
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
-    optimizer = make_optimizer(models, training, rl)
+    optimizer, best = make_optimizer(models, training, rl), prompts.best_metric(cfg, dataset.val)
     facts = {"data": dataset.fingerprint, "score": rewards.fingerprint(cfg.reward, cfg.task)}
+    facts["judge"] = model.adapter_fingerprint(cfg.evaluation.reward_checkpoint if best[0] == "eval/judge" else None)
     run.state.memory = {"first": [], "last": []}  # see watch.observe
-    step_folder = run.start(steps, tokens_per_step, facts, not_read=("evaluation.draws",))
+    step_folder = run.start(steps, tokens_per_step, facts, not_read=("evaluation.draws",), best=best)
     if step_folder:
         roles.restore(models, step_folder)
         optim.load(optimizer, models.named, step_folder)
@@ -309,6 +310,9 @@ def train_on_prompts(run, models, records, score, explained):
         lr = optim.set_learning_rate(optimizer, run.position(step), run.planned_end, training)
         if run.evaluation_due(step):
             lines, metrics = prompts.evaluate(run, models, dataset, score, step)
+            if run.metric not in metrics:  # a metric of the task picks best/
+                answered = [dataset.val[line["row"]].record for line in lines], [line["completion"] for line in lines]
+                metrics |= {f"eval/{name}": value for name, value in task_values(cfg.task, *answered).items()}
             assert step or not metrics.get("eval/kl"), "policy and reference differ before the first update"
             log.write_records(run.folder / "held_out.jsonl", lines)
             run.keep_evaluation(metrics)
@@ -326,12 +330,13 @@ def train_on_prompts(run, models, records, score, explained):
         watch.observe(run.state.memory, metrics)
         warnings = watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards)
         warnings += watch.rollout(run.state.memory, run.record | metrics, run.dtype)
+        warnings += [prompts.PICKED_BY_REWARD] if step == 0 and run.metric == "eval/reward" else []
         run.log(step, metrics | {"lr": lr, "epoch": step / dataset.per_epoch}, warnings)
 
     # --- report
     record = run.finish(watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards))
     if dist.is_main() and not explained:
-        prompts.report(run.folder, cfg.evaluation.draws, rl.missing_stop_penalty)
+        prompts.report(run.folder, cfg.evaluation.draws, rl.missing_stop_penalty, run.metric)
     return record
 
 
@@ -479,18 +484,13 @@ def main(argv=None):
     reference = not online or rl.kl_coef > 0
     critic = online and ONLINE[rl.algorithm]["critic"]
     reward = (online or rl.pairs == "sampled") and rewards.needs_model(cfg.reward)
-    models = roles.build(run.base_folder, run.device, run.dtype, peft, cfg.seed, reference, critic, reward)
+    judge = online and cfg.evaluation.reward_checkpoint is not None
+    models = roles.build(run.base_folder, run.device, run.dtype, peft, cfg.seed, reference, critic, reward or judge)
     sizes = ", ".join(f"{role} {sum(p.numel() for p in part):,}" for role, part in models.parameters.items())
     say(f"{peft.base_checkpoint} on {run.device} in {run.dtype}, {peft.peft_type}; parameters to train: {sizes}")
 
-    # --- reward: heuristics, a trained model, both, or the user's function
-    trained_scorer = None
-    if reward:
-        fingerprint, budget = run.base_fingerprint, training.micro_batch_tokens
-        trained_scorer = reward_model.scorer(models.frozen, models.tokenizer, cfg.reward, fingerprint, budget)
-    score = rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(models.tokenizer, ids), trained_scorer)
-
-    # --- data, optimizer and loop
+    # --- reward: heuristics, a trained model, both, or the user's function; then data, optimizer and loop
+    score = roles.load_scorers(models, cfg, run.base_fingerprint, reward, judge)
     records = data.load_train_and_val(cfg)
     explained = max(min(training.batch_size, 4), dist.world_size()) if job.explain else 0
     return (train_on_prompts if online else train_on_pairs)(run, models, records, score, explained)

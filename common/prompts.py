@@ -1,12 +1,14 @@
 """Prompts that are sampled from: the data set of online RL, its evaluation on held-out prompts, and the report."""
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace as Config
 
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import advantages, chat, data, dist, experience, log, model, rollouts, stats
+from common import advantages, chat, data, dist, experience, log, model, rollouts, stats, tasks
 from common.log import UserError, say, say_counts
 from common.roles import Roles
 from common.run import Run
@@ -14,6 +16,10 @@ from common.runtime import explain, resume
 
 EXACT_KL_ROWS = 128  # held-out answers whose exact entropy and KL are measured: whole distributions cost their time
 TOKENS_PER_PASS = 2048  # of these answers
+PICKED_BY_REWARD = (
+    "best/ is picked by the reward that is optimised: where that is hacked, it is the most hacked checkpoint; name a "
+    "reward model that no policy is trained on (evaluation.reward_checkpoint)"
+)
 EXPLAIN_ROWS = 4  # rows of a rollout that --explain shows
 PANELS = (
     ("reward of a completion", ("reward", "eval/reward")),
@@ -115,6 +121,28 @@ def encode_prompts(records: list[dict], tokenizer: Tokenizer, max_tokens: int) -
     return kept, counts
 
 
+def best_metric(cfg: Config, val: list[Prompt]) -> tuple[str, int]:
+    """(key of the held-out metric that picks best/, 1 where more is better, else -1).
+
+    evaluation.best_metric, or by rule: the task's own truth, which is the metric that says whether an answer is right
+    or the first of its headline, where that is the task's own and every held-out record has an answer to compare with;
+    else the judge (evaluation.reward_checkpoint); else the optimised reward.
+    """
+    task, chosen, judge = tasks.load(cfg.task), cfg.evaluation.best_metric, cfg.evaluation.reward_checkpoint
+    better = {name: metric.better for name, metric in task.metrics.items() if metric.better} | {"reward": 1}
+    better |= {"judge": 1} if judge else {}
+    if chosen is None:
+        known = all(prompt.record["reference"] or prompt.record["response"] for prompt in val)
+        own = [name for name in (task.correct, *task.headline) if known and name in task.metrics and name in better]
+        chosen = [*own, "judge" if judge else "reward"][0]
+    if chosen not in better:
+        near = difflib.get_close_matches(chosen[:40], better, 1)
+        hint = "; judge needs evaluation.reward_checkpoint" if chosen == "judge" else ""
+        hint = hint or (f"; did you mean {near[0]}?" if near else "")
+        raise UserError(f"evaluation.best_metric: expected {', '.join(better)}, got {chosen!r:.80}{hint}")
+    return f"eval/{chosen}", better[chosen]
+
+
 def evaluate(
     run: Run, models: Roles, dataset: PromptDataset, score: Callable, step: int
 ) -> tuple[list[dict], dict[str, float]]:
@@ -143,6 +171,10 @@ def evaluate(
             metrics["eval/merge_survival"] = rollouts.merge_survival(models.net, models.adapter)
         if models.has_reference:
             metrics |= exact_entropy_and_kl(models, prompts, rollout)
+        if models.judge:
+            scores = models.judge(rollout.records, rollout.completions).double()
+            total, count = dist.sum_all(scores.sum(), len(scores))
+            metrics["eval/judge"] = total / count
     rollout.rewards = advantages.missing_stop(rollout.rewards, rollout.stopped, cfg.rl.missing_stop_penalty)
     metrics |= experience.summary(rollout, "eval/")
     if "eval/reward" not in metrics:
@@ -178,9 +210,10 @@ def shown_by_explain(rollout: experience.Rollout) -> list[dict]:
     return shown
 
 
-def report(run_dir: Path, draws: int, missing_stop_penalty: float) -> None:
-    """Write report.json from held_out.jsonl and say it; see compare."""
-    rows = compare(log.read_records(run_dir / "held_out.jsonl"), draws)
+def report(run_dir: Path, draws: int, missing_stop_penalty: float, best: str) -> None:
+    """Write report.json from held_out.jsonl and say it; see compare. best: the metric that picked best/."""
+    rows = compare(log.read_records(run_dir / "held_out.jsonl"), draws) | {"best_metric": best}
+    rows |= {"warning": PICKED_BY_REWARD} if best == "eval/reward" else {}
     log.write_json(run_dir / "report.json", rows)
     if "reward" not in rows:
         return say("no val prompt has a reward both at the start and at the end")

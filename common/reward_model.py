@@ -135,6 +135,15 @@ def load(net: Gemma, name: str, folder: Path | str, fingerprint: str) -> tuple[P
     return head, reward_stats
 
 
+def check_judge(judge: str, trained: str | None) -> None:
+    """UserError unless evaluation.reward_checkpoint is a reward model, and another one than reward.checkpoint."""
+    base.check_adapter(judge, "evaluation.reward_checkpoint")
+    if trained:
+        base.check_adapter(trained, "reward.checkpoint")
+    if trained and model.adapter_fingerprint(judge) == model.adapter_fingerprint(trained):
+        raise UserError("evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one")
+
+
 def scorer(
     net: Gemma, tokenizer: Tokenizer, reward: Config, fingerprint: str, budget: int, name: str = "reward"
 ) -> Callable:

@@ -7,6 +7,7 @@ reward     frozen, with its own head (reward_model.load)
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace as Config
@@ -17,7 +18,7 @@ from torch.nn import Parameter
 from transformers import Gemma3ForCausalLM as Gemma
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import lora, model, reward_model
+from common import chat, lora, model, reward_model, rewards
 from common.log import UserError, say
 from common.runtime import resume
 
@@ -33,6 +34,7 @@ class Roles:
     has_reference: bool
     trained: dict = field(default_factory=dict)  # {role: {name: parameter}}
     head: Parameter | None = None  # (1, d), the critic's
+    judge: Callable | None = None  # (records, answers as ids) -> (n,): a reward model that no policy is trained on
 
     @property
     def parameters(self) -> dict:
@@ -105,6 +107,22 @@ def build(
     lora.use(net, adapter)
     net.eval()  # no dropout: policy and reference must agree before the first update
     return models
+
+
+def load_scorers(models: Roles, cfg: Config, fingerprint: str, trained: bool, judged: bool) -> Callable:
+    """The function (records, answers as ids) -> (rewards, parts) of rewards.scorer; fills models.judge if `judged`.
+
+    trained: does section `reward` ask for a reward model; fingerprint: of the base.
+    """
+    how = fingerprint, cfg.training.micro_batch_tokens
+    trained_scorer = None
+    if trained:
+        trained_scorer = reward_model.scorer(models.frozen, models.tokenizer, cfg.reward, *how)
+    if judged:
+        reward_model.check_judge(cfg.evaluation.reward_checkpoint, cfg.reward.checkpoint if trained else None)
+        settings = Config(checkpoint=cfg.evaluation.reward_checkpoint, normalize_rewards=True)
+        models.judge = reward_model.scorer(models.frozen, models.tokenizer, settings, *how, "judge")
+    return rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(models.tokenizer, ids), trained_scorer)
 
 
 def save(models: Roles, folder: Path | str, base_name: str) -> None:

@@ -35,6 +35,7 @@ class State:
 
     step: int = 0  # updates made
     best: float = math.inf  # of the metric; its negative where it is maximised
+    best_metric: str | None = None  # its name, where the script chose it at `start`
     since_best: int = 0  # evaluations since the best one
     tokens_seen: float = 0  # of all ranks
     evaluation: dict | None = None  # of the weights as they are; None after an update
@@ -87,13 +88,21 @@ class Run:
 
     # ---------------------------------------------------------------- start, or resume
 
-    def start(self, steps: int, tokens_per_step: float, facts: dict, not_read: tuple = ()) -> Path | None:
+    def start(
+        self,
+        steps: int,
+        tokens_per_step: float,
+        facts: dict,
+        not_read: tuple = (),
+        best: tuple[str, int] | None = None,
+    ) -> Path | None:
         """Begin a run of `steps` updates; returns the step folder to load weights and optimizer from, or None.
 
         tokens_per_step: what a step is expected to take before any was seen, for training.budget_tokens.
         facts: what decides the numbers beside the config, as hashes. not_read: keys or sections ("rl.") of the config
         that this script does not read. A run is resumed only with the same facts and config, but for these and
-        resume.FREE_TO_CHANGE. UserError says what differs.
+        resume.FREE_TO_CHANGE. UserError says what differs. best: (metric, 1 where more is better, else -1) in place of
+        that of __init__; a run that was begun before there was a choice goes on by the one it had.
         """
         self.steps, self.tokens_per_step = steps, tokens_per_step
         facts = config.flatten(self.cfg) | {
@@ -108,6 +117,9 @@ class Run:
         free = (*resume.FREE_TO_CHANGE, *not_read)
         folder, saved = resume.load_newest(self.folder, self.training, facts, steps, free)
         vars(self.state).update(saved)
+        if best and (folder is None or self.state.best_metric):
+            self.metric, self.sign = best[0], -best[1]
+            self.state.best_metric = self.metric
         resume.write_run_info(self.folder, vars(self.state), config.dump(self.cfg))
         self._cut_logs(folder)
         logging = self.cfg.logging
@@ -196,6 +208,8 @@ class Run:
 
     def keep_evaluation(self, evaluation: dict) -> None:
         """Keep {"eval/...": float} for the step's record, best/ and patience."""
+        if self.metric not in evaluation:
+            raise UserError(f"evaluation.best_metric: {self.metric} has no value: no held-out record counts for it")
         value = self.sign * evaluation[self.metric]
         self.state.since_best = 0 if value < self.state.best else self.state.since_best + 1
         self.state.best = min(self.state.best, value)

@@ -87,13 +87,13 @@ def random_start(folder, base_folder):
     return folder
 
 
-def random_reward_model(folder, base_folder):
+def random_reward_model(folder, base_folder, seed=1, mean=0.1, std=2.0):
     """The folder of a reward model with random weights."""
     folder.mkdir()
     net, tokenizer = model.load(base_folder, torch.device("cpu"), torch.float32)
-    random_adapter(net, "reward", 1, std=0.05)
+    random_adapter(net, "reward", seed, std=0.05)
     head = reward_model.new_head(net.config.hidden_size, net.device)
-    about = {"base_checkpoint": "base", "base": base.fingerprint(base_folder), "mean": 0.1, "std": 2.0}
+    about = {"base_checkpoint": "base", "base": base.fingerprint(base_folder), "mean": mean, "std": std}
     reward_model.save(net, tokenizer, folder, "reward", head, about)
     return folder
 

@@ -172,6 +172,13 @@ def score(task, records, texts):
     return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in table(task) if name in rows[0]}
 
 
+def task_values(task: str | tasks.Task, records: list[dict], texts: list[str]) -> dict[str, float]:
+    """{metric: value} of the task's own metrics over the answers `texts` to `records`; without those of no item."""
+    own = tasks.load(task).metrics
+    values = {name: float(value(rows.sum(0))) for name, rows in score(task, records, texts).items() if name in own}
+    return {name: number for name, number in values.items() if math.isfinite(number)}
+
+
 def _of_task(task, record, text):
     """The task's own statistics of an item. UserError where they are not those of its metrics."""
     row, where = task.statistics(record, text), f"task: {task.path or task.name}: statistics of {record.get('id')}"

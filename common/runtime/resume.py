@@ -41,7 +41,7 @@ CHANGED_ON_REQUEST = (
 # A path may differ where what it leads to does not: {setting: the fact that holds a hash of its content}.
 CONTENTS = {
     **{"dataset_path": "data", "model.base_checkpoint": "model", "model.adapter": "start"},
-    **{"reward.checkpoint": "score", "reward.function": "score"},
+    **{"reward.checkpoint": "score", "reward.function": "score", "evaluation.reward_checkpoint": "judge"},
 }
 UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 
