@@ -200,7 +200,9 @@ def kept_answers(path, key, head, make, *arguments):
 
 
 def best_of(base_model, tokenizer, items, cfg, scorers):
-    """[name, lines] of the base's best answer by the optimised reward among the first n samples, n = 2 and BEST_OF.
+    """[name, lines] of the base's best answer by the optimised reward among the first n samples, n = 1, 2 and BEST_OF.
+
+    The first sample alone is what a random choice in place of the best is worth.
 
     Always at temperature 1 and over the whole distribution: of equal answers none is the best, and the KL is only then
     log n - (n - 1) / n (Stiennon et al. 2020). Where the reward reads the reference it is an oracle, and is called so.
@@ -212,11 +214,12 @@ def best_of(base_model, tokenizer, items, cfg, scorers):
     records = [item.record for item in items for _ in range(BEST_OF)]
     scores = measure.share_scores(scorers["reward"], records, [ids for group in answers for ids in group])
     table, best = scores.reshape(-1, BEST_OF), []
-    for n in (2, BEST_OF):
+    for n in (1, 2, BEST_OF):
         picked = np.where(np.isnan(table), -np.inf, table)[:, :n].argmax(1)  # NaN: no score
         lines = measure.text_lines(cfg.task, items, [g[i] for g, i in zip(answers, picked)], tokenizer, scorers)
         kl = measure.values_and_counts([np.log(n) - (n - 1) / n] * len(items))
-        best.append([f"base, best of {n}{oracle}", measure.merge(lines, {"kl_base_sequence": kl})])
+        name = f"base, best of {n}{oracle}" if n > 1 else f"base, 1 of {BEST_OF} at random"
+        best.append([name, measure.merge(lines, {"kl_base_sequence": kl})])
     return best
 
 
@@ -311,7 +314,7 @@ def make_scorers(cfg, bare):
 
 def trained_scorer(bare, settings, *name):
     """The scores of the reward model in settings.checkpoint, on the base as it was trained on."""
-    net = bare.for_adapter(settings.checkpoint)
+    net = bare.for_adapter(config.paths(settings.checkpoint)[0])
     return reward_model.scorer(net, bare.tokenizer, settings, bare.fingerprint, measure.TOKENS_PER_PASS, *name)
 
 
@@ -404,14 +407,14 @@ def main(argv=None):
         head["cost"] = comparison.cost(system.runs)
         name = f"{system.name}-{system.seed}"
         recordings.append(kept(name, system.weights_key, head, answer, system, bare, items, cfg, scorers, other_tasks))
-    head = {"of": "floors", "cost": cost_of_model(cfg.reward.checkpoint)}
+    head = {"of": "floors", "cost": cost_of_models(cfg.reward.checkpoint)}
     recordings.append(kept("floors", ["floors"], head, fixed_answers, bare.tokenizer, items, cfg, scorers))
     if "reward" in scorers and any((system.name, system.adapter) == ("base", None) for system in systems):
         best = best_of, bare.net, bare.tokenizer, items, cfg, scorers
         recordings.append(kept("base-best", BEST_OF, {"of": "best"}, *best))
     if judge := cfg.evaluation.reward_checkpoint:
         pairs = gate.held_out_records(items, records, cfg)
-        head = {"of": "judge", "cost": cost_of_model(judge), "reliability": reliability(judge)}
+        head = {"of": "judge", "cost": cost_of_models(judge), "reliability": reliability(judge)}
         how = gate.score_pairs, scorers["judge"], pairs, bare.tokenizer, task, cfg.training.max_seq_length
         recordings.append(kept("judge", ["judge", resume.fingerprint(pairs)], head, *how))
 
@@ -448,9 +451,11 @@ def comparable_facts(cfg, bare, item_records, scorer_facts):
     return facts | {"scorers": scorer_facts, "code": cache.key(tasks.fingerprint(cfg.task), *SCORING)}
 
 
-def cost_of_model(folder):
-    """What the training of a reward model took, {} where its run is not there."""
-    return comparison.cost([Path(folder).resolve().parent]) if folder and comparison.history(folder) else {}
+def cost_of_models(checkpoint):
+    """What the training of reward models took, {} where a run is not there."""
+    folders = config.paths(checkpoint)
+    known = folders and all(map(comparison.history, folders))
+    return comparison.cost([Path(folder).resolve().parent for folder in folders]) if known else {}
 
 
 def reliability(judge):

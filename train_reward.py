@@ -11,10 +11,14 @@ gets them made: the reference and samples of the base, ranked by the task's metr
     python train_reward.py --config configs/reward_270m.yml --explain                  what would be trained
     python train_reward.py --config configs/reward_270m.yml --device cpu               a laptop
     python train_reward.py --config configs/reward_270m.yml --training.micro_batch_tokens 16384       one GPU
+    python train_reward.py --config configs/reward_270m.yml --seeds 0,1,2,3               the members of an ensemble
     torchrun --nproc-per-node 8 train_reward.py --config configs/reward_270m.yml --training.batch_size 128
 Run the same command again to resume. At its end report.json and reliability.png say what the model is worth beside
 floors that need no training.
 """
+
+import argparse
+import gc
 
 import numpy as np
 import torch
@@ -29,7 +33,7 @@ SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sam
 ADAPTER = "reward"  # its name in the model
 SAMPLED = "/sample"  # ends the id of a pair whose better answer is a sample, not a reference
 NOT_READ = (  # settings of the policy's reward, which a resumed run may change
-    *("rl.", "reward.type", "reward.alpha", "reward.beta", "reward.checkpoint", "reward.function"),
+    *("rl.", "reward.type", "reward.alpha", "reward.beta", "reward.checkpoint", "reward.ensemble", "reward.function"),
     *("reward.normalize_rewards", "reward.clip_rewards", "reward.heuristic."),
 )
 PANELS = (
@@ -159,10 +163,32 @@ def write_report(run_dir, rows):
     say(f"wrote {run_dir}/report.json and reliability.png")
 
 
+def train_seeds(cfg, job, argv):
+    """A run for each of --seeds, in the folder NAME-seedN; those that are finished only say so. -> the last record"""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds")
+    rest, name = parser.parse_known_args(argv)[1], config.run_name(cfg, job.config, "reward")
+    device, folders, record = model.pick_device(cfg.device), [], None
+    dist.init(device, cfg.training.timeout)
+    log.on_exit(dist.end)  # one group for all runs
+    for seed in config.seeds(job.seeds):
+        folders.append(f"{cfg.logging.output_dir}/{name}-seed{seed}")
+        say(f"\nseed {seed}: {folders[-1]}")
+        log.reset_peak_memory()
+        record = main([*rest, "--seed", str(seed), "--logging.run_name", f"{name}-seed{seed}"])
+        gc.collect()
+        model.trim_memory(device)
+    if not job.explain:
+        say("\nas an ensemble: --reward.checkpoint " + ",".join(f"{folder}/final" for folder in folders))
+    return record
+
+
 @command
 def main(argv=None):
     # --- config, device, process group, run folder
-    cfg, job = config.parse_args("train_reward.py", __doc__, SECTIONS, ("reward",), argv, explain.JOBS)
+    cfg, job = config.parse_args("train_reward.py", __doc__, SECTIONS, ("reward",), argv, (*explain.JOBS, config.SEEDS))
+    if job.seeds is not None:
+        return train_seeds(cfg, job, argv)
     training, peft = cfg.training, cfg.model
     if peft.peft_type == "none":
         raise UserError("model.peft_type: a reward model is an adapter on the policy's base: lora or qlora")

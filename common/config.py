@@ -33,6 +33,7 @@ SCRIPTS = {"sft": "train_sft.py", "reward": "train_reward.py", "rl": "train_rl.p
 NAME_RULE = "a NAME has letters, digits, '_', '-' and '.', and begins with none of the last two"
 MAX_BYTES, MAX_EVENTS, MAX_DEPTH = 64 * 1024, 1000, 4  # PyYAML reads this within a second even if made to be slow
 NUMBERS = {"int": r"[+-]?(0|[1-9]\d{0,17})", "float": r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"}  # no 010, no .inf
+SEEDS = ("--seeds", {"metavar": "N,N", "help": "one run for each of these seeds, in a folder of its own"})
 WORDS = {"null": None, "~": None, "true": True, "false": False}
 BOUNDS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -102,6 +103,20 @@ def parse_args(
 def expand_home(text: str) -> str:
     """A path on the command line with `~` as the home: a shell expands it at the start of a word only."""
     return os.path.expanduser(text)
+
+
+def seeds(text: str) -> list[int]:
+    """The numbers of `--seeds 0,1,2`. UserError unless they are different ones that `seed` takes."""
+    leaf = _schema()[0]["seed"]
+    numbers = [_convert(leaf, word.strip(), "--seeds") for word in text.split(",")]
+    if len({*numbers}) < len(numbers):
+        _refuse(f"--seeds: expected different seeds, got {text!r:.80}")
+    return numbers
+
+
+def paths(setting: str | list | None) -> list:
+    """A setting of kind `paths` as a list: of none, one or several."""
+    return setting if isinstance(setting, list) else [] if setting is None else [setting]
 
 
 def named_checkpoint(argument: str) -> tuple[str, str]:
@@ -183,8 +198,8 @@ def _schema(task=None):
     """Read configs/defaults.yml; returns ({dotted key: leaf}, {dotted section: its comment}), with the task's own keys.
 
     A line is `key: default  # rule; help` or `section:  # help`. A rule is a type (`int`, `float`, `str`) with bounds
-    (`float >= 0 and < 1`), `path` (a text whose `~` is the home), choices (`a | b`; PATH is a path), either with
-    `| null`, or `list` (some of the default).
+    (`float >= 0 and < 1`), `path` (a text whose `~` is the home), `paths` (one, or several with commas or as a list),
+    choices (`a | b`; PATH is a path), each with `| null`, or `list` (some of the default).
     """
     path, leaves, headings = CONFIGS / "defaults.yml", {}, {}
     own = _of_task(task) if task else {}
@@ -226,8 +241,12 @@ def _convert(leaf, value, where):
     """Return `value`, a text or a Python value, in the type that the leaf's rule names."""
     kind, names = leaf.rule.partition(" ")[0], leaf.rule.removeprefix("list of ").split(" | ")
     text = "null" if value is None else "" if isinstance(value, list | tuple | dict) else str(value)
-    if kind == "list":
-        listed = [str(item) for item in value] if isinstance(value, list | tuple) else None
+    listed = [str(item) for item in value] if isinstance(value, list | tuple) else None
+    if kind == "paths" and (listed or "," in text):
+        items = [expand_home(item.strip()) for item in listed or text.split(",")]
+        if all(items) and len({*items}) == len(items):
+            return items if len(items) > 1 else items[0]
+    elif kind == "list":
         items = text.strip("[] ").replace(",", " ").split() if listed is None else listed
         if items and all(item in names and items.count(item) == 1 for item in items):
             return [*items]
@@ -241,7 +260,7 @@ def _convert(leaf, value, where):
             return WORDS[text.lower()]
     elif text in names or (text and "str" in names):
         return text
-    elif text and {"path", "PATH"} & {*names}:
+    elif text and {"path", "paths", "PATH"} & {*names}:
         return expand_home(text)
     raise UserError(f"{where}: expected {leaf.rule}, got {str(value)!r:.80} ({leaf.help})")
 

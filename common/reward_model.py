@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from transformers import Gemma3ForCausalLM as Gemma
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import chat, data, lora, model, rewards
+from common import chat, config, data, lora, model, rewards
 from common.log import UserError, warn, write_json
 from common.runtime import base, checkpoint
 
@@ -106,10 +106,8 @@ def load(net: Gemma, name: str, folder: Path | str, fingerprint: str) -> tuple[P
     `fingerprint` is that of the base in `net`: a reward model belongs to the base it was trained on. UserError if the
     folder is none of ours or does not fit. The adapter that was active stays so.
     """
-    folder, active = (
-        Path(folder),
-        next(iter(lora.lora_modules(net).values())).active if lora.lora_modules(net) else None,
-    )
+    folder, modules = Path(folder), lora.lora_modules(net)
+    active = next(iter(modules.values())).active if modules else None
     key = "evaluation.reward_checkpoint" if name == "judge" else "reward.checkpoint"
     checkpoint.verify(folder, optional=True)
     base.check_adapter(folder, key)
@@ -135,13 +133,20 @@ def load(net: Gemma, name: str, folder: Path | str, fingerprint: str) -> tuple[P
     return head, reward_stats
 
 
-def check_judge(judge: str, trained: str | None) -> None:
-    """UserError unless evaluation.reward_checkpoint is a reward model, and another one than reward.checkpoint."""
+def check_judge(judge: str, trained: str | list | None) -> None:
+    """UserError unless evaluation.reward_checkpoint is a reward model, and none of reward.checkpoint."""
     base.check_adapter(judge, "evaluation.reward_checkpoint")
-    if trained:
-        base.check_adapter(trained, "reward.checkpoint")
-    if trained and model.adapter_fingerprint(judge) == model.adapter_fingerprint(trained):
-        raise UserError("evaluation.reward_checkpoint is the model of reward.checkpoint: a judge must be another one")
+    for folder in config.paths(trained):
+        base.check_adapter(folder, "reward.checkpoint")
+        if model.adapter_fingerprint(judge) == model.adapter_fingerprint(folder):
+            raise UserError(
+                f"evaluation.reward_checkpoint is the model of reward.checkpoint, {folder}: a judge must be another one"
+            )
+
+
+def member(name: str, number: int) -> str:
+    """What the adapter of a reward model is called, the first of an ensemble being 0."""
+    return f"{name}-{number}" if number else name
 
 
 def scorer(
@@ -149,18 +154,27 @@ def scorer(
 ) -> Callable:
     """A function (records, answers as ids) -> (n,): the scores of the model in reward.checkpoint, `name` in `net`.
 
-    With reward.normalize_rewards they have mean 0 and deviation 1 on the model's own held-out reference answers.
+    With reward.normalize_rewards they have mean 0 and deviation 1 on the model's own held-out reference answers. Of
+    several models, each an adapter on the base in `net`, the scores become one by reward.ensemble.
     """
-    head, reward_stats = load(net, name, reward.checkpoint, fingerprint)
-    if reward.normalize_rewards and reward_stats["std"] < rewards.SMALLEST_STD:
-        warn(f"{reward.checkpoint}: {ALIKE}")
+    folders, members = config.paths(reward.checkpoint), {}
+    for number, folder in enumerate(folders):
+        adapter = member(name, number)
+        members[adapter] = load(net, adapter, folder, fingerprint)
+        if reward.normalize_rewards and members[adapter][1]["std"] < rewards.SMALLEST_STD:
+            warn(f"{folder}: {ALIKE}")
+    if len({tuple(model.adapter_fingerprint(folder)) for folder in folders}) < len(folders):
+        raise UserError(f"reward.checkpoint: the same model twice among {', '.join(folders)}")
 
     def score(records, answers):
         prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
-        with lora.using(net, name):
-            scores = score_completions(net, head, prompts, answers, budget)
-        return (
-            rewards.normalise(scores, reward_stats["mean"], reward_stats["std"]) if reward.normalize_rewards else scores
-        )
+        rows = []
+        for adapter, (head, reward_stats) in members.items():
+            with lora.using(net, adapter):
+                scores = score_completions(net, head, prompts, answers, budget)
+            if reward.normalize_rewards:
+                scores = rewards.normalise(scores, reward_stats["mean"], reward_stats["std"])
+            rows.append(scores)
+        return rows[0] if len(rows) == 1 else rewards.ensemble(torch.stack(rows), reward.ensemble)
 
     return score

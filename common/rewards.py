@@ -12,7 +12,7 @@ from types import SimpleNamespace as Config
 import torch
 from torch import Tensor
 
-from common import functions, model, tasks
+from common import config, functions, model, tasks
 from common.log import UserError
 from common.runtime import checkpoint
 from common.tasks.text import LONGEST
@@ -111,7 +111,8 @@ def fingerprint(reward: Config, task: str) -> str | list | None:
     """Hash of what decides the scores beside the settings: the user's function or task, a reward model."""
     if reward.function:
         return checkpoint.sha256(reward.function.rpartition(":")[0])
-    trained = model.adapter_fingerprint(reward.checkpoint) if wants_model(reward) else None
+    models = [model.adapter_fingerprint(folder) for folder in config.paths(reward.checkpoint)] * wants_model(reward)
+    trained = [*models, reward.ensemble] if len(models) > 1 else models[0] if models else None
     own = tasks.load(task).path is not None and reward.type != "trainable"
     return [trained, tasks.fingerprint(task)] if own else trained
 
@@ -120,6 +121,18 @@ def combine(heuristic: Tensor, trained: Tensor, alpha: float, beta: float, clip:
     """alpha * heuristic + beta * trained, clipped to [-clip, clip]; (B,) tensors. `trained` is already normalised."""
     total = alpha * heuristic + beta * trained
     return total.clamp(-clip, clip) if clip is not None else total
+
+
+def ensemble(scores: Tensor, kind: str) -> Tensor:
+    """One score (n,) of those of several reward models (members, n). Coste et al. 2024, section 3.
+
+    mean; min, their worst-case optimisation; mean_minus_std, their uncertainty-weighted one with the deviation between
+    the members in place of its square, at weight 1.
+    """
+    assert kind in ("mean", "min", "mean_minus_std"), kind
+    if kind == "min":
+        return scores.amin(0)
+    return scores.mean(0) - (scores.std(0, correction=0) if kind == "mean_minus_std" else 0.0)
 
 
 def normalise(scores: Tensor, mean: float, std: float) -> Tensor:

@@ -25,3 +25,13 @@ def test_hybrid_by_hand():
     assert rewards.combine(heuristic, normal, 2.0, 0.5).tolist() == pytest.approx([0.9, 1.3, 10.75])
     assert rewards.combine(heuristic, normal, 2.0, 0.5, clip=1.0).tolist() == pytest.approx([0.9, 1.0, 1.0])
     assert torch.isfinite(rewards.normalise(trained, 0.0, 0.0)).all()  # a reward model that says one thing only
+
+
+def test_an_ensemble_by_hand():
+    """Coste et al. 2024: mean, worst case, and the mean minus the deviation between members."""
+    scores = torch.tensor([[1.0, 4.0], [3.0, 4.0], [5.0, -2.0]])
+    assert rewards.ensemble(scores, "mean").tolist() == [3.0, 2.0]
+    assert rewards.ensemble(scores, "min").tolist() == [1.0, -2.0]
+    by_hand = [3 - ((4 + 0 + 4) / 3) ** 0.5, 2 - ((4 + 4 + 16) / 3) ** 0.5]
+    assert rewards.ensemble(scores, "mean_minus_std").tolist() == pytest.approx(by_hand)
+    assert torch.equal(rewards.ensemble(scores[:1], "mean_minus_std"), scores[0])

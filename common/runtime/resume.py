@@ -28,10 +28,11 @@ from common.runtime import checkpoint
 # What may differ between a run and its continuation. A key ends with a dot where it stands for a section.
 # These settings do not change an update, so they are free.
 FREE_TO_CHANGE = (
-    *(f"training.{key}" for key in "epochs max_steps budget_tokens eval_interval save_interval keep_last".split()),
-    *(f"training.{key}" for key in "patience timeout resume resume_changed micro_batch_tokens".split()),
+    *(f"training.{key}" for key in "epochs max_steps eval_interval save_interval keep_last patience timeout".split()),
+    *(f"training.{key}" for key in "budget_tokens budget_flops resume resume_changed micro_batch_tokens".split()),
     *("rl.max_steps", "logging.", "evaluation.reward_checkpoint"),
     *("evaluation.samples", "evaluation.metric", "evaluation.split", "evaluation.drift", "evaluation.other_tasks"),
+    "reward.ensemble",
 )
 # These change the updates from there on: training.resume_changed allows it. All others would make it another run.
 CHANGED_ON_REQUEST = (
@@ -41,7 +42,8 @@ CHANGED_ON_REQUEST = (
 # A path may differ where what it leads to does not: {setting: the fact that holds a hash of its content}.
 CONTENTS = {
     **{"dataset_path": "data", "model.base_checkpoint": "model", "model.adapter": "start"},
-    **{"reward.checkpoint": "score", "reward.function": "score", "evaluation.reward_checkpoint": "judge"},
+    **{"reward.checkpoint": "score", "reward.ensemble": "score", "reward.function": "score"},
+    "evaluation.reward_checkpoint": "judge",
 }
 UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 
@@ -214,10 +216,12 @@ def refuse_changes(
 
 def finished(saved: dict, now: dict, steps: int) -> bool:
     """Has a saved run no step left to make, with the steps, budget and patience of now?"""
-    budget, patience = now.get("training.budget_tokens"), now.get("training.patience")
+    patience = now.get("training.patience")
+    budgets = [(saved.get(f"{name}_seen") or 0, now.get(f"training.budget_{name}")) for name in ("tokens", "flops")]
+    spent = any(budget is not None and seen >= budget for seen, budget in budgets)
     evaluated = saved["evaluation"] is not None or saved["step"] % now["training.eval_interval"] != 0
     waited = patience is not None and evaluated and saved["since_best"] >= patience
-    return saved["step"] == steps or (budget is not None and saved["tokens_seen"] >= budget) or waited
+    return saved["step"] == steps or spent or waited
 
 
 def fingerprint(value: object) -> str:
