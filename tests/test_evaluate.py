@@ -93,10 +93,12 @@ def test_its_files_hold_what_it_says(done):
                 continue  # the same for every item: the bootstrap has no width
             assert cell["low"] <= cell["value"] <= cell["high"]
     assert results["cells"]["kl_base"]["base"]["value"] == 0 < results["cells"]["kl_base"]["sft"]["value"]
-    best = [results["cells"]["reward"][f"base, best of {n}"]["value"] for n in (2, 4)]
-    assert best[0] <= best[1] and results["floors"] == [
+    best = [results["cells"]["reward"][f"base, {n}"]["value"] for n in ("1 of 4 at random", "best of 2", "best of 4")]
+    assert best == sorted(best) and results["cells"]["kl_base_sequence"]["base, 1 of 4 at random"]["value"] == 0
+    assert results["floors"] == [
         "always refuse",
         "data's answer",
+        "base, 1 of 4 at random",
         *(f"base, best of {n}" for n in (2, 4)),
     ]
     assert results["cells"]["kl_base_sequence"]["base, best of 4"]["value"] == pytest.approx(np.log(4) - 3 / 4)
