@@ -27,7 +27,7 @@ from common import chat, config, data, dist, log, lora, losses, model, optim, pr
 from common import rewards as heuristics
 from common.log import UserError, command, say, say_counts
 from common.run import Run
-from common.runtime import explain, resume
+from common.runtime import explain, flops, resume
 
 SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
 ADAPTER = "reward"  # its name in the model
@@ -192,8 +192,11 @@ def main(argv=None):
     training, peft = cfg.training, cfg.model
     if peft.peft_type == "none":
         raise UserError("model.peft_type: a reward model is an adapter on the policy's base: lora or qlora")
-    if training.packing or training.last_turn_only or training.budget_tokens is not None:
-        raise UserError("training.packing, last_turn_only and budget_tokens do not belong to pairs: leave them out")
+    budgets = {training.budget_tokens, training.budget_flops}
+    if training.packing or training.last_turn_only or budgets != {None}:
+        raise UserError(
+            "training.packing, last_turn_only, budget_tokens and budget_flops: not for pairs, leave them out"
+        )
     run = Run(cfg, job, "reward", PANELS)
 
     # --- model: an adapter on the frozen base, and a scalar head
@@ -275,7 +278,9 @@ def main(argv=None):
         loss, hits = dist.sum_all(loss, hits)
         run.check_finite({"loss": loss, "grad_norm": grad_norm}, [train[i]["id"] for i in batch])
         optimizer.step()
-        run.count(tokens=sum(lengths[i] for i in batch), pairs=len(batch))
+        spans = [span for i in batch for span in data.pair_spans(train[i])]
+        cost = flops.update(net.config, spans, adapter=count)
+        run.count(tokens=sum(lengths[i] for i in batch), flops=cost, pairs=len(batch))
 
         # log
         metrics = {"loss": loss, "grad_norm": grad_norm, "accuracy": hits / len(batch), "lr": lr}

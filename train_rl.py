@@ -138,7 +138,7 @@ def grpo_objective(logprobs, entropy, micro, rl):
 
 
 def grpo_step(run, models, dataset, score, optimizer, step):
-    """GRPO, Shao et al. 2024, algorithm 1: no critic, a group is its own baseline -> (metrics, tokens of all ranks)."""
+    """GRPO, Shao et al. 2024, algorithm 1: no critic, a group is its own baseline -> (metrics, tokens, FLOPs)."""
     rl, training, net = run.cfg.rl, run.cfg.training, models.net
 
     # --- sample a group of completions for each prompt, and score them
@@ -189,7 +189,7 @@ def grpo_step(run, models, dataset, score, optimizer, step):
             update.add(micro.ids, loss, **policy_shift(logprobs, micro, rl))
         if not optimizer_step(optimizer, parameters, update, step, training.max_grad_norm, rl.target_kl):
             break  # target_kl: far enough from the policy that sampled
-    return step_metrics(rollout, minibatches, updates, started)
+    return step_metrics(models, rollout, minibatches, updates, started)
 
 
 def ppo_objective(logprobs, entropy, micro, rl):
@@ -200,7 +200,7 @@ def ppo_objective(logprobs, entropy, micro, rl):
 
 
 def ppo_step(run, models, dataset, score, optimizer, step):
-    """PPO, Schulman et al. 2017; KL in the reward, Ouyang et al. 2022, eq. 2 -> (metrics, tokens of all ranks)."""
+    """PPO, Schulman et al. 2017; KL in the reward, Ouyang et al. 2022, eq. 2 -> (metrics, tokens, FLOPs)."""
     rl, training, net, frozen = run.cfg.rl, run.cfg.training, models.net, models.frozen
 
     # --- sample completions, and score them
@@ -256,15 +256,16 @@ def ppo_step(run, models, dataset, score, optimizer, step):
                 update.add(micro.ids, loss, **policy_shift(logprobs, micro, rl))
         if not optimizer_step(optimizer, parameters, update, step, training.max_grad_norm, rl.target_kl):
             break  # target_kl: far enough from the policy that sampled
-    return step_metrics(rollout, minibatches, updates, started)
+    return step_metrics(models, rollout, minibatches, updates, started)
 
 
-def step_metrics(rollout, minibatches, updates, started):
-    """(metrics of a step, tokens of all ranks: sampled and trained)."""
+def step_metrics(models, rollout, minibatches, updates, started):
+    """(metrics of a step, tokens of all ranks: sampled and trained, FLOPs)."""
     metrics = optim.mean_metrics(updates) | experience.rollout_metrics(rollout, minibatches)
     metrics["updates"] = sum(update.taken for update in updates)
     metrics["seconds_update"] = time.perf_counter() - started
-    return metrics, rollout.sampled_tokens + sum(update.num_tokens for update in updates)
+    cost = experience.step_flops(models, rollout, minibatches, updates)
+    return metrics, rollout.sampled_tokens + sum(update.num_tokens for update in updates), cost
 
 
 ONLINE = {
@@ -283,10 +284,12 @@ def train_on_prompts(run, models, records, score, explained):
     dataset = prompts.encode(records, models.tokenizer, longest, size, cfg.evaluation.max_items, cfg.seed)
     steps = number_of_steps(cfg, dataset.per_epoch)
 
-    # --- tokens per step, for training.budget_tokens: rows are sampled once, then trained rl.num_ppo_epochs times
+    # --- tokens per step, for the budgets: rows are sampled once, then trained rl.num_ppo_epochs times
     sampled = rl.rollout_size * rl.max_new_tokens  # as if every answer ran to its limit
     tokens_per_step = rl.group_size * (sampled + rl.num_ppo_epochs * (dataset.tokens_per_step + sampled))
+    flops_per_token = roles.flops_per_token(models, longest + rl.max_new_tokens)
     expected = optim.expected_steps(0, steps, 0, training.budget_tokens, tokens_per_step)
+    expected = optim.expected_steps(0, expected, 0, training.budget_flops, tokens_per_step * flops_per_token)
     if algorithm["critic"] and rl.critic_warmup >= expected:
         raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {expected} steps to the policy")
     if explained:
@@ -296,11 +299,12 @@ def train_on_prompts(run, models, records, score, explained):
         run.state.step = rl.critic_warmup if algorithm["critic"] else 0  # times a step in which all roles learn
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
-    optimizer, best = make_optimizer(models, training, rl), prompts.best_metric(cfg, dataset.val)
+    optimizer, best = roles.make_optimizer(models, training, rl), prompts.best_metric(cfg, dataset.val)
     facts = {"data": dataset.fingerprint, "score": rewards.fingerprint(cfg.reward, cfg.task)}
     facts["judge"] = model.adapter_fingerprint(cfg.evaluation.reward_checkpoint if best[0] == "eval/judge" else None)
     run.state.memory = {"first": [], "last": []}  # see watch.observe
-    step_folder = run.start(steps, tokens_per_step, facts, not_read=("evaluation.draws",), best=best)
+    how = {"not_read": ("evaluation.draws",), "best": best, "flops_per_token": flops_per_token}
+    step_folder = run.start(steps, tokens_per_step, facts, **how)
     if step_folder:
         roles.restore(models, step_folder)
         optim.load(optimizer, models.named, step_folder)
@@ -324,8 +328,8 @@ def train_on_prompts(run, models, records, score, explained):
             break
         resume.seed_step(cfg.seed, step, dist.rank())
 
-        metrics, tokens = algorithm["step"](run, models, dataset, score, optimizer, step)
-        run.count(tokens)
+        metrics, tokens, cost = algorithm["step"](run, models, dataset, score, optimizer, step)
+        run.count(tokens, cost)
 
         watch.observe(run.state.memory, metrics)
         warnings = watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards)
@@ -366,7 +370,7 @@ def dpo_objective(logprobs, micro, rl):
 
 
 def dpo_step(run, models, dataset, optimizer, step):
-    """DPO: Rafailov et al. 2023, eq. 7, one update on the step's pairs -> (metrics, tokens of all ranks)."""
+    """DPO: Rafailov et al. 2023, eq. 7, one update on the step's pairs -> (metrics, tokens, FLOPs)."""
     rl, training = run.cfg.rl, run.cfg.training
 
     # --- batch: every rank draws the same pairs, takes its share, and counts those of all
@@ -388,7 +392,7 @@ def dpo_step(run, models, dataset, optimizer, step):
         loss.backward()
         update.add(micro.ids, loss, **metrics)
     optimizer_step(optimizer, {"policy": models.parameters["policy"]}, update, step, training.max_grad_norm)
-    return optim.mean_metrics([update]), update.num_tokens
+    return optim.mean_metrics([update]), update.num_tokens, pairs.step_flops(models, dataset, step)
 
 
 def train_on_pairs(run, models, records, score, explained):
@@ -406,9 +410,13 @@ def train_on_pairs(run, models, records, score, explained):
     pairs.add_reference_logprobs(run, models.frozen, dataset, steps)
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
-    optimizer = make_optimizer(models, training, rl)
+    optimizer = roles.make_optimizer(models, training, rl)
     facts = {"data": dataset.fingerprint, "score": None}
-    step_folder = run.start(steps, batches.tokens_per_step, facts, not_read=("evaluation.", "reward."))
+    how = {
+        "not_read": ("evaluation.", "reward."),
+        "flops_per_token": roles.flops_per_token(models, training.max_seq_length),
+    }
+    step_folder = run.start(steps, batches.tokens_per_step, facts, **how)
     run.record["reference_seconds"] = dataset.reference_seconds
     if step_folder:
         roles.restore(models, step_folder)
@@ -430,8 +438,8 @@ def train_on_pairs(run, models, records, score, explained):
             break
         resume.seed_step(cfg.seed, step, dist.rank())
 
-        metrics, tokens = dpo_step(run, models, dataset, optimizer, step)
-        run.count(tokens)
+        metrics, tokens, cost = dpo_step(run, models, dataset, optimizer, step)
+        run.count(tokens, cost)
         run.log(step, metrics | {"lr": lr, "epoch": step / batches.per_epoch}, watch.collapse(run.record))
 
     # --- report
@@ -450,14 +458,6 @@ def number_of_steps(cfg, per_epoch):
     """rl.max_steps, else training.max_steps, else whole epochs."""
     max_steps = cfg.training.max_steps if cfg.rl.max_steps is None else cfg.rl.max_steps
     return cfg.training.epochs * per_epoch if max_steps is None else max_steps
-
-
-def make_optimizer(models, training, rl):
-    """AdamW over policy and critic, each with its own learning rate; no weight decay on norms."""
-    policy_lr = training.learning_rate if rl.learning_rate is None else rl.learning_rate
-    groups = optim.adamw_groups(models.trained["policy"], policy_lr, training.weight_decay)
-    groups += optim.adamw_groups(models.trained.get("critic", {}), rl.critic_learning_rate, training.weight_decay)
-    return torch.optim.AdamW(groups)
 
 
 def show(run, models, examples, **sizes):

@@ -22,7 +22,7 @@ import torch
 from common import config, data, dist, model, optim, roles
 from common.log import UserError, command, say, say_counts
 from common.run import Run
-from common.runtime import explain, resume
+from common.runtime import explain, flops, resume
 
 SECTIONS = ("model", "training", "logging")
 PANELS = (
@@ -87,7 +87,10 @@ def main(argv=None):
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = torch.optim.AdamW(optim.adamw_groups(named, training.learning_rate, training.weight_decay))
     facts = {"data": resume.fingerprint([[e["id"], e["ids"], e["mask"]] for e in train + val])}
-    step_folder = run.start(steps, batches.tokens_per_step, facts, not_read=("rl.", "reward.", "evaluation."))
+    size, full = (count, False) if adapter else (0, True)  # for the FLOPs
+    expected = flops.per_token(net.config, length, size, full)
+    free = ("rl.", "reward.", "evaluation.")
+    step_folder = run.start(steps, batches.tokens_per_step, facts, not_read=free, flops_per_token=expected)
     if step_folder:
         model.restore(net, adapter, step_folder)
         optim.load(optimizer, named, step_folder)
@@ -128,7 +131,9 @@ def main(argv=None):
         loss = dist.sum_all(loss)[0]
         run.check_finite({"loss": loss, "grad_norm": grad_norm}, [train[i]["id"] for i in batch])
         optimizer.step()
-        run.count(tokens=sum(lengths[i] for i in batch))
+        spans = [(0, lengths[i]) for i in batch]
+        cost = flops.update(net.config, spans, num_tokens, size, full)
+        run.count(tokens=sum(lengths[i] for i in batch), flops=cost)
 
         # log
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "supervised_tokens": num_tokens}

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from common import chat, dist, log, tasks
 from common.log import UserError, say
 from common.records import content_hash, cut, generated, place, read
-from common.runtime import sources
+from common.runtime import flops, sources
 
 CHUNK = 1000  # dialogues that are encoded at a time
 PAIR_SKIPS = ("no_rejected", "empty_answer", "equal_answers", "no_user_turn", "prompt_too_long")
@@ -232,6 +232,12 @@ def _sampled_answer(record, sampled, text, tokenizer):
 def pair_tokens(pair: dict) -> int:
     """Tokens that a forward pass of the pair computes: the common prompt once."""
     return len(pair["chosen"]["ids"]) + len(pair["rejected"]["ids"]) - pair["prompt_tokens"]
+
+
+def pair_spans(pair: dict) -> list[flops.Span]:
+    """What a forward pass of the pair computes, for its FLOPs."""
+    prompt = pair["prompt_tokens"]
+    return flops.shared_prompt(prompt, [len(pair[side]["ids"]) - prompt for side in ("chosen", "rejected")])
 
 
 def collate_pairs(pairs: list[dict], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import advantages, chat, data, dist, log, lora, losses, model, reward_model, rollouts
 from common.log import UserError, listed
-from common.runtime import watch
+from common.optim import Update
+from common.roles import Roles
+from common.runtime import flops, watch
 
 
 @dataclass
@@ -349,6 +351,43 @@ def rollout_metrics(rollout: Rollout, dealt: list[Minibatch]) -> dict[str, float
     if rollout.returns is not None:
         metrics["explained_variance"] = advantages.explained_variance(rollout.values, rollout.returns, rollout.mask)
     return summary(rollout) | group_metrics(rollout) | metrics | rollout.seconds
+
+
+def step_flops(models: Roles, rollout: Rollout, dealt: list[Minibatch], updates: list[Update]) -> float:
+    """FLOPs of a step over all ranks, by formula: sampling, scoring, log-probs and values of the first pass, updates.
+
+    dealt: the minibatches, of which the first have made `updates`.
+    """
+    net, full, size = models.net.config, models.adapter is None, models.adapter_size
+
+    def spans_and_tokens(rows):
+        groups: dict[int, list[int]] = {}
+        for row in rows:
+            groups.setdefault(rollout.prompt_numbers[row], []).append(row)
+        answers = [[len(rollout.completions[row]) for row in group] for group in groups.values()]
+        lengths = [int(rollout.row_tokens[group[0]]) - a[0] for group, a in zip(groups.values(), answers, strict=True)]
+        spans = [flops.shared_prompt(prompt, a) for prompt, a in zip(lengths, answers, strict=True)]
+        return [span for part in spans for span in part], sum(map(sum, answers))
+
+    policy, critic = size(models.adapter), size("critic")
+    spans, tokens = spans_and_tokens(range(len(rollout.completions)))
+    total = flops.forward(net, spans, tokens, policy) + sum(
+        flops.forward(net, spans, 0, size(n)) for n in models.scorers
+    )
+    spans, tokens = spans_and_tokens([row for rows in first_pass(dealt) for row in rows])
+    if len(dealt) > 1 or rollout.values is not None:  # a single update's own log-probs are the old ones
+        total += flops.forward(net, spans, tokens, policy)
+    if rollout.ref_logprobs is not None:
+        total += flops.forward(net, spans, tokens, size("reference"))
+    if rollout.values is not None:
+        total += flops.forward(net, spans, 0, critic)
+    for minibatch, update in zip(dealt, updates, strict=False):  # target_kl may have ended them
+        spans, tokens = spans_and_tokens([row for rows in minibatch.micro_batch_rows for row in rows])
+        if "grad_norm" in update.norms:
+            total += flops.update(net, spans, tokens, policy, full)
+        if rollout.values is not None:
+            total += flops.update(net, spans, 0, critic)
+    return dist.sum_all(total)[0]
 
 
 def lines(rollout: Rollout, tokenizer: Tokenizer, step: int) -> list[dict]:

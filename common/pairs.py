@@ -14,7 +14,7 @@ from common import data, dist, gemma, log, lora, losses, model, preferences
 from common.log import UserError, say, say_counts
 from common.roles import Roles
 from common.run import Run
-from common.runtime import cache, resume
+from common.runtime import cache, flops, resume
 
 EXACT_KL_ROWS = 128  # held-out pairs whose exact entropy and KL are measured: whole distributions cost their time
 PANELS = (
@@ -80,6 +80,17 @@ def training_micro_batches(dataset: PairDataset, step: int, budget: int) -> list
     """This rank's share of a step's pairs, as lists of rows of at most `budget` tokens, the longest first."""
     lengths = dataset.batches.lengths
     return data.micro_batches(data.shard(dataset.batches[step], lengths), lengths, budget)
+
+
+def step_flops(models: Roles, dataset: PairDataset, step: int) -> float:
+    """FLOPs of a step of DPO by formula: the update on all ranks' pairs; in the first epoch the reference's forward."""
+    batch = [dataset.train[row] for row in dataset.batches[step]]
+    tokens = sum(sum(pair[side]["mask"]) for pair in batch for side in ("chosen", "rejected"))
+    net, spans = models.net.config, [span for pair in batch for span in data.pair_spans(pair)]
+    cost = flops.update(net, spans, tokens, models.adapter_size(models.adapter), models.adapter is None)
+    if step < dataset.batches.per_epoch:
+        cost += flops.forward(net, spans, tokens, models.adapter_size("reference"))
+    return cost
 
 
 def shown_by_explain(dataset: PairDataset) -> list[dict]:

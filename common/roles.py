@@ -18,9 +18,9 @@ from torch.nn import Parameter
 from transformers import Gemma3ForCausalLM as Gemma
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from common import chat, lora, model, reward_model, rewards
+from common import chat, config, lora, model, optim, reward_model, rewards
 from common.log import UserError, say
-from common.runtime import resume
+from common.runtime import flops, resume
 
 
 @dataclass
@@ -34,12 +34,18 @@ class Roles:
     has_reference: bool
     trained: dict = field(default_factory=dict)  # {role: {name: parameter}}
     head: Parameter | None = None  # (1, d), the critic's
+    scorers: list = field(default_factory=list)  # names of the reward models' adapters in frozen
     judge: Callable | None = None  # (records, answers as ids) -> (n,): a reward model that no policy is trained on
 
     @property
     def parameters(self) -> dict:
         """{role: its parameters}"""
         return {role: list(named.values()) for role, named in self.trained.items()}
+
+    def adapter_size(self, name: str | None) -> int:
+        """Numbers in an adapter, for its FLOPs; 0 for none, as of a reference that is the bare base."""
+        nets = {self.net, self.frozen} - {None} if name else set()
+        return max([0, *(sum(p.numel() for p in lora.adapter_parameters(net, name).values()) for net in nets)])
 
     @property
     def named(self) -> dict:
@@ -117,12 +123,27 @@ def load_scorers(models: Roles, cfg: Config, fingerprint: str, trained: bool, ju
     how = fingerprint, cfg.training.micro_batch_tokens
     trained_scorer = None
     if trained:
+        count = len(config.paths(cfg.reward.checkpoint))
+        models.scorers = [reward_model.member("reward", number) for number in range(count)]
         trained_scorer = reward_model.scorer(models.frozen, models.tokenizer, cfg.reward, *how)
     if judged:
         reward_model.check_judge(cfg.evaluation.reward_checkpoint, cfg.reward.checkpoint if trained else None)
         settings = Config(checkpoint=cfg.evaluation.reward_checkpoint, normalize_rewards=True)
         models.judge = reward_model.scorer(models.frozen, models.tokenizer, settings, *how, "judge")
     return rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(models.tokenizer, ids), trained_scorer)
+
+
+def make_optimizer(models: Roles, training: Config, rl: Config) -> torch.optim.AdamW:
+    """AdamW over policy and critic, each with its own learning rate; no weight decay on norms."""
+    policy_lr = training.learning_rate if rl.learning_rate is None else rl.learning_rate
+    groups = optim.adamw_groups(models.trained["policy"], policy_lr, training.weight_decay)
+    groups += optim.adamw_groups(models.trained.get("critic", {}), rl.critic_learning_rate, training.weight_decay)
+    return torch.optim.AdamW(groups)
+
+
+def flops_per_token(models: Roles, length: int) -> float:
+    """What a trained token of the policy is expected to cost, see flops.per_token."""
+    return flops.per_token(models.net.config, length, models.adapter_size(models.adapter), models.adapter is None)
 
 
 def save(models: Roles, folder: Path | str, base_name: str) -> None:

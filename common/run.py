@@ -38,6 +38,7 @@ class State:
     best_metric: str | None = None  # its name, where the script chose it at `start`
     since_best: int = 0  # evaluations since the best one
     tokens_seen: float = 0  # of all ranks
+    flops_seen: float | None = 0.0  # by formula; None: begun before they were counted
     evaluation: dict | None = None  # of the weights as they are; None after an update
     norms: dict = field(default_factory=dict)  # recent gradient norms, see watch.spikes
     facts: dict = field(default_factory=dict)  # what must be the same on resume
@@ -95,6 +96,7 @@ class Run:
         facts: dict,
         not_read: tuple = (),
         best: tuple[str, int] | None = None,
+        flops_per_token: float = 0.0,
     ) -> Path | None:
         """Begin a run of `steps` updates; returns the step folder to load weights and optimizer from, or None.
 
@@ -102,9 +104,11 @@ class Run:
         facts: what decides the numbers beside the config, as hashes. not_read: keys or sections ("rl.") of the config
         that this script does not read. A run is resumed only with the same facts and config, but for these and
         resume.FREE_TO_CHANGE. UserError says what differs. best: (metric, 1 where more is better, else -1) in place of
-        that of __init__; a run that was begun before there was a choice goes on by the one it had.
+        that of __init__; a run that was begun before there was a choice goes on by the one it had. flops_per_token: as
+        tokens_per_step, for training.budget_flops.
         """
         self.steps, self.tokens_per_step = steps, tokens_per_step
+        self.flops_per_step = tokens_per_step * flops_per_token
         facts = config.flatten(self.cfg) | {
             "world_size": dist.world_size(),
             "tokenizer": base.tokenizer_fingerprint(self.base_folder),
@@ -120,6 +124,10 @@ class Run:
         if best and (folder is None or self.state.best_metric):
             self.metric, self.sign = best[0], -best[1]
             self.state.best_metric = self.metric
+        if folder and "flops_seen" not in saved:
+            self.state.flops_seen = None
+            if self.training.budget_flops is not None:
+                raise UserError(f"training.budget_flops: {self.folder} was begun before FLOPs were counted")
         resume.write_run_info(self.folder, vars(self.state), config.dump(self.cfg))
         self._cut_logs(folder)
         logging = self.cfg.logging
@@ -170,28 +178,31 @@ class Run:
         self.stopped = dist.any_rank(self.signalled())
 
     def expected_end(self, step: int) -> int:
-        """The step at which the run will end, by the tokens seen so far."""
-        budget, seen = self.training.budget_tokens, self.state.tokens_seen
-        return expected_steps(step, self.steps, seen, budget, self.tokens_per_step)
+        """The step at which the run will end, by the tokens and FLOPs seen so far."""
+        return min([self.steps, *(expected_steps(step, self.steps, *spending) for spending in self._budgets())])
 
     @property
     def planned_end(self) -> int:
         """The step at which the run was expected to end before any token was seen: the length of the schedule."""
-        return expected_steps(0, self.steps, 0, self.training.budget_tokens, self.tokens_per_step)
+        budgets = self._budgets()
+        return min([self.steps, *(expected_steps(0, self.steps, 0, *budget) for _, *budget in budgets)])
+
+    def _budgets(self):
+        """[(spent so far, budget, what a step is expected to take)] of tokens and FLOPs, where there is a budget."""
+        tokens = self.state.tokens_seen, self.training.budget_tokens, self.tokens_per_step
+        flops = self.state.flops_seen, self.training.budget_flops, self.flops_per_step
+        return [spending for spending in (tokens, flops) if spending[1] is not None]
 
     def position(self, step: int) -> float:
-        """How far the schedule has come at this step, in steps of planned_end: by steps or by tokens, what is further.
+        """How far the schedule has come at this step, in steps of planned_end: by steps or by what is spent.
 
         It never goes back, however many tokens a step takes; so the learning rate never falls during the warm-up.
         """
-        budget = self.training.budget_tokens
-        if budget is None:
-            return step
-        return self.planned_end * min(1.0, max(step / self.steps, self.state.tokens_seen / budget))
+        spent = [seen / budget for seen, budget, _ in self._budgets()]
+        return self.planned_end * min(1.0, max(step / self.steps, *spent)) if spent else step
 
     def _last(self, step):
-        budget = self.training.budget_tokens
-        return step >= self.steps or (budget is not None and self.state.tokens_seen >= budget)
+        return step >= self.steps or any(seen >= budget for seen, budget, _ in self._budgets())
 
     def _done(self, step):
         patience = self.training.patience
@@ -256,15 +267,19 @@ class Run:
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
             raise UserError(f"step {self.step}: {shown}: not finite, not updated; rows {', '.join(rows)}")
 
-    def count(self, tokens: float, **others: float) -> None:
+    def count(self, tokens: float, flops: float = 0.0, **others: float) -> None:
         """An update was made from so many tokens of all ranks: the evaluation at hand is that of older weights.
 
+        flops: of all ranks, by formula (flops.py); owed where training.budget_flops is to end the run.
         others: more that is logged per second, by its plural name: pairs=16 becomes pairs_per_second.
         """
         if self.step % 16 == 0:
             model.trim_memory(self.device)
         self.state.evaluation = None
+        assert flops or self.training.budget_flops is None, "training.budget_flops: call run.count(tokens, flops)"
         self.state.tokens_seen += tokens
+        if self.state.flops_seen is not None:
+            self.state.flops_seen += flops
         self.state.step += 1
         now = time.perf_counter()
         self.seconds += now - self.clock
@@ -278,7 +293,7 @@ class Run:
         """Write the step's record, with its evaluation. `seconds` and what is per second are since the last record."""
         self.record |= {"step": step, **metrics}
         warnings = [*warnings, *watch.spikes(self.state.norms, self.record)]
-        self.record |= {"tokens_seen": self.state.tokens_seen, "peak_memory_gb": log.peak_memory_gb(self.device)}
+        self.record |= self._seen() | {"peak_memory_gb": log.peak_memory_gb(self.device)}
         if self.seconds:
             self.record |= {f"{name}_per_second": value / self.seconds for name, value in self.counts.items()}
             self.record["seconds"] = self.seconds
@@ -291,6 +306,11 @@ class Run:
             self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:.0f} tok/s", refresh=False)
         self._write()
         self.record, self.seconds, self.counts = {"step": self.step}, 0.0, Counter()
+
+    def _seen(self):
+        """What was spent so far, for a record; a fork that counts no FLOPs logs none."""
+        seen = {"tokens_seen": self.state.tokens_seen}
+        return seen | ({"flops_seen": self.state.flops_seen} if self.state.flops_seen else {})
 
     def _open_record(self):
         """Begin this step's record; an earlier step's is written if it holds an evaluation that was never logged."""
@@ -323,7 +343,7 @@ class Run:
             return self.record
         self._open_record()
         best = f"best_{self.metric.replace('/', '_')}"
-        self.record |= {"tokens_seen": self.state.tokens_seen, best: self.sign * self.state.best}
+        self.record |= self._seen() | {best: self.sign * self.state.best}
         self._warn(warnings)
         self._write(draw=True)
         self.table.say(self.record)
@@ -343,7 +363,6 @@ class Run:
 
     def _say_time(self):
         """How long the run will take, by the last step: the first one warms up."""
-        seconds, seen, budget = self.timed[-1], self.state.tokens_seen, self.training.budget_tokens
-        steps = expected_steps(len(self.timed), self.steps, seen, budget, self.tokens_per_step)
+        seconds, steps = self.timed[-1], self.expected_end(len(self.timed))
         whole = f"{steps:,} steps {explain.duration(seconds * steps)}"
         say(f"one step takes about {explain.duration(seconds)} here, {whole}, evaluations apart")

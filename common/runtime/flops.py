@@ -52,6 +52,18 @@ def backward(
     return once + 2 * (_attention(config, spans) + _adapter(spans, adapter))
 
 
+def update(
+    config: Gemma3TextConfig, spans: Sequence[Span], logits: int = 0, adapter: int = 0, full: bool = False
+) -> float:
+    """FLOPs of a forward and its backward."""
+    return forward(config, spans, logits, adapter) + backward(config, spans, logits, adapter, full)
+
+
+def per_token(config: Gemma3TextConfig, length: int, adapter: int, full: bool) -> float:
+    """FLOPs of training on a token, all of a row of `length` being supervised: what is expected before any was seen."""
+    return update(config, [(0, length)], length, adapter, full) / length
+
+
 def _tokens(spans):
     return sum(end - start for start, end in spans)
 
