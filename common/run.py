@@ -336,11 +336,13 @@ class Run:
                 log.plot_curves(log.read_records(path), self.panels, self.folder / "curves.png")
 
     def finish(self, warnings: Sequence[str] = ()) -> dict:
-        """Write the last record, final/ and curves.png; returns the record. Under --explain only say the time."""
+        """Write the last record, final/ and curves.png; returns the record. Under --explain only say the time.
+
+        Then the record has `expected_seconds`, of the whole run without its evaluations.
+        """
         self.bar.close()
         if self.explained:
-            self._say_time()
-            return self.record
+            return self.record | {"expected_seconds": self._say_time()}
         self._open_record()
         best = f"best_{self.metric.replace('/', '_')}"
         self.record |= self._seen() | {best: self.sign * self.state.best}
@@ -366,3 +368,4 @@ class Run:
         seconds, steps = self.timed[-1], self.expected_end(len(self.timed))
         whole = f"{steps:,} steps {explain.duration(seconds * steps)}"
         say(f"one step takes about {explain.duration(seconds)} here, {whole}, evaluations apart")
+        return seconds * steps

@@ -1,5 +1,6 @@
 """train_staged.py end to end: which stages run, equal cost, what RL starts from, going on, the comparison, refusals."""
 
+import contextlib
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import train_rl
 import train_sft
 import train_staged
-from common import chat, config, data
+from common import chat, config, data, log
 from common.runtime import base as bases
 from common.runtime import checkpoint
 from common.tasks.safety import is_harmful_request
@@ -88,6 +89,24 @@ def test_stages_of_each_mode(tmp_path):
     assert names(every, training__budget_tokens=9) == ["reward", "judge", "sft", "rl", "staged-sft", "staged-rl"]
     assert names(every, task="conala", training__budget_tokens=9) == ["reward", "sft", "rl", "staged-sft", "staged-rl"]
     assert names(["sft"], training__budget_tokens=9, **heuristic) == ["judge", "sft"]
+
+    more = ["base", "rft", "dpo", "grpo", "ppo"]
+    trained = ["reward", "judge", "rft-samples", "rft", "dpo", "grpo", "ppo"]
+    assert names(more, training__budget_tokens=9) == trained
+    assert names(["base"], training__budget_tokens=9) == ["judge"]
+    assert names(["dpo", "sft"], training__budget_tokens=9) == ["judge", "sft", "dpo"]  # no reward is asked for
+    assert names(["dpo"], training__budget_tokens=9, rl__pairs="sampled") == ["reward", "judge", "dpo"]
+    arms = {name: (mode, flags) for name, mode, flags in plan(more, training__budget_tokens=9)}
+    assert [arms[name][1]["rl.algorithm"] for name in ("dpo", "grpo", "ppo")] == ["dpo", "grpo", "ppo"]
+    assert arms["dpo"][1]["dataset_path"] == arms["reward"][1]["dataset_path"] == tmp_path / "pairs-reward"
+    assert arms["rft-samples"][0] == "samples" and arms["rft"][0] == "sft"
+    assert arms["rft"][1]["dataset_path"] == tmp_path / "rft-samples"
+    assert arms["rft-samples"][1]["training.budget_tokens"] == arms["rft"][1]["training.budget_tokens"] == 4
+    second = train_staged.stages(
+        config.load_config(None, {"training.budget_tokens": 9}), every, tmp_path, tmp_path / "judge"
+    )
+    assert [name for name, _, _ in second] == ["reward", "sft", "rl", "staged-sft", "staged-rl"]
+    assert second[0][2]["dataset_path"] == tmp_path / "pairs-reward"  # it still leaves the judge's half out
 
     staged = {name: flags for name, _, flags in plan(every, training__budget_tokens=9)}
     assert [staged[name].get("training.budget_tokens") for name in ("sft", "staged-sft", "staged-rl")] == [None, 4, 4]
@@ -258,13 +277,149 @@ def test_r1_r3_killed_in_any_stage_it_goes_on_to_the_same_bits(tmp_path, compare
         checks.assert_same_records(tmp_path / "run" / name, compared[0] / name)
 
 
+# ---------------------------------------------------------------- rejection sampling
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, settings, tiny_folder):
+    """The folder of a comparison with SFT on the best samples of a base that ends its answers, and its command."""
+    out = tmp_path_factory.mktemp("sampled")
+    argv = settings(out, "--paradigms", "rft,grpo", "--training.budget_tokens", BUDGET, "--reward.type", "heuristic")
+    argv += ["--model.base_checkpoint", tiny_folder, "--rl.max_new_tokens", 24, "--rl.group_size", 4]
+    train(out, argv)
+    return out / "run", argv
+
+
+def test_rft_learns_from_the_best_of_each_group(sampled, few):
+    out, _ = sampled
+    samples, kept = (checks.samples(out / "rft-samples", name) for name in ("samples", "train"))
+    groups = {}
+    for line in samples:
+        groups.setdefault((line["step"], line["id"]), []).append(line)
+    assert all(len(group) == 4 for group in groups.values()) and 8 < len(groups)
+    best = {}
+    for (step, name), group in groups.items():
+        top = max(line["reward"] for line in group)
+        line = next(line for line in group if line["reward"] == top)
+        if line["stopped"]:
+            best[f"{name}/{step}"] = line["completion"]
+    assert {row["id"]: row["response"] for row in kept} == best and 0 < len(best) < len(groups)
+    prompts = {record["id"]: record["prompt"] for record in data.load_split(few, "train")}
+    assert all(row["prompt"] == prompts[row["id"].rpartition("/")[0]] for row in kept)
+    assert config.load_config(out / "rft" / "config.yml").dataset_path == str(out / "rft-samples")
+
+
+def test_rft_spends_half_on_samples_and_half_on_sft(sampled):
+    out, _ = sampled
+    passes = lines(out / "rft-samples")
+    tokens = sum(row["tokens"] for row in checks.samples(out / "rft-samples"))
+    assert passes[-1]["tokens_seen"] == tokens >= BUDGET // 2 > passes[-2]["tokens_seen"]
+    results = json.loads((out / "comparison" / "results.json").read_text())
+    cost = results["cost"]["rft"]
+    assert [stage["name"] for stage in cost["stages"]] == ["rft-samples", "rft"]
+    assert cost["tokens"] == tokens + lines(out / "rft")[-1]["tokens_seen"]
+    assert {"base, 1 of 4 at random", "base, best of 4 (oracle)"} & set(results["floors"])
+    assert results["systems"] == ["base", "rft", "grpo"]
+
+
+def test_rft_killed_in_a_pass_goes_on_to_the_same_bits(tmp_path, sampled):
+    out, argv = sampled
+    argv = [tmp_path if word == out.parent else word for word in argv]
+
+    def body(main, argv):
+        write, calls = log.write_records, []
+
+        def write_records(path, records):
+            calls.append(path.name)
+            if calls.count("metrics.jsonl") == 3:  # the samples of the pass are written, its record is not
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, records)
+
+        log.write_records = write_records
+        processes.call(main, argv)
+
+    assert run(tmp_path, argv, body)[0] == -9
+    folder = tmp_path / "run" / "rft-samples"
+    assert len(lines(folder)) == 2 and not (folder / "train.jsonl").exists()
+    train(tmp_path, argv)
+    for name in ("samples.jsonl", "train.jsonl", "val.jsonl"):
+        assert (folder / name).read_bytes() == (out / "rft-samples" / name).read_bytes(), name
+    checks.assert_same_records(tmp_path / "run" / "rft", out / "rft")
+    status, text, _ = run(tmp_path, argv)
+    assert status == 0 and "rft-samples, finished before" in text
+    status, _, err = run(tmp_path, [*argv, "--rl.temperature", 0.5])
+    assert status == 2 and err.count("\n") == 1 and "was sampled with other settings" in err
+
+
+def test_rft_without_an_answer_that_ends_is_refused(tmp_path, settings):
+    argv = settings(tmp_path, "--paradigms", "rft", "--training.budget_tokens", 200, "--reward.type", "heuristic")
+    status, _, err = run(tmp_path, [*argv, "--rl.max_new_tokens", 1])
+    assert status == 2 and err.count("\n") == 1 and "rft: of " in err and "stops by itself" in err
+
+
+# ---------------------------------------------------------------- several seeds
+
+
+def test_seeds_are_runs_of_their_own_and_one_comparison(tmp_path, settings):
+    """Killed in the second seed: it goes on, trains nothing twice, and each arm is what --seed alone gives."""
+    few_steps = ["--paradigms", "sft,grpo", "--training.budget_tokens", 800]
+    argv = settings(tmp_path, *few_steps, "--seeds", "0,1")
+    status, text, _ = run(tmp_path, argv, killed_in(tmp_path / "run" / "seed1" / "sft"))
+    assert status == -9 and (tmp_path / "run" / "seed0" / "grpo" / "final").is_dir()
+    plan = text.partition("stage 1 of")[0]
+    assert "plan: seeds 0, 1 in" in plan and "7 stages to train" in plan, plan
+    assert len(re.findall(r"(?m)^  (reward|sft|grpo): +2 times \S+ \w+, by a timed step$", plan)) == 3
+    assert len(re.findall(r"(?m)^  judge: +1 times \S+ \w+, by a timed step$", plan)) == 1
+    assert len(re.findall(r", as seed 0 took$", text, re.M)) == 3  # before the second seed
+    status, text, err = run(tmp_path, argv)
+    assert status == 0, err
+    assert text.count("finished before") == 5 and "  judge:           finished" in text
+    results = json.loads((tmp_path / "run" / "comparison" / "results.json").read_text())
+    assert results["seeds"] == {"base": 1, "sft": 2, "grpo": 2}
+    assert not (tmp_path / "run" / "seed1" / "judge").exists()
+    alone = settings(tmp_path / "alone", *few_steps, "--seed", 1)
+    train(tmp_path, alone)
+    for name in ("reward", "sft", "grpo"):
+        folders = tmp_path / "run" / "seed1" / name, tmp_path / "alone" / "run" / name
+        checks.assert_same_records(*folders)
+        weights = [checkpoint.sha256(folder / "final" / "adapter_model.safetensors") for folder in folders]
+        assert weights[0] == weights[1]
+
+
+def killed_in(folder):
+    """A body that dies by SIGKILL after the first checkpoint of the run in `folder`."""
+
+    def body(main, argv):
+        real = checkpoint.commit
+
+        @contextlib.contextmanager
+        def commit(final, *more):
+            with real(final, *more) as temp:
+                yield temp
+            if final.parent == folder:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.commit = commit
+        processes.call(main, argv)
+
+    return body
+
+
 # ---------------------------------------------------------------- refusals
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, settings):
     budget = ["--training.budget_tokens", 100]
     refused(tmp_path, settings(tmp_path, "--paradigms", "sft,rl"), "--training.budget_tokens")
-    refused(tmp_path, settings(tmp_path, "--paradigms", "sft,dpo", *budget), "--paradigms", "sft,rl,staged")
+    refused(tmp_path, settings(tmp_path, "--paradigms", "sft,gpro", *budget), "--paradigms", "did you mean grpo?")
+    refused(tmp_path, settings(tmp_path, "--paradigms", "grpo,rl", *budget), "--paradigms: rl is grpo here")
+    refused(tmp_path, settings(tmp_path, "--seeds", "0,0", *budget), "--seeds: expected different seeds")
+    refused(tmp_path, settings(tmp_path, "--seeds", "0,1", "--training.mode", "reward"), "train_reward.py --seeds")
+    alone = ["--paradigms", "ppo,grpo", "--rl.group_size", 1]
+    refused(tmp_path, settings(tmp_path, *alone, *budget, algorithm="ppo"), "rl.group_size")
+    refused(tmp_path, settings(tmp_path, "--paradigms", "rft", "--rl.group_size", 1, *budget), "rl.group_size")
+    conala = ["--task", "conala", "--dataset_path", "null", "--paradigms", "dpo"]
+    refused(tmp_path, settings(tmp_path, *conala, *budget), "--paradigms dpo", "--rl.pairs sampled")
     refused(tmp_path, settings(tmp_path, "--paradigms", "sft,sft", *budget), "each once")
     refused(tmp_path, settings(tmp_path, "--paradigms", "sft", "--model.adapter", "x", *budget), "model.adapter")
     full = ["--model.peft_type", "none", "--reward.type", "hybrid"]

@@ -1,6 +1,7 @@
 """Systems against each other on the same items: cells with intervals, paired tests, win rates; what each one cost."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 
@@ -93,13 +94,17 @@ def value(lines, name):
 
 
 def history(source):
-    """The run folders that led to a checkpoint, the first stage first: that of what it started from, then its own."""
+    """The run folders that led to a checkpoint, the first stage first.
+
+    That of what it started from, that which sampled the answers it learned from, then its own.
+    """
     run = base.split_scale(source)[0].resolve().parent
     if not (run / "metrics.jsonl").is_file() or not (run / "config.yml").is_file():
         return []
-    start = config.load_config(run / "config.yml").model
-    before = start.adapter or start.base_checkpoint
-    return [*(history(before) if base.split_scale(before)[0].is_dir() else []), run]
+    cfg = config.load_config(run / "config.yml")
+    before, samples = cfg.model.adapter or cfg.model.base_checkpoint, Path(cfg.dataset_path or "none")
+    sampled = [samples.resolve()] if (samples / "samples.jsonl").is_file() else []
+    return [*(history(before) if base.split_scale(before)[0].is_dir() else []), *sampled, run]
 
 
 def cost(runs):
