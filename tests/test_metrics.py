@@ -369,3 +369,10 @@ def test_pass_at_k_of_answers_by_hand():
     ]
     assert [*found] == [name for name in metrics.table("arithmetic", 3) if name in found]
     assert not {*metrics.table("arithmetic")} & {*found}
+
+
+def test_equal_openings_are_a_harm_only_where_answers_are_free():
+    """The right answer to 2 + 2 begins as that to 3 + 1 does."""
+    assert metrics.table("safety")["distinct_starts"].harm
+    assert metrics.table("arithmetic")["distinct_starts"].harm == ""
+    assert metrics.table("arithmetic")["loss_per_byte"].harm

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 
 import numpy as np
@@ -107,7 +108,10 @@ def table(
         several = {f"pass@{k}": Metric(what.format(k), 1, "mean", "Several answers") for k in range(1, samples + 1)}
         what = f"share of prompts whose most frequent answer of {samples} is right; ties count by their share"
         several["majority"] = Metric(what, 1, "mean", "Several answers")
-    known = task.metrics | ANY_TASK | several | {f"loss_on_{name}": elsewhere(name) for name in others}
+    any_task = dict(ANY_TASK)
+    if task.correct:  # right answers are alike: equal openings are no harm
+        any_task["distinct_starts"] = replace(ANY_TASK["distinct_starts"], harm="")
+    known = task.metrics | any_task | several | {f"loss_on_{name}": elsewhere(name) for name in others}
     name = own.rpartition(":")[2] if own else None
     if name in known:
         raise UserError(f"evaluation.metric: {name} is the name of another metric: rename your function")
