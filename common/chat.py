@@ -15,6 +15,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
@@ -243,13 +244,18 @@ def encode_prompt(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of a completion: cut at the first stop token, so no control token and no later turn is shown."""
     end = next((i for i, token in enumerate(ids) if token in STOP_TOKENS), len(ids))
-    return _shown(tokenizer, ids[:end])
+    text = _text(tokenizer, ids[:end])
+    if "\ufffd" not in text:
+        return text
+    push = streamer(tokenizer)  # keeps the whole characters before a cut one, where the tokenizer would give none
+    return "".join([push(token)[0] for token in ids[:end]] + [push(None, last=True)[0]])
 
 
-def _shown(tokenizer, ids):
+def _text(tokenizer, ids):
     """The text of ids without the special tokens, but with those that somebody added: they belong to the answer."""
-    added, hidden, _ = _added_tokens(tokenizer)
-    return tokenizer.decode([i for i in ids if i not in hidden] if added else ids, skip_special_tokens=not added)
+    _, hidden, _ = _added_tokens(tokenizer)
+    shown = [token for token in ids if token not in hidden]
+    return tokenizer.backend_tokenizer.decode(shown, skip_special_tokens=False)
 
 
 def streamer(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable:
@@ -257,18 +263,25 @@ def streamer(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable:
 
     All it returned, joined, is `decode` of all tokens, cut before the first of `stops`: half a character and what may
     become a stop text are held back until the next token, or the last (None if there is no token with it), decides.
+    Half a character that is the end of the answer is shown as one U+FFFD.
     """
-    ids, start, known, held = [], 0, 0, ""
+    stream, pending, held = DecodeStream(skip_special_tokens=False), [], ""  # pending: tokens that are not yet shown
+    _, hidden, _ = _added_tokens(tokenizer)
 
     def push(token, last=False):
-        nonlocal start, known, held
-        if token is not None and token not in STOP_TOKENS:
-            ids.append(token)
-        # the window begins at a token that was shown before, as a text may depend on its neighbour in front
-        before, now = (_shown(tokenizer, ids[start:end]) for end in (known, len(ids)))
-        if last or not now.endswith("\ufffd") or len(ids) - known > 8:
-            held += now[len(before) :]
-            start, known = known, len(ids)
+        nonlocal stream, held
+        if token is not None and token not in STOP_TOKENS and token not in hidden:
+            pending.append(token)
+            try:
+                text = stream.step(tokenizer.backend_tokenizer, token)
+            except Exception:  # of its own: it had taken bytes for a character that this token did not complete
+                text, stream = _text(tokenizer, pending), DecodeStream(skip_special_tokens=False)
+            if text is not None:
+                held += text
+                pending.clear()
+        if last and pending:
+            held += re.sub("\ufffd+$", "\ufffd", _text(tokenizer, pending))
+            pending.clear()
         starts = [held.index(text) for text in stops if text in held]
         if starts:
             return held[: min(starts)], True

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from common import chat
@@ -389,3 +390,45 @@ def test_a_bad_turn_is_named(tokenizer, turn):
 def test_encode_refuses_what_is_not_normalised(tokenizer, turns, name):
     with pytest.raises(ValueError, match=name):
         chat.encode(tokenizer, turns)
+
+
+def streamed(tokenizer, ids):
+    push = chat.streamer(tokenizer)
+    return "".join(push(token, i == len(ids) - 1)[0] for i, token in enumerate(ids))
+
+
+@pytest.fixture(scope="module")
+def spells_in_bytes():
+    """A tokenizer that decodes as the published one of Gemma does: where bytes make no text, none of the run does."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "▁b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("text", ["🫠🫨🪿", "a é🫨", "東京", "a b🪿 b"])
+def test_B16_a_stream_cut_anywhere_is_the_whole_text(tokenizer, spells_in_bytes, text):
+    """Whole characters stay, and what is cut is one U+FFFD, for both kinds of tokenizers."""
+    for kind in (tokenizer, spells_in_bytes):
+        ids = kind(text, add_special_tokens=False)["input_ids"]
+        whole = [kind.decode(ids[:n]) for n in range(len(ids) + 1)]
+        for cut in range(1, len(ids) + 1):
+            clean = [n for n in range(cut + 1) if "\ufffd" not in whole[n]][-1]
+            right = whole[clean] + "\ufffd" * (clean < cut)
+            assert chat.decode(kind, ids[:cut]) == streamed(kind, ids[:cut]) == right
+
+
+def test_B16_any_tokens_have_one_text(tokenizer, spells_in_bytes):
+    """Bytes at random among texts: stream and decode agree, and are the tokenizer's text where that is whole."""
+    draw, broken = random.Random(0), 0
+    for _ in range(600):
+        for kind in (tokenizer, spells_in_bytes):
+            ids = [draw.randrange(4, kind.vocab_size) for _ in range(draw.randint(1, 9))]
+            ids = [token for token in ids if token not in chat.CONTROL_TOKENS]
+            text, theirs = chat.decode(kind, ids), kind.decode(ids, skip_special_tokens=True)
+            assert streamed(kind, ids) == text
+            broken += "\ufffd" in theirs
+            assert text == theirs if "\ufffd" not in theirs else "\ufffd" in text
+    assert broken > 300
