@@ -52,7 +52,10 @@ def deaths(folder, trials, tiny):
 def busy(folder, trials, tiny):
     passed, slowest = 0, 0.0
     for _ in range(trials):
-        with web.serving(folder, "--checkpoint", tiny, change=web.endless(0)) as one, ThreadPoolExecutor(4) as pool:
+        with (
+            web.serving(folder, "--checkpoint", tiny, *web.LONG, change=web.endless(0)) as one,
+            ThreadPoolExecutor(4) as pool,
+        ):
             for _ in range(4):
                 pool.submit(web.generate, one, max_tokens=10_000)
             web.wait_for(lambda: web.number(one, "requests_running") == 4)
@@ -77,8 +80,11 @@ def end_now(one):
 
 
 def late(folder, trials, tiny):
-    passed, slowest, change = 0, 0.0, web.both(web.endless(0.01), web.small_queue(4, 8))
-    with web.serving(folder, "--checkpoint", tiny, change=change) as one, ThreadPoolExecutor(12) as pool:
+    passed, slowest, change = 0, 0.0, web.endless(0.01)
+    with (
+        web.serving(folder, "--checkpoint", tiny, *web.SMALL_QUEUE, change=change) as one,
+        ThreadPoolExecutor(12) as pool,
+    ):
         for _ in range(trials):
             held = [pool.submit(web.generate, one, max_tokens=120) for _ in range(12)]
             web.wait_for(lambda: web.number(one, "requests_waiting") == 8)
@@ -100,7 +106,10 @@ def stops(folder, trials, tiny):
                 os.kill(one.pid, signal.SIGTERM)
                 one.status = web.stopped(one)
                 seconds = time.monotonic() - began
-        with web.serving(folder, "--checkpoint", tiny, change=web.endless(0.01)) as two, ThreadPoolExecutor(1) as pool:
+        with (
+            web.serving(folder, "--checkpoint", tiny, *web.LONG, change=web.endless(0.01)) as two,
+            ThreadPoolExecutor(1) as pool,
+        ):
             pool.submit(web.generate, two, max_tokens=10_000)
             web.wait_for(lambda: web.number(two, "requests_running") == 1)
             second = end_now(two)
@@ -125,8 +134,11 @@ def drips(folder, trials, tiny):
 
 
 def crowds(folder, trials, tiny):
-    passed, refused, change = 0, 0, web.both(web.endless(0.005), web.small_queue(4, 8))
-    with web.serving(folder, "--checkpoint", tiny, change=change) as one, ThreadPoolExecutor(64) as pool:
+    passed, refused, change = 0, 0, web.endless(0.005)
+    with (
+        web.serving(folder, "--checkpoint", tiny, *web.SMALL_QUEUE, change=change) as one,
+        ThreadPoolExecutor(64) as pool,
+    ):
         for _ in range(trials):
             before = web.number(one, "engine_finished_total")
             found = list(pool.map(lambda i: web.generate(one, max_tokens=30, seed=i), range(64)))
@@ -141,7 +153,7 @@ def crowds(folder, trials, tiny):
 
 def leavers(folder, trials, tiny):
     passed, longest, dice = 0, 0.0, random.Random(0)
-    with web.serving(folder, "--checkpoint", tiny, change=web.endless(0.002)) as one:
+    with web.serving(folder, "--checkpoint", tiny, *web.LONG, change=web.endless(0.002)) as one:
         idle = max(web.generate(one, max_tokens=10).seconds for _ in range(3))
         for _ in range(trials):
             lines = [socket.create_connection(("127.0.0.1", one.port)) for _ in range(20)]

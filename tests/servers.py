@@ -159,7 +159,6 @@ def endless(seconds=0.005, stop=False):
             return tokens if stop else torch.where(tokens == chat.END_OF_TURN, 300, tokens).clamp_min(2)
 
         engine._draw = draw
-        serve.CONTEXT = 12000
 
     return change
 
@@ -185,11 +184,8 @@ def both(*changes):
     return lambda: [change() for change in changes]
 
 
-def small_queue(rows, waiting):
-    def change():
-        serve.ROWS, serve.QUEUE = rows, waiting
-
-    return change
+LONG = ("--context", 12000)
+SMALL_QUEUE = ("--rows", 4, "--queue", 8)
 
 
 def drip(one, count, pause):

@@ -47,7 +47,7 @@ class Inbox:
     def __init__(self):
         self.events, self.first, self.end = [], threading.Event(), threading.Event()
 
-    def __call__(self, token, finish):
+    def __call__(self, request, token, finish):
         self.events.append((token, finish))
         self.first.set()
         if finish is not None:
@@ -62,9 +62,8 @@ class Inbox:
 def ask(machine, jobs):
     """Submit [(ids, model, settings)] at once -> their inboxes."""
     boxes = [Inbox() for _ in jobs]
-    machine.submit(
-        [engine.request(ids, {"model": name, **ASKED, **more}, box) for (ids, name, more), box in zip(jobs, boxes)]
-    )
+    asked = [{"model": name, **ASKED, **more} for _, name, more in jobs]
+    machine.submit([engine.Request(job[0], **a, emit=box) for job, a, box in zip(jobs, asked, boxes, strict=True)])
     return boxes
 
 
@@ -170,9 +169,8 @@ def test_batches_are_taken_whole_or_not_at_all(tokenizer, start, monkeypatch):
 
 def test_cancelled_requests_leave_at_once(net, tokenizer, start):
     machine, (ids, name, more) = start(rows=2), jobs_of(tokenizer, 3)[1]
-    endless = {"seed": 1, "max_tokens": 230, "temperature": 1.0, "top_p": 1.0}
     boxes = [Inbox() for _ in range(4)]
-    made = [engine.request(ids, {"model": name, **endless}, box, stop=()) for box in boxes]
+    made = [engine.Request(ids, name, 230, 1.0, 1.0, 1, stop=(), emit=box) for box in boxes]
     machine.submit(made)
     boxes[0].first.wait(WAIT)
     machine.cancel([made[0], made[3]])  # one that runs and one that waits
@@ -208,7 +206,7 @@ def test_an_engine_that_only_fails_gives_up_and_says_so(tokenizer, start, monkey
     boxes = ask(machine, [job] * 5)
     assert all(box.end.wait(WAIT) for box in boxes)
     ends = [type(box.events[-1][1]) for box in boxes]
-    assert ends == [ZeroDivisionError] * engine.PATIENCE + [RuntimeError] * 2
+    assert ends == [ZeroDivisionError] * engine.PATIENCE + [engine.Stopped] * 2
     machine.thread.join(WAIT)
     assert not machine.alive and machine.in_flight() == (0, 0)
     with pytest.raises(RuntimeError, match="stopped"):

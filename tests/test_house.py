@@ -134,8 +134,9 @@ def test_names_say_what_they_hold():
     assert [(path.name, name) for path in files for name in named_in(path) if name in OPAQUE] == []
 
 
-def test_no_line_of_the_trainers_half_is_packed():
+def test_no_line_of_trainers_and_server_is_packed():
     half = [*ROOT.glob("train_*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("common/runtime/*.py")]
+    half += [ROOT / "serve.py", *ROOT.glob("common/serving/*.py")]
     assert ROOT / "train_rl.py" in half and ROOT / "common" / "run.py" in half
     packed = [path.name for path in half for mark in ("fmt: skip", "isort: split") if mark in path.read_text()]
     assert set(packed) <= {"train_staged.py", "stats.py"}  # of the evaluations' half

@@ -22,7 +22,9 @@ from common.human import manifest, ratings
 from common.serving import engine
 from tests import inputs, processes
 from tests.servers import (
+    LONG,
     PROMPT,
+    SMALL_QUEUE,
     USER,
     ask,
     both,
@@ -36,7 +38,6 @@ from tests.servers import (
     raw,
     read,
     serving,
-    small_queue,
     stopped,
     wait_for,
 )
@@ -152,6 +153,42 @@ def test_a_stream_brings_the_same_text_in_pieces(server, net):
     assert len(pieces) > 3 and "".join(pieces) == right_text(net, PROMPT, max_tokens=30, temperature=1, top_p=1, seed=5)
 
 
+def test_C2_proxies_are_told_not_to_collect_a_stream(server):
+    asked = {"messages": USER, "stream": True, "max_tokens": 3}
+    found = ask(server, "POST", "/v1/chat/completions", asked)
+    assert (found.headers["X-Accel-Buffering"], found.headers["Transfer-Encoding"]) == ("no", "chunked")
+    assert "X-Accel-Buffering" not in ask(server, "GET", "/health").headers
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/x", "/", "/rate", "/chat.js"])
+def test_C4_head_wherever_get_is(server, path):
+    whole, found = ask(server, "GET", path), ask(server, "HEAD", path)
+    assert (found.status, found.text, whole.status) == (200, "", 200) and whole.text
+    names = [name for name in whole.headers if name != "Content-Length" or path != "/metrics"]
+    assert [found.headers[name] for name in names] == [whole.headers[name] for name in names]
+
+
+def test_C9_one_model_and_paths_that_are_almost_right(server):
+    listed = ask(server, "GET", "/v1/models").json["data"]
+    assert ask(server, "GET", "/v1/models/x").json == listed[1] and listed[1]["object"] == "model"
+    assert ask(server, "GET", "/v1/models/%78").json == listed[1]
+    missing = ask(server, "GET", "/v1/models/gpt-5")
+    assert (missing.status, missing.json["error"]["code"]) == (404, "model_not_found")
+    assert "base, x" in missing.json["error"]["message"]
+    for path, right in (
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1/completions", "/v1/chat/completions"),
+        ("/api/generate", "/generate"),
+        ("/v1/generate", "/generate"),
+        ("/healthz", "/health"),
+    ):
+        found = ask(server, "POST", path, {"prompt": "a"})
+        assert found.status == 404 and f"did you mean {right}?" in found.json["error"]["message"], found.text
+    assert "did you mean" not in ask(server, "GET", "/nothing-like-it").text
+
+
 def test_stop_texts_end_an_answer(server, net):
     whole = right_text(net, PROMPT, temperature=0)
     stop = whole[len(whole) // 2 :][:4]
@@ -242,7 +279,10 @@ def test_H1_health_while_loading_and_behind(tmp_path, adapter, micro_folder):
 
 
 def test_H1_health_answers_while_others_generate(tmp_path, micro_folder):
-    with serving(tmp_path, "--checkpoint", micro_folder, change=endless(0)) as one, ThreadPoolExecutor(4) as pool:
+    with (
+        serving(tmp_path, "--checkpoint", micro_folder, *LONG, change=endless(0)) as one,
+        ThreadPoolExecutor(4) as pool,
+    ):
         held = [pool.submit(generate, one, max_tokens=10_000) for _ in range(4)]
         wait_for(lambda: number(one, "requests_running") == 4)
         before = number(one, "engine_tokens_total")
@@ -297,9 +337,9 @@ def test_H2_connections_beyond_the_limit_are_not_held(tmp_path, micro_folder):
 def test_H6_what_does_not_fit_is_refused_with_both_numbers(server):
     long = "word " * 5000
     message = generate(server, prompt=long).json["error"]["message"]
-    assert re.search(r"prompt has \d+ tokens|prompt: \d+ characters", message) and str(serve.CONTEXT) in message
-    found = generate(server, max_tokens=serve.CONTEXT)
-    assert found.status == 400 and str(serve.CONTEXT) in found.json["error"]["message"]
+    assert re.search(r"prompt has \d+ tokens|prompt: \d+ characters", message) and "4096" in message
+    found = generate(server, max_tokens=4096)
+    assert found.status == 400 and "4096" in found.json["error"]["message"]
     assert re.search(r"has \d+ tokens and max_tokens is 4096", found.json["error"]["message"])
     body = {"messages": [{"role": "user", "content": long}]}
     assert ask(server, "POST", "/v1/chat/completions", body).json["error"]["param"] == "messages"
@@ -330,8 +370,11 @@ def test_H6_batches_are_all_or_nothing_and_equal_single_requests(server, net):
 
 
 def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path, micro_folder):
-    change = both(endless(0.01), small_queue(4, 8))
-    with serving(tmp_path, "--checkpoint", micro_folder, change=change) as one, ThreadPoolExecutor(64) as pool:
+    change = endless(0.01)
+    with (
+        serving(tmp_path, "--checkpoint", micro_folder, *SMALL_QUEUE, change=change) as one,
+        ThreadPoolExecutor(64) as pool,
+    ):
         found = list(pool.map(lambda i: generate(one, max_tokens=30, seed=i), range(64)))
         statuses = [reply.status for reply in found]
         assert set(statuses) == {200, 429} and statuses.count(200) >= 12, statuses
@@ -354,7 +397,7 @@ def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path, micro_folde
 
 def test_H8_generation_stops_when_the_client_leaves(tmp_path, micro_folder):
     """20 clients, plain and streaming, ask for 10,000 tokens and go; the next is served as if alone."""
-    with serving(tmp_path, "--checkpoint", micro_folder, change=endless(0.002)) as one:
+    with serving(tmp_path, "--checkpoint", micro_folder, *LONG, change=endless(0.002)) as one:
         lines = []
         for i in range(20):
             asked = {"messages": USER, "max_tokens": 10_000, "stream": bool(i % 2)}
@@ -384,10 +427,14 @@ def test_H9_an_idle_server_stops_at_once_and_its_port_is_free(tmp_path, micro_fo
         assert again.port == one.port and generate(again, max_tokens=3).status == 200
         status, _, err = processes.run(serve.main, tmp_path, ["--checkpoint", micro_folder, "--port", one.port])
         assert status == 2 and f"--port {one.port}: Address already in use" in err
+        assert "AirPlay" in err and "--port" in err and err.count("\n") == 1  # C11
 
 
 def test_H9_what_is_in_flight_is_finished(tmp_path, micro_folder):
-    with serving(tmp_path, "--checkpoint", micro_folder, change=endless(0.01)) as one, ThreadPoolExecutor(3) as pool:
+    with (
+        serving(tmp_path, "--checkpoint", micro_folder, *LONG, change=endless(0.01)) as one,
+        ThreadPoolExecutor(3) as pool,
+    ):
         held = [pool.submit(generate, one, max_tokens=100, seed=i) for i in range(3)]
         wait_for(lambda: number(one, "requests_running") == 3)
         early = socket.create_connection(("127.0.0.1", one.port))  # connected before, asks behind the signal
@@ -403,7 +450,10 @@ def test_H9_what_is_in_flight_is_finished(tmp_path, micro_folder):
 
 
 def test_H9_a_second_signal_ends_it_now(tmp_path, micro_folder):
-    with serving(tmp_path, "--checkpoint", micro_folder, change=endless(0.01)) as one, ThreadPoolExecutor(1) as pool:
+    with (
+        serving(tmp_path, "--checkpoint", micro_folder, *LONG, change=endless(0.01)) as one,
+        ThreadPoolExecutor(1) as pool,
+    ):
         held = pool.submit(generate, one, max_tokens=10_000)
         wait_for(lambda: number(one, "requests_running") == 1)
         os.kill(one.pid, signal.SIGTERM)
@@ -439,6 +489,9 @@ def test_H10_a_token_guards_all_but_the_pages_and_health(tmp_path, micro_folder)
             and ask(one, "GET", "/metrics", None, good).status == 200
         )
         assert ask(one, "GET", "/health", None, {"Host": "demo.example.org"}).status == 200, "as a proxy passes it on"
+        for scheme in ("bearer", "BEARER", "bEaReR "):  # C6
+            given = {"Authorization": f"{scheme} {TOKEN}"}
+            assert ask(one, "POST", "/generate", body, given).status == 200, scheme
         assert TOKEN not in Path(f"/proc/{one.pid}/cmdline").read_text()
     assert TOKEN not in read(one.out) + read(one.err)
 
@@ -463,10 +516,13 @@ def test_H10_other_hosts_and_origins_are_refused(server):
         "a@localhost",
         "",
     ):
-        found = ask(server, "GET", "/health", None, {"Host": host})
+        found = ask(server, "GET", "/v1/models", None, {"Host": host})
         assert found.status == 403 and "Access-Control-Allow-Origin" not in found.headers, host
+        assert "GEMMA_ALIGNMENT_TOKEN" in found.json["error"]["message"]
+        for method in ("GET", "HEAD"):  # C5: whoever watches a container asks by a name of its own
+            assert ask(server, method, "/health", None, {"Host": host}).status == 200, host
     for host in ("localhost", f"127.0.0.1:{server.port}", "[::1]:80", "LOCALHOST:1"):
-        assert ask(server, "GET", "/health", None, {"Host": host}).status == 200, host
+        assert ask(server, "GET", "/v1/models", None, {"Host": host}).status == 200, host
     body, here = {"prompt": PROMPT, "max_tokens": 2}, f"127.0.0.1:{server.port}"
     for origin in ("http://evil", "null", "http://localhost.evil", f"http://127.0.0.1:{server.port + 1}"):
         found = ask(server, "POST", "/generate", body, {"Origin": origin, "Host": here})
@@ -506,8 +562,8 @@ def test_H11_nothing_leaks(tmp_path, micro_folder):
             ("PUT", "/generate", "POST"),
             ("GET", "/generate", "POST"),
             ("DELETE", "/", "GET, HEAD"),
-            ("POST", "/health", "GET"),
-            ("TRACE", "/metrics", "GET"),
+            ("POST", "/health", "GET, HEAD"),
+            ("TRACE", "/metrics", "GET, HEAD"),
         ):
             found = ask(one, method, path)
             assert (found.status, found.headers["Allow"]) == (405, allow)
@@ -664,6 +720,19 @@ def test_a_rating_of_another_study_is_refused_the_next_kept(tmp_path, blind, mic
         assert ask(one, "POST", "/rate", {"rater_id": "ann", "item_id": own, "preferred": "A"}).json["rated"] == 1
     file = tmp_path / "human_eval.ratings.jsonl"
     assert [row["item_id"] for row in ratings.read_ratings(file, manifest.read_manifest(blind))] == [own]
+
+
+@pytest.mark.parametrize("flags", [("--rows", 0), ("--queue", -1), ("--context", 8), ("--rows", "many")])
+def test_wrong_sizes_are_one_line(tmp_path, flags):
+    processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", "tiny", *flags], flags[0])
+
+
+def test_the_rate_tab_shows_where_a_study_is_loaded(server, tmp_path, blind, micro_folder):
+    tab = '<a href="/rate" hidden>'
+    assert tab in ask(server, "GET", "/").text
+    with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind) as one:
+        shown = ask(one, "GET", "/").text
+    assert tab not in shown and '<a href="/rate">' in shown
 
 
 def test_without_a_blind_file_there_is_nothing_to_rate(server, tmp_path, micro_folder):

@@ -9,10 +9,12 @@ al. 2022, "Orca": scheduling by iteration; draws as in common/rollouts.py).
 
 import contextlib
 import threading
-from collections import deque
-from types import SimpleNamespace
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from common import chat, lora, rollouts
 from common.decoder import Decoder
@@ -25,14 +27,54 @@ class Busy(Exception):
     """No room in the queue; its argument: seconds after which to come again, if an answer took one."""
 
 
-def request(ids, asked, emit=None, stop=chat.STOP_TOKENS):
-    """What Engine.submit takes. ids: the prompt; asked: {"model": a name that the engine knows, "max_tokens",
-    "temperature": 0 is greedy, "top_p", "seed"}.
+class Stopped(RuntimeError):
+    """The engine's thread has ended: nothing is decoded any more."""
 
-    emit(token, finish) is called from the engine's thread for each token, with finish None, "stop" after a stop token
-    or "length"; instead emit(None, error) where an exception ended the request.
+
+@dataclass(eq=False)
+class Request:
+    """What Engine.submit takes: ids of a prompt, the name of a model, and how to sample; temperature 0 is greedy.
+
+    The engine's thread calls emit(request, token, finish) for each token, with finish None, "stop" after a stop token
+    or "length"; instead emit(request, None, error) where an exception ended the request.
     """
-    return SimpleNamespace(ids=ids, **asked, emit=emit, stop=frozenset(stop), tokens=[], cancelled=False, done=False)
+
+    ids: list[int]
+    model: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: Collection[int] = chat.STOP_TOKENS
+    emit: Callable | None = None
+    tokens: list[int] = field(default_factory=list)
+    uniforms: Tensor | None = None
+    cancelled: bool = False
+    done: bool = False
+
+    def tell(self, token, finish):
+        """Nothing comes after the end, and nothing to those who have left."""
+        if not self.done and not self.cancelled:
+            self.done = finish is not None
+            with contextlib.suppress(RuntimeError):  # the server's loop has been closed
+                self.emit(self, token, finish)
+
+
+class Group:
+    """The requests to models over one base: those that decode, with their hidden states, and those that enter."""
+
+    def __init__(self, net, rows, slots, adapters):
+        with lora.using(net, None):
+            self.decoder = Decoder(net, rows, slots, merge=False, adapters=adapters, row_invariant=True)
+        self.rows, self.failures = rows, 0
+        self.clear()
+
+    def clear(self):
+        self.decoder.keep([])
+        self.running, self.entering, self.hidden = [], [], self.decoder.head[:0]
+
+    def members(self):
+        return [*self.running, *self.entering]
 
 
 class Engine:
@@ -42,38 +84,36 @@ class Engine:
         """models: {name: (model, its adapter's name or None)}; room for `rows` requests of `slots` tokens at a time on
         each base, and for `waiting` more in line."""
         torch.set_num_threads(torch.get_num_threads())  # a new thread's OpenMP, which oneDNN asks, has not heard of it
-        self.groups, self.slots, self.limit = {}, slots, waiting
+        self.slots, self.limit = slots, waiting
         self.adapters = {name: adapter for name, (_, adapter) in models.items()}
-        for net, names in _by_base(models).values():
-            with lora.using(net, None):
-                adapters = [self.adapters[name] for name in names if self.adapters[name]]
-                decoder = Decoder(net, rows, slots, merge=False, adapters=adapters, row_invariant=True)
-            group = SimpleNamespace(decoder=decoder, rows=rows, failures=0)
-            group.running, group.entering, group.hidden = [], [], decoder.head[:0]
-            self.groups |= dict.fromkeys(names, group)
-        self.unique_groups = list({id(group): group for group in self.groups.values()}.values())
+        by_base = {}
+        for net, adapter in models.values():
+            by_base.setdefault(net, []).extend([adapter] if adapter else [])
+        groups = {net: Group(net, rows, slots, adapters) for net, adapters in by_base.items()}
+        self.group_of = {name: groups[net] for name, (net, _) in models.items()}
+        self.groups = [*groups.values()]
         self.queue, self.lock, self.closed, self.alive = deque(), threading.Condition(), False, True
-        self.counts = dict.fromkeys(("prompt_tokens", "tokens", "steps", "finished", "cancelled", "failed"), 0)
+        self.counts = Counter(prompt_tokens=0, tokens=0, steps=0, finished=0, cancelled=0, failed=0)
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
 
     def submit(self, requests):
-        """Take all of these requests or none. Busy if they do not fit into the queue, RuntimeError if nothing runs."""
+        """Take all of these requests or none. Busy if they do not fit into the queue, Stopped if nothing runs."""
         for request in requests:
             if len(request.ids) + request.max_tokens > self.slots:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens, more than {self.slots}")
         with self.lock:
             if not self.alive or self.closed:
-                raise RuntimeError("the engine has stopped")
+                raise Stopped("the engine has stopped")
             self.check_room(len(requests))
             self.queue.extend(requests)
             self.lock.notify()
 
     def check_room(self, count):
         """Busy if `count` requests more would not be taken now."""
-        rows, active = sum(group.rows for group in self.unique_groups), self.in_flight()
-        if sum(active) + count > self.limit + rows:
-            raise Busy(1 + active[1] // rows)
+        rows, (running, waiting) = sum(group.rows for group in self.groups), self.in_flight()
+        if running + waiting + count > self.limit + rows:
+            raise Busy(1 + waiting // max(1, rows))
 
     def cancel(self, requests):
         """Stop these at the next token; nothing is emitted for them any more."""
@@ -84,7 +124,7 @@ class Engine:
 
     def in_flight(self):
         """(requests that decode, requests that wait)"""
-        return sum(len(group.running) + len(group.entering) for group in self.unique_groups), len(self.queue)
+        return sum(len(group.members()) for group in self.groups), len(self.queue)
 
     def close(self, seconds=5.0):
         """End the thread after the step at hand; what is in flight gets no further token."""
@@ -98,31 +138,28 @@ class Engine:
         try:
             while True:
                 with self.lock:
-                    while not (self.closed or self.queue or any(group.running for group in self.unique_groups)):
+                    while not (self.closed or self.queue or any(group.running for group in self.groups)):
                         self.lock.wait()
                     if self.closed:
                         return
-                    for group in self.unique_groups:
+                    for group in self.groups:
                         group.entering = self._next(group)
-                for group in self.unique_groups:
-                    if group.running or group.entering:
+                for group in self.groups:
+                    if group.members():
                         self._turn(group)
         finally:
             with self.lock:
                 self.alive = False
-                left = [
-                    *self.queue,
-                    *(request for group in self.unique_groups for request in [*group.running, *group.entering]),
-                ]
-                self.queue, self.unique_groups = deque(), []
+                left = [*self.queue, *(request for group in self.groups for request in group.members())]
+                self.queue, self.groups = deque(), []
             for request in left:
-                _emit(request, None, RuntimeError("the engine has stopped"))
+                request.tell(None, Stopped("the engine has stopped"))
 
     def _next(self, group):
         """Take out of the queue what may enter this group now, in the order of arrival."""
         free, tokens, entering, others = group.rows - len(group.running), 0, [], deque()
         for request in self.queue:
-            mine = self.groups[request.model] is group
+            mine = self.group_of[request.model] is group
             if request.cancelled:
                 self.counts["cancelled"] += 1
             elif mine and len(entering) < free and (not entering or tokens + len(request.ids) <= PREFILL):
@@ -136,62 +173,44 @@ class Engine:
 
     def _turn(self, group):
         """One token for every request of a group; an exception ends those requests, and PATIENCE of them the engine."""
-        members = [*group.running, *group.entering]
+        members = group.members()
         try:
-            self._advance(group, group.decoder)
+            self._advance(group)
             group.failures = 0
         except Exception as error:
             group.failures += 1
-            group.decoder.keep([])
-            group.running, group.entering, group.hidden = [], [], group.decoder.head[:0]
+            group.clear()
             for request in members:
                 self.counts["failed"] += not request.done
-                _emit(request, None, error)
+                request.tell(None, error)
             if group.failures == PATIENCE:
                 raise
 
-    def _advance(self, group, decoder):
-        if group.entering:
-            for request in group.entering:
-                request.uniforms = rollouts.uniforms(request.seed, 0, [0], request.max_tokens)[0]
-                self.counts["prompt_tokens"] += len(request.ids)
-            fresh = [decoder.prefill([request.ids], [1], [self.adapters[request.model]]) for request in group.entering]
-            group.hidden = torch.cat([group.hidden, *fresh])
-            with self.lock:
-                group.running, group.entering = [*group.running, *group.entering], []
+    def _advance(self, group):
+        decoder = group.decoder
+        for request in group.entering:
+            request.uniforms = rollouts.uniforms(request.seed, 0, [0], request.max_tokens)[0]
+            self.counts["prompt_tokens"] += len(request.ids)
+        fresh = [decoder.prefill([request.ids], [1], [self.adapters[request.model]]) for request in group.entering]
+        group.hidden = torch.cat([group.hidden, *fresh])
+        with self.lock:
+            group.running, group.entering = group.members(), []
         tokens = _draw(decoder.logits(group.hidden), group.running)
         alive = []
         self.counts["tokens"] += len(tokens)
         self.counts["steps"] += 1
-        for row, (request, token) in enumerate(zip(group.running, tokens.tolist())):
+        for row, (request, token) in enumerate(zip(group.running, tokens.tolist(), strict=True)):
             request.tokens.append(token)
-            finish = (
-                "stop" if token in request.stop else "length" if len(request.tokens) == request.max_tokens else None
-            )
+            finish = "length" if len(request.tokens) == request.max_tokens else None
+            finish = "stop" if token in request.stop else finish
             if request.cancelled or finish:
                 self.counts["cancelled" if request.cancelled else "finished"] += 1
             else:
                 alive.append(row)
-            _emit(request, token, finish)
+            request.tell(token, finish)
         order = decoder.keep(alive)
         group.running = [group.running[row] for row in order]
         group.hidden = decoder.step(tokens[order]) if order else group.hidden[:0]
-
-
-def _by_base(models):
-    """{id of a model: (model, names that run on it)}"""
-    bases = {}
-    for name, (net, _) in models.items():
-        bases.setdefault(id(net), (net, []))[1].append(name)
-    return bases
-
-
-def _emit(request, token, finish):
-    """Hand a token or the end over; nothing after the end, and nothing to those who have left."""
-    if not request.done and not request.cancelled:
-        request.done = finish is not None
-        with contextlib.suppress(RuntimeError):  # the server's loop has been closed
-            request.emit(token, finish)
 
 
 def _draw(logits, requests):

@@ -1,8 +1,8 @@
-"""HTTP/1.1 for a demo server: one strictly framed request a connection, on asyncio's streams, nothing else installed.
+"""HTTP/1.1 for a demo server: strictly framed requests on asyncio's streams, nothing else installed.
 
 Python's http.server guesses where RFC 9112 leaves no room for it (lengths such as +3 or 1_0, two of them, chunks that
-it does not read), waits for ever and takes megabytes of head. Here a request that is not exactly one is refused, size
-and time are bounded before anything is kept, and the connection ends with the answer.
+it does not read), waits for ever and takes megabytes of head. Here a request that is not exactly one is refused, and
+size and time are bounded before anything is kept. A connection stays only after a request that was read whole.
 """
 
 import asyncio
@@ -12,84 +12,177 @@ import http
 import ipaddress
 import json
 import re
+import secrets
+import time
 
-HEAD_BYTES, BODY_BYTES, WRITE_SECONDS = 16 * 1024, 1024 * 1024, 30
+HEAD_BYTES, BODY_BYTES, CHUNKS, WRITE_SECONDS = 16 * 1024, 1024 * 1024, 16 * 1024, 30
 ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t\x20-\x7e]*)?\r\n")
+SAFE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 class Refused(Exception):
     """Ends a request with this status and {"error": {"message", "type", "param", "code"}}."""
 
-    def __init__(self, status, message, param=None, **headers):
+    def __init__(self, status, message, param=None, code=None, **headers):
         super().__init__(message)
-        self.status, self.headers = status, [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        self.status, self.headers = status, {name.replace("_", "-"): str(value) for name, value in headers.items()}
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def read_head(reader, call):
-    """Method, path, query and headers into `call`; Refused for whatever HTTP/1.1 (RFC 9112) leaves open to a guess."""
-    size, lines = 0, []
-    while not lines or lines[-1]:
+class Call:
+    """One request and its answer. keep: another one may follow on the connection."""
+
+    def __init__(self, reader, writer, may_stay=True):
+        self.reader, self.writer, self.may_stay = reader, writer, may_stay
+        self.id, self.began = secrets.token_hex(4), time.monotonic()
+        self.method, self.path, self.query, self.version, self.headers, self.body = "-", "-", "", "0", {}, None
+        self.status, self.tokens, self.begin = 0, 0, b""
+        self.read_whole, self.keep, self.chunked = False, False, False
+
+    # ---------------------------------------------------------------- the request
+
+    async def begins(self, seconds):
+        """Wait for the first byte of a request; False if none comes."""
+        with contextlib.suppress(OSError):  # TimeoutError is one
+            self.begin = await asyncio.wait_for(self.reader.read(1), seconds)
+        self.began = time.monotonic()
+        return bool(self.begin)
+
+    async def read_head(self):
+        """Method, path, query and headers; Refused for whatever HTTP/1.1 (RFC 9112) leaves open to a guess."""
+        start, *lines = await self._lines(self.begin)
+        parts = re.fullmatch(r"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.([01])", start)
+        if not parts:
+            raise Refused(400, "expected METHOD /path HTTP/1.1")
+        self.method, (self.path, _, self.query), self.version = parts[1], parts[2].partition("?"), parts[3]
+        for line in lines:
+            header = HEADER.fullmatch(line)
+            if not header:
+                raise Refused(400, "a header is not NAME: VALUE")
+            name = header[1].lower()
+            if name in self.headers and name in ONCE:
+                raise Refused(400, f"header {name} stands twice")
+            self.headers[name] = header[2]
+        if self.version == "1" and "host" not in self.headers:
+            raise Refused(400, "header Host is missing")
+        self.read_whole = self.headers.get("content-length", "0") == "0" and "transfer-encoding" not in self.headers
+        if self.method in ("GET", "HEAD") and not self.read_whole:
+            raise Refused(400, f"{self.method} takes no body")
+
+    async def read_body(self):
+        """The bytes of JSON that the head announces; none is read before type and length are accepted."""
+        length, coding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
+        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(415, "Content-Type must be application/json")
+        if coding is not None and (length is not None or self.version == "0"):
+            raise Refused(400, "Transfer-Encoding stands beside Content-Length or in HTTP/1.0")
+        if coding is None and length is None:
+            raise Refused(411, "Content-Length is missing")
+        if coding is not None and coding.lower() != "chunked":
+            raise Refused(501, "of the transfer encodings only chunked is supported")
+        if coding is None and not re.fullmatch("[0-9]{1,18}", length):
+            raise Refused(400, "Content-Length is not a number")
+        if coding is None and int(length) > BODY_BYTES:
+            raise Refused(413, f"a body may have {BODY_BYTES} bytes, this one has {int(length)}")
+        if self.headers.get("expect", "").lower() == "100-continue":
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data = await (self._chunks() if length is None else self.reader.readexactly(int(length)))
+        self.read_whole = True
+        return data
+
+    async def _lines(self, begin=b""):
+        """The lines before an empty one: a head, whose first bytes are `begin`, or what follows the last chunk."""
+        lines, size = [], len(begin)
+        while not lines or lines[-1]:
+            try:
+                line = await self.reader.readuntil(b"\n")
+            except asyncio.LimitOverrunError:
+                line = b" " * (HEAD_BYTES + 1)
+            size += len(line)
+            if size > HEAD_BYTES:
+                raise Refused(431 if lines else 414, f"the head of a request may have {HEAD_BYTES} bytes")
+            if not line.endswith(b"\r\n"):
+                raise Refused(400, "lines of the head end with CR LF")
+            lines.append(line[:-2].decode("latin-1"))
+        return [begin.decode("latin-1") + lines[0], *lines[1:-1]]
+
+    async def _chunks(self):
+        data = bytearray()
+        for _ in range(CHUNKS):
+            line = CHUNK.fullmatch(await self.reader.readuntil(b"\n"))
+            if not line:
+                raise Refused(400, "a chunk begins with its size and CR LF")
+            size = int(line[1], 16)
+            if len(data) + size > BODY_BYTES:
+                break
+            if size == 0:
+                await self._lines()
+                return bytes(data)
+            data += await self.reader.readexactly(size)
+            if await self.reader.readexactly(2) != b"\r\n":
+                raise Refused(400, "a chunk is longer than its size")
+        raise Refused(413, f"a body may have {BODY_BYTES} bytes in {CHUNKS} chunks")
+
+    async def left(self):
+        """Returns when the client has closed its end; one that sends more before its answer gets no answer to that."""
+        with contextlib.suppress(OSError):
+            while await self.reader.read(64 * 1024):
+                self.may_stay = False
+
+    # ---------------------------------------------------------------- the answer
+
+    async def respond(self, status, content, kind="application/json", headers=()):
+        """Send a whole answer; `content` is bytes, or what becomes JSON."""
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        looking = asyncio.create_task(self.left())
+        await asyncio.sleep(0)  # it reads what has come, and would wait for more
+        looking.cancel()
+        await asyncio.wait({looking})
+        head = self._head(status, {"Content-Type": kind, "Content-Length": len(data), **dict(headers)})
+        await self._write(head if self.method == "HEAD" else head + data)
+
+    async def begin_stream(self, kind):
+        """The head of an answer in parts, each by send_part; b"" is the last. nginx would collect them."""
+        self.chunked = self.version == "1"  # before that the close ends it
+        coding = {"Transfer-Encoding": "chunked"} if self.chunked else {}
+        await self._write(self._head(200, {"Content-Type": kind, "X-Accel-Buffering": "no", **coding}))
+
+    async def send_part(self, data):
+        await self._write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+
+    def _head(self, status, headers):
+        """Also decides whether the connection stays."""
+        closes = "close" in re.split("[ \t,]+", self.headers.get("connection", "").lower())
+        self.keep = self.may_stay and self.read_whole and self.version == "1" and not closes
+        named = {"Connection": "keep-alive" if self.keep else "close", **SAFE, **headers}
+        lines = [f"{name}: {value}" for name, value in named.items()]
+        self.status = status
+        return "\r\n".join([f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *lines, "", ""]).encode()
+
+    async def _write(self, data):
+        """Wait until the system has taken it all; a client that does not read is given up."""
+        self.writer.write(data)
         try:
-            line = await reader.readline()
-        except ValueError:  # the reader's limit
-            line = b" " * (HEAD_BYTES + 1)
-        size += len(line)
-        if size > HEAD_BYTES:
-            raise Refused(431 if lines else 414, f"the head of a request may have {HEAD_BYTES} bytes")
-        if not line.endswith(b"\n"):
-            raise ConnectionResetError
-        if not line.endswith(b"\r\n"):
-            raise Refused(400, "lines of the head end with CR LF")
-        lines.append(line[:-2].decode("latin-1"))
-    start = re.fullmatch(r"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.[01]", lines[0])
-    if not start:
-        raise Refused(400, "expected METHOD /path HTTP/1.1")
-    call.method, (call.path, _, call.query), call.headers = start[1], start[2].partition("?"), {}
-    for line in lines[1:-1]:
-        header = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*", line)
-        if not header:
-            raise Refused(400, "a header is not NAME: VALUE")
-        name = header[1].lower()
-        if name in call.headers and name in ONCE:
-            raise Refused(400, f"header {name} stands twice")
-        call.headers[name] = header[2]
-    body = {"content-length": "0"} | call.headers
-    if call.method in ("GET", "HEAD") and (body["content-length"] != "0" or "transfer-encoding" in body):
-        raise Refused(400, f"{call.method} takes no body")
+            await asyncio.wait_for(self.writer.drain(), WRITE_SECONDS)
+        except TimeoutError:
+            raise ConnectionResetError("the client does not read") from None
+
+    async def hang_up(self, seconds=1):
+        """Close, but read on for a moment: an unread body would reset the connection and take the answer with it."""
+        with contextlib.suppress(Exception):
+            self.writer.write_eof()
+            async with asyncio.timeout(seconds):
+                for _ in range(64):
+                    if not await self.reader.read(64 * 1024):
+                        break
+        self.writer.transport.abort()
 
 
-async def read_body(reader, writer, headers):
-    """The bytes of JSON that Content-Length and Content-Type announce; none is read before both are accepted."""
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "Content-Type must be application/json")
-    length = headers.get("content-length")
-    if "transfer-encoding" in headers:
-        raise Refused(501 if length is None else 400, "Transfer-Encoding is not supported: send Content-Length")
-    if length is None:
-        raise Refused(411, "Content-Length is missing")
-    if not re.fullmatch("[0-9]{1,18}", length):
-        raise Refused(400, "Content-Length is not a number")
-    if int(length) > BODY_BYTES:
-        raise Refused(413, f"a body may have {BODY_BYTES} bytes, this one has {int(length)}")
-    if headers.get("expect", "").lower() == "100-continue":
-        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    try:
-        return await reader.readexactly(int(length))
-    except asyncio.IncompleteReadError:
-        raise ConnectionResetError from None
-
-
-async def respond(call, status, content, kind="application/json", headers=()):
-    """Send a whole answer; `content` is bytes, or what becomes JSON. None begins a stream that the close will end."""
-    data = content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()
-    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Content-Type: {kind}", "Connection: close",
-             "Cache-Control: no-store", "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer",
-             *([] if content is None else [f"Content-Length: {len(data)}"]), *headers]  # fmt: skip
-    call.status = status
-    await send(call, "\r\n".join([*lines, "", ""]).encode() + (b"" if call.method == "HEAD" else data))
+# ---------------------------------------------------------------- who may ask
 
 
 def check_origin(headers, names):
@@ -97,14 +190,16 @@ def check_origin(headers, names):
     host = headers.get("host", "")
     name = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:[0-9]+)?", host)
     if not name or not (is_address(name[1].strip("[]")) or name[1].lower() in names):
-        raise Refused(403, "this Host is not served: use the address that the server listens on")
+        way = "use the address that the server listens on, or start it with a token in GEMMA_ALIGNMENT_TOKEN"
+        raise Refused(403, f"this Host is not served: {way}")
     if headers.get("origin", f"http://{host}").partition("://")[2] != host:
         raise Refused(403, "requests from pages of another origin are refused")
 
 
 def check_token(headers, token):
-    given = headers.get("authorization", "").encode("latin-1", "replace")
-    if token and not hmac.compare_digest(given, b"Bearer " + token.encode()):
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), (token or "").encode())
+    if token and not (right and scheme.lower() == "bearer"):
         raise Refused(401, "a valid token is needed: Authorization: Bearer TOKEN", WWW_Authenticate="Bearer")
 
 
@@ -112,23 +207,3 @@ def is_address(name):
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(name))
     return False
-
-
-async def send(call, data):
-    """Write, and wait until the system has taken it all; a client that does not read is given up."""
-    call.writer.write(data)
-    try:
-        await asyncio.wait_for(call.writer.drain(), WRITE_SECONDS)
-    except TimeoutError:
-        raise ConnectionResetError("the client does not read") from None
-
-
-async def hang_up(reader, writer, seconds=1):
-    """Close, but read on for a moment: an unread body would reset the connection and take the answer with it."""
-    with contextlib.suppress(Exception):
-        writer.write_eof()
-        async with asyncio.timeout(seconds):
-            for _ in range(64):
-                if not await reader.read(64 * 1024):
-                    break
-    writer.transport.abort()
