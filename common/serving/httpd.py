@@ -19,7 +19,7 @@ HEAD_BYTES, BODY_BYTES, CHUNKS, WRITE_SECONDS = 16 * 1024, 1024 * 1024, 16 * 102
 ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t\x20-\x7e]*)?\r\n")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;[\t\x20-\x7e]*)?\r\n")
 SAFE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
