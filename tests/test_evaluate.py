@@ -124,7 +124,7 @@ def test_the_best_of_several_answers_are_the_bare_bases(done, few, micro_model):
     for name, rows in lines(done[0], "base-best"):
         for line, group in zip(rows, samples):
             texts = [chat.decode(tokenizer, ids) for ids in group]
-            assert line["answer"] in texts[: int(name.split()[-1])]
+            assert line["answer"] in texts[: 1 if name.endswith("at random") else int(name.split()[-1])]
 
 
 def test_started_again_it_asks_nobody_and_says_the_same(tmp_path, done):

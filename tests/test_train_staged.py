@@ -357,6 +357,19 @@ def test_rft_without_an_answer_that_ends_is_refused(tmp_path, settings):
     assert status == 2 and err.count("\n") == 1 and "rft: of " in err and "stops by itself" in err
 
 
+def test_half_adds_each_adapter_at_half_its_scale(tmp_path, settings):
+    """Nothing more is trained; half of an adapter lies nearer to the base."""
+    argv = settings(tmp_path, "--paradigms", "sft,half", "--training.budget_tokens", 800, "--reward.type", "heuristic")
+    train(tmp_path, argv)
+    results = json.loads((tmp_path / "run" / "comparison" / "results.json").read_text())
+    assert results["systems"] == ["base", "sft", "sft-half"]
+    kl = {name: cell["value"] for name, cell in results["cells"]["kl_base"].items()}
+    assert kl["base"] == 0 < kl["sft-half"] < kl["sft"]
+    assert sorted(json.loads((tmp_path / "run" / "stages.json").read_text())) == ["judge", "sft"]
+    full = settings(tmp_path / "full", "--paradigms", "sft,half", "--training.budget_tokens", 800)
+    refused(tmp_path, [*full, "--model.peft_type", "none"], "--paradigms half", "model.peft_type")
+
+
 # ---------------------------------------------------------------- several seeds
 
 
