@@ -46,7 +46,6 @@ def test_H3_sizes_are_bounded_before_anything_is_read(server, data, status):
         *(
             (framed("Transfer-Encoding: chunked", body=body), {400})
             for body in (
-                b"2\r\n{}\r\n0\r\n\r\n",  # well framed: what is missing is the prompt
                 b"2\n{}\r\n0\r\n\r\n",
                 b"2\r\n{}\n0\r\n\r\n",
                 b"2\r\n{}0\r\n\r\n",
@@ -136,6 +135,9 @@ def test_chunks_of_a_body_are_joined(server):
     parts = iter([b'{"prompt": ', b'"a", "max_', b'tokens": 2}'])
     line.request("POST", "/generate", parts, JSON, encode_chunked=True)  # on the same connection
     assert json.loads(line.getresponse().read())["prompt"] == "a"
+    line.request("POST", "/generate", iter([b"{}"]), JSON, encode_chunked=True)  # well framed, but without a prompt
+    reply = line.getresponse()
+    assert (reply.status, reply.headers["Connection"]) == (400, "keep-alive") and reply.read()
     line.close()
 
 
