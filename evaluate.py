@@ -47,8 +47,7 @@ from common import (
     tasks,
 )
 from common.evaluation import comparison, drift, export, gate, measure, metrics, report, results
-from common.human import analysis, manifest, ratings
-from common.human import report as human_report
+from common.human import analysis, ratings, study
 from common.log import UserError, command, say
 from common.runtime import base, cache, checkpoint, resume
 from common.tasks import numbers, text
@@ -369,8 +368,8 @@ def main(argv=None):
     named, task, sheet = parse_systems(job.checkpoints), cfg.task, out / "human_eval.csv"
     if job.human_eval and not 2 <= len(named) <= 4:
         raise UserError(f"--human_eval: raters compare 2 to 4 systems, these are {len(named)}")
-    if job.human_eval and sheet.exists() and manifest.key_path(sheet).exists():
-        manifest.check_pair(sheet, manifest.read_manifest(sheet))
+    if job.human_eval and sheet.exists() and study.key_path(sheet).exists():
+        study.check_pair(sheet, study.read_manifest(sheet))
     device = model.pick_device(cfg.device)
     resume.prepare(device)
     base_folder, systems = locate(named, cfg, job.flags.get("model.base_checkpoint"))
@@ -475,7 +474,7 @@ def compare_items(cfg, job, out):
 
 def write_sheets(sheet, task, items, runs_by_system):
     """The blind file for raters and its key, once."""
-    if sheet.exists() and manifest.key_path(sheet).exists():
+    if sheet.exists() and study.key_path(sheet).exists():
         say(f"{sheet} is there already and may have been rated: kept")
         return
     texts = {name: [line["answer"] for line in seeds[0]] for name, seeds in runs_by_system.items()}
@@ -483,7 +482,7 @@ def write_sheets(sheet, task, items, runs_by_system):
     for item in items:
         prompt = measure.dialogue(item.record["prompt"])
         asked.append({"task": task, "prompt": prompt, "reference": item.record["reference"] or ""})
-    manifest.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
+    study.write(asked, texts, sheet)  # by a seed that nobody knows, or it would not be blind
 
 
 def write_export(cfg, job):
@@ -506,10 +505,10 @@ def write_export(cfg, job):
 def human_results(out, files, draws):
     """Unblind the ratings of `files` with out/human_eval.key.csv: human_results.json and .md in `out`."""
     path = out / "human_eval.key.csv"
-    key = manifest.read_key(path)
+    key = study.read_key(path)
     remedy = f"{path} is not its key, name the run that wrote its blind file with --logging.run_name"
     results = analysis.analyse(key, ratings.read_ratings(files, key, remedy), draws)
-    text = human_report.report(results)
+    text = analysis.report(results)
     log.write_json(out / "human_results.json", results)
     (out / "human_results.md").write_text(text, encoding="utf-8")
     say(text)

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import chat, config, lora, model
-from common.human import manifest, ratings
+from common.human import ratings, study
 from common.log import UserError, command, say
 from common.runtime import base
 from common.serving import fields, httpd
@@ -71,9 +71,9 @@ class Study:
     """A blind file that raters see, and the ratings of it that there are, as the page gets them back."""
 
     def __init__(self, path):
-        self.path, self.items = Path(path), manifest.read_manifest(path)
-        if self.path.suffix == ".csv" and os.access(manifest.key_path(self.path), os.R_OK):
-            manifest.check_pair(self.path, self.items)
+        self.path, self.items = Path(path), study.read_manifest(path)
+        if self.path.suffix == ".csv" and os.access(study.key_path(self.path), os.R_OK):
+            study.check_pair(self.path, self.items)
         self.file = self.path.with_suffix(".ratings.jsonl")
         self.rated = [shown(row) for row in ratings.reopen(self.file, self.items)]
         say(f"{len(self.items)} items to rate at /rate, {len(self.rated)} ratings in {self.file}")
@@ -433,7 +433,7 @@ async def rate(app, call):
 def check_rater(name):
     if not isinstance(name, str) or not 0 < len(name.strip()) <= 80 or not name.isprintable():
         raise Refused(400, "rater must be a name of 1 to 80 printable characters", "rater_id")
-    return name.strip()
+    return " ".join(name.split())  # as ratings.parse_rating writes it
 
 
 def shown(rating):

@@ -35,7 +35,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from benchmarks import deaths, soak_clients  # noqa: E402
 from common import config, data, log, model, rewards, tasks  # noqa: E402
-from common.human import sheets  # noqa: E402
+from common.human import study  # noqa: E402
 from common.log import UserError  # noqa: E402
 from common.runtime import base, checkpoint  # noqa: E402
 from tests import checks, inputs, processes  # noqa: E402
@@ -600,11 +600,11 @@ def cells(number, bench):
     parts = [*test_hostile.ALPHABET, "−", "\ufeff"]
     texts = ["".join(bench.dice.choices(parts, k=bench.dice.randrange(9))) for _ in range(1000)]
     path = bench.folder / "cells.csv"
-    sheets.save({path: [("text",), *((text,) for text in texts)]})
-    assert [row["text"] for _, row in sheets.read(path)[1]] == texts
+    study.save({path: [("text",), *((text,) for text in texts)]})
+    assert [row["text"] for _, row in study.read_csv(path)[1]] == texts
     assert not [
         text
-        for text in map(sheets.neutralise, texts)
+        for text in map(study.neutralise, texts)
         if text.lstrip(" \t\r\n\0\u00a0\u200b\ufeff")[:1] in set("=+-@＝−")
     ]
 

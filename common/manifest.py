@@ -1,1 +1,1 @@
-from common.human.manifest import generate_manifest  # noqa: F401 - under the name that users import
+from common.human.study import generate_manifest  # noqa: F401 - under the name that users import

@@ -15,10 +15,10 @@ LONGEST = """test_train_online test_platforms test_checkpoints test_report test_
     test_pages test_engine test_sft test_online_values test_export test_dpo test_run test_train_reward test_tiny
     test_evaluate test_reward test_ranks test_staged""".split()
 # `pytest -m fast`: pure functions, the config, the house rules.
-FAST = """test_advantages test_agreement test_analysis test_cache test_chat test_checkpoint test_comparison test_config
+FAST = """test_advantages test_analysis test_cache test_chat test_checkpoint test_comparison test_config
     test_clinical test_conala test_data test_dialogue test_docs test_fields test_functions test_house
-    test_log test_losses test_manifest test_metrics test_numbers test_optim test_pairs test_policy_losses
-    test_preference_losses test_prompts test_ratings test_rewards test_safety test_sheets test_statistics test_stats
+    test_log test_losses test_metrics test_numbers test_optim test_pairs test_policy_losses
+    test_preference_losses test_prompts test_ratings test_rewards test_safety test_statistics test_stats test_study
     test_tasks test_text test_versions""".split()
 
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from common.human import analysis as human
-from common.human import manifest
+from common.human import study
 
 NAMES = ("sft", "rl", "staged")
 
@@ -20,12 +20,12 @@ def answers(n, seed=0, words=10):
     return [f"{i} {' '.join(rng.choice(WORDS, words))}" for i in range(n)]
 
 
-def study(tmp_path, n=60, systems=NAMES, **options):
+def made_study(tmp_path, n=60, systems=NAMES, **options):
     """Write a study; (its blind file, its key, both read)."""
     path = tmp_path / "study.csv"
     items = [{"prompt": f"=prompt {i}", "reference": f"reference {i}", "task": "clinical"} for i in range(n)]
-    manifest.write(items, {name: answers(n, seed) for seed, name in enumerate(systems)}, path, **options)
-    return manifest.read_manifest(path), manifest.read_key(tmp_path / "study.key.csv")
+    study.write(items, {name: answers(n, seed) for seed, name in enumerate(systems)}, path, **options)
+    return study.read_manifest(path), study.read_key(tmp_path / "study.key.csv")
 
 
 def made_key(n, systems=NAMES, checks=0):
@@ -70,7 +70,7 @@ def two_studies(tmp_path):
         (tmp_path / name).mkdir()
         items = [{"prompt": f"{name} prompt {i}"} for i in range(20)]
         systems = {"base": answers(20, seed), "tuned": answers(20, seed + 10)}
-        manifest.write(items, systems, tmp_path / name / "human_eval.csv", seed=seed)
+        study.write(items, systems, tmp_path / name / "human_eval.csv", seed=seed)
         folders.append(tmp_path / name)
     return folders
 
@@ -80,7 +80,7 @@ def rate_all(folder, path, system="tuned", raters=("ann", "bob")):
     rows = [
         {"rater_id": rater, "item_id": item, "preferred": "/".join(slots) or "none"}
         for rater in raters
-        for item, entry in manifest.read_key(folder / "human_eval.key.csv").items()
+        for item, entry in study.read_key(folder / "human_eval.key.csv").items()
         for slots in [[s for s, name in entry["systems"].items() if name == system and s != entry["trap"]]]
     ]
     if path.suffix == ".jsonl":

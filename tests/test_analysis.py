@@ -1,15 +1,20 @@
-"""What raters said, by hand, by simulated raters of known strengths, and where nothing can be said."""
+"""What raters said: by hand, by simulated raters of known strengths, against published numbers and other packages."""
 
+import itertools
 import json
 import math
+import re
 
+import evalica
+import krippendorff
 import numpy as np
+import pandas
 import pytest
+from scipy import optimize
 
 from common.human import analysis as human
-from common.human import manifest
+from common.human import study
 from common.human.ratings import read_ratings
-from common.human.report import report
 from common.log import UserError
 from tests.studies import NAMES, made_key, rate_all, rated, two_studies
 
@@ -23,7 +28,7 @@ def test_wins_and_ties_by_hand():
     assert found["wins"] == [[0, 1, 1.5], [2, 0, 2.5], [0.5, 0.5, 0]]
     assert (found["items"], found["ratings"], found["replaced"], found["excluded"]) == (3, 3, 0, [])
     assert found["agreement"]["alpha"] is None and "two raters" in found["agreement"]["reason"]
-    assert "needs two raters" in report(found)
+    assert "needs two raters" in human.report(found)
 
 
 def test_equal_answers_are_preferred_together():
@@ -57,7 +62,7 @@ def test_raters_who_fail_two_checks_are_excluded_by_name():
     found = human.analyse(key, ratings, draws=20)
     assert found["excluded"] == ["b|d"] and found["ratings"] == 5 and found["wins"][0] == [0, 0, 0]
     assert [(row["failed"], row["checks"]) for row in found["raters"]] == [(2, 2), (1, 1)]
-    assert r"b\|d (2 of 2 checks failed)" in report(found)
+    assert r"b\|d (2 of 2 checks failed)" in human.report(found)
     with pytest.raises(UserError, match="no rating is left"):
         human.analyse(key, [rating for rating in ratings if rating["rater_id"] == "b|d"])
     with pytest.raises(UserError, match="no rating is left"):
@@ -71,13 +76,13 @@ def test_no_win_has_no_interval_and_all_ties_no_difference():
     assert found["bradley_terry"]["staged"]["strength"] < found["bradley_terry"]["sft"]["strength"]
     rate = next(row for row in found["win_rates"] if (row["first"], row["second"]) == ("sft", "staged"))
     assert rate["rate"] == 1 and rate["low"] < 0.7 and rate["high"] == pytest.approx(1)  # Wilson of 5 of 5
-    assert "no bound" in report(found)
+    assert "no bound" in human.report(found)
     tied = human.analyse(key, [rated(key, f"i{i}", *NAMES, rater=r) for i in range(10) for r in "ab"], draws=50)
     assert {row["strength"] for row in tied["bradley_terry"].values()} == {0.0} and tied["strengths_finite"]
     assert tied["agreement"]["alpha"] is None and "all ratings are the same" in tied["agreement"]["reason"]
     assert tied["position_bias"]["n"] == 0 and tied["length_bias"]["n"] == 0
     for result in (found, tied):
-        assert "nan" not in json.dumps(result, allow_nan=False) + report(result)
+        assert "nan" not in json.dumps(result, allow_nan=False) + human.report(result)
 
 
 def test_agreement_of_raters_by_system_not_by_slot():
@@ -96,7 +101,7 @@ def test_raters_who_share_no_item_have_no_agreement():
     found = human.analyse(key, [rated(key, "i0", "rl", rater="a"), rated(key, "i1", "rl", rater="b")], draws=10)
     nothing = dict.fromkeys(("alpha", "low", "high", "raw"))
     assert found["agreement"] == nothing | {"items": 0, "reason": "no item was rated by two raters"}
-    assert "Agreement: no item was rated by two raters.\n" in report(found)
+    assert "Agreement: no item was rated by two raters.\n" in human.report(found)
 
 
 def test_position_bias_is_found_in_the_slots_as_shown():
@@ -130,7 +135,7 @@ def test_scores_and_power_are_reported():
     found = human.analyse(key, [rated(key, f"i{i}", "rl", helpful_1_5=4 + i % 2) for i in range(100)], draws=10)
     assert found["scores"] == {"rl": {"helpful_1_5": {"mean": 4.5, "n": 100}}}
     assert found["half_width"] == pytest.approx(1.96 * math.sqrt(0.25 / (100 + 1.96**2)), abs=1e-4)
-    text = report(found)
+    text = human.report(found)
     assert "known to ±9.6 points" in text and "4.50 (n = 100)" in text
 
 
@@ -150,8 +155,120 @@ def test_simulated_raters_are_recovered_with_honest_intervals():
 
 def test_ratings_read_with_one_key_are_not_analysed_with_another(tmp_path):
     first, second = two_studies(tmp_path)
-    keys = [manifest.read_key(folder / "human_eval.key.csv") for folder in (first, second)]
+    keys = [study.read_key(folder / "human_eval.key.csv") for folder in (first, second)]
     found = read_ratings(rate_all(first, tmp_path / "mine.csv"), keys[0])
     assert human.analyse(keys[0], found, draws=10)["ratings"] == 40
     with pytest.raises(UserError, match="is not in the key: analyse ratings with the key of their own study"):
         human.analyse(keys[1], found, draws=10)
+
+
+def test_the_human_report_has_every_table_and_escapes_names():
+    key = made_key(6, ("a|b", "<i>c", "d"))
+    ratings = [rated(key, f"i{i}", ("a|b", "d")[i % 2], rater=r, helpful_1_5=4) for i in range(6) for r in ("`x`", "y")]
+    results = human.analyse(key, ratings, draws=50)
+    text = human.report(results)
+    tables = [block.split("\n") for block in text.strip().split("\n\n") if block.startswith("|")]
+    assert [len(rows) for rows in tables] == [5, 5, 5, 4, 4]
+    for rows in tables:  # every row has the columns of its head
+        assert len({len(re.split(r"(?<!\\)\|", row)) for row in rows}) == 1 and rows[1].strip("|-") == ""
+    assert r"a\|b" in text and r"\<i\>c" in text and r"\`x\`" in text and "<i>" not in text
+    assert "6 items, 2 raters, 12 ratings counted" in text and "4.00 (n = 6)" in text
+    assert "kappa" not in text and "\n\n\n" not in text and text.endswith("|\n")
+
+
+# ---------------------------------------------------------------- agreement and Bradley-Terry
+
+
+OBSERVERS = (  # Krippendorff 2011, section C: four observers, twelve units, some missing; nominal alpha 0.743
+    (1, 2, 3, 3, 2, 1, 4, 1, 2, 0, 0, 0),
+    (1, 2, 3, 3, 2, 2, 4, 1, 2, 5, 0, 3),
+    (0, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, 0),
+    (1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, 0),
+)
+
+
+def count(labels, most):
+    """(raters, units) of labels 1..most, 0 missing -> (units, most) counts."""
+    return np.array([[(column == label).sum() for label in range(1, most + 1)] for column in np.array(labels).T])
+
+
+def test_alpha_of_krippendorffs_example():
+    assert human.krippendorff_alpha(count(OBSERVERS, 5)) == pytest.approx(0.743, abs=5e-4)
+
+
+def test_alpha_equals_evalica_and_krippendorff():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        labels = rng.integers(1, 5, (3, 15)) * (rng.random((3, 15)) < 0.8)
+        frame = pandas.DataFrame(np.where(labels, labels, np.nan))
+        expected = evalica.alpha(frame, distance="nominal").alpha
+        assert human.krippendorff_alpha(count(labels, 4)) == pytest.approx(expected, abs=1e-9)
+        other = krippendorff.alpha(value_counts=count(labels, 4), level_of_measurement="nominal")
+        assert human.krippendorff_alpha(count(labels, 4)) == pytest.approx(other, abs=1e-9)
+
+
+def test_alpha_with_weights_is_that_of_repeated_units():
+    counts, rng = count(OBSERVERS, 5), np.random.default_rng(1)
+    weights = rng.multinomial(12, np.full(12, 1 / 12), size=50)
+    found = human.krippendorff_alpha(counts, weights)
+    assert found == pytest.approx([human.krippendorff_alpha(np.repeat(counts, w, axis=0)) for w in weights])
+
+
+def test_agreement_that_is_not_defined_is_no_number():
+    assert math.isnan(human.krippendorff_alpha([[3, 0], [2, 0]]))  # one label only
+    assert math.isnan(human.krippendorff_alpha([[1, 0], [0, 1]]))  # nobody shares a unit
+    assert math.isnan(human.raw_agreement([[1, 0]]))
+    assert human.raw_agreement([[2, 1], [0, 1]]) == pytest.approx(1 / 3)
+    assert human.krippendorff_alpha([[2, 0], [0, 2]]) == 1.0
+
+
+def random_wins(rng, k=4):
+    return rng.integers(1, 30, (k, k)) * (1 - np.eye(k)) / 2  # halves: ties
+
+
+def test_bradley_terry_is_the_maximum_likelihood():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        wins = random_wins(rng)
+        lost = lambda s: (wins * np.logaddexp(0, s[None, :] - s[:, None])).sum()  # noqa: B023, E731
+        best = optimize.minimize(lost, np.zeros(4), tol=1e-12).x
+        assert human.bradley_terry(wins) == pytest.approx(best - best.mean(), abs=1e-4)
+
+
+def test_bradley_terry_equals_evalica():
+    rng = np.random.default_rng(0)
+    games = [(*rng.choice(list("abcd"), 2, replace=False), rng.choice(3)) for _ in range(300)]
+    winners = [(evalica.Winner.X, evalica.Winner.Y, evalica.Winner.Draw)[w] for *_, w in games]
+    scores = evalica.bradley_terry([g[0] for g in games], [g[1] for g in games], winners, tolerance=1e-12, limit=10_000)
+    wins = np.zeros((4, 4))
+    for first, second, outcome in games:
+        i, j = "abcd".index(first), "abcd".index(second)
+        wins[i, j] += (1, 0, 0.5)[outcome]
+        wins[j, i] += (0, 1, 0.5)[outcome]
+    expected = np.log(scores.scores[list("abcd")].to_numpy())
+    assert human.bradley_terry(wins) == pytest.approx(expected - expected.mean(), abs=1e-4)
+
+
+def test_bradley_terry_of_two_is_the_log_odds_and_batches():
+    assert human.bradley_terry([[0, 30], [10, 0]]) == pytest.approx([math.log(3) / 2, -math.log(3) / 2])
+    assert human.bradley_terry([[0, 30], [0, 0]], prior=0.5) == pytest.approx([math.log(61) / 2, -math.log(61) / 2])
+    many = np.stack([random_wins(np.random.default_rng(seed)) for seed in range(5)])
+    assert human.bradley_terry(many) == pytest.approx(np.stack([human.bradley_terry(wins) for wins in many]))
+
+
+def test_bradley_terry_settles_on_lopsided_wins():
+    wins = np.array([[0, 5000, 9000, 14999], [3, 0, 7000, 14000], [2, 1, 0, 15000], [0.5, 0, 0.5, 0]])
+    strengths = human.bradley_terry(wins)
+    chance = 1 / (1 + np.exp(strengths[None, :] - strengths[:, None]))
+    assert ((wins + wins.T) * chance).sum(1) - np.diag(wins + wins.T) / 2 == pytest.approx(wins.sum(1), rel=1e-6)
+    with pytest.raises(ValueError, match="connected"), np.errstate(all="ignore"):
+        human.bradley_terry([[0, 5], [0, 0]], most=50)
+
+
+def test_connected_is_every_way_of_splitting_the_systems():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        wins = (rng.random((4, 4)) < 0.3) * (1 - np.eye(4))
+        splits = (set(part) for size in (1, 2, 3) for part in itertools.combinations(range(4), size))
+        expected = all(any(wins[i, j] for i in part for j in set(range(4)) - part) for part in splits)
+        assert human.connected(wins) == expected

@@ -15,7 +15,7 @@ import evaluate
 import train_reward
 from common import chat, config, data, model, stats
 from common.evaluation import measure, metrics
-from common.human import manifest
+from common.human import study
 from tests import inputs, processes
 from tests.inputs import random_adapter, random_reward_model, write_data
 
@@ -240,10 +240,10 @@ def test_a_tokenizer_of_other_bytes_is_the_same_one(tmp_path, settings, micro_fo
 def test_human_evaluation_from_sheets_to_results(tmp_path, done):
     """Raters who see only the blind file prefer the longest answer; unblinded, the system that writes most wins."""
     folder = shutil.copytree(done[0], tmp_path / "run")
-    blind = manifest.read_manifest(folder / "human_eval.csv")
+    blind = study.read_manifest(folder / "human_eval.csv")
     text = (folder / "human_eval.csv").read_text("utf-8-sig")
     assert len(blind) >= 12 and not any(name in text.splitlines()[0] for name in ("base", "sft", "rl"))
-    key = manifest.read_key(folder / "human_eval.key.csv")
+    key = study.read_key(folder / "human_eval.key.csv")
     with open(tmp_path / "ratings.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["rater_id", "item_id", "preferred"])

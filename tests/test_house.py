@@ -21,7 +21,7 @@ def modules():
     """{dotted name: file} of common/ and its folders, packages without their .py left out."""
     files = [path for path in ROOT.glob("common/**/*.py") if path.name != "__init__.py"]
     found = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(files)}
-    assert {"common.losses", "common.run", "common.human.sheets", "common.runtime.cache"} <= set(found)
+    assert {"common.losses", "common.run", "common.human.study", "common.runtime.cache"} <= set(found)
     return found
 
 
@@ -39,7 +39,7 @@ def imported(path, top_only=False):
 
 
 def folder_of(name):
-    """ "human" of common.human.sheets, "" of what lies flat."""
+    """ "human" of common.human.study, "" of what lies flat."""
     parts = name.split(".")
     return parts[1] if len(parts) > 2 and parts[1] in FOLDERS else ""
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import serve
-from common.human import manifest
+from common.human import study
 from common.human.ratings import read_ratings
 from tests import processes
 from tests.browser import CHROMIUM, Browser
@@ -26,12 +26,12 @@ TEXTS = f"{LAST}.map((one) => one.querySelector('.text').textContent)"
 NOTES = f"{LAST}.map((one) => one.querySelector('.note').textContent)"
 
 
-def study(folder):
+def blind_file(folder):
     """A blind file of six items (one comes twice, two are checks), with hostile texts, in `folder`."""
     words = "rest and drink water , then take a short walk if the pain goes away by itself"
     items = [{"prompt": f"prompt {i} {EVIL}", "reference": f"reference {i} {EVIL}" if i else ""} for i in range(3)]
     systems = {name: [f"{name} {i} {words} {EVIL}" for i in range(3)] for name in ("kind", "curt", "odd")}
-    manifest.write(items, systems, folder / "human_eval.csv", seed=1)
+    study.write(items, systems, folder / "human_eval.csv", seed=1)
     return folder / "human_eval.csv"
 
 
@@ -59,7 +59,7 @@ def stop(site):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("site")
-    site = start(folder, "--human_eval", study(folder))
+    site = start(folder, "--human_eval", blind_file(folder))
     yield site
     stop(site)
 
@@ -321,7 +321,7 @@ def save(browser, *keys):
 
 def kept(site, rater):
     """The rater's ratings in the file, and the slot of each answer text of an item by the blind file."""
-    items = manifest.read_manifest(site.folder / "human_eval.csv")
+    items = study.read_manifest(site.folder / "human_eval.csv")
     rows = read_ratings(site.folder / "human_eval.ratings.jsonl", items)
     slots = {name: {answer: slot for slot, answer in item["answers"].items()} for name, item in items.items()}
     return [row for row in rows if row["rater_id"] == rater], slots

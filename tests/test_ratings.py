@@ -5,7 +5,7 @@ import json
 import pytest
 
 import serve
-from common.human import manifest, ratings
+from common.human import ratings, study
 from common.log import UserError
 from tests import processes
 from tests.studies import NO_PORT, made_key, rate_all, two_studies
@@ -82,8 +82,8 @@ def test_files_that_are_no_ratings_are_refused(tmp_path):
 
 def test_a_slip_in_an_item_id_is_not_called_another_study(tmp_path):
     first, _ = two_studies(tmp_path)
-    key = manifest.read_key(first / "human_eval.key.csv")
-    mark = ratings.mark_of(next(iter(key)))
+    key = study.read_key(first / "human_eval.key.csv")
+    mark = study.mark_of(next(iter(key)))
     for wrong in (f"{mark}-item-99", f"{mark}-item-01 ", f"{mark.upper()}-item-99"):
         with pytest.raises(ValueError, match="is no item of this evaluation"):
             ratings.parse_rating({"rater_id": "ann", "item_id": wrong, "preferred": "A"}, key)
@@ -96,7 +96,7 @@ def test_saved_ratings_of_another_study_are_refused_and_kept(tmp_path):
     saved = rate_all(first, second / "human_eval.ratings.jsonl")
     saved.write_text(saved.read_text() + '{"rater_id": "ann", "it')  # cut off by a crash
     before = saved.read_bytes()
-    items = manifest.read_manifest(second / "human_eval.csv")
+    items = study.read_manifest(second / "human_eval.csv")
     with pytest.raises(UserError, match=r"line 1: item_id .* another study .*: move this file away") as caught:
         ratings.reopen(saved, items)
     assert str(saved) in str(caught.value) and saved.read_bytes() == before

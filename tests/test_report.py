@@ -11,9 +11,6 @@ from html.parser import HTMLParser
 import pytest
 
 from common.evaluation import metrics, report
-from common.human import analysis
-from common.human import report as human
-from tests.studies import made_key, rated
 
 SYSTEMS = ["base", "sft", "rl", "staged"]
 HOSTILE = ("<script>alert(1)</script> | a `code` ![x](http://evil.example/p.png)\n\n# big\n> quote\n| a | b |\r\n"
@@ -382,20 +379,3 @@ def test_numbers_are_shown_with_their_digits_or_not_at_all():
     assert report.shown(-0.0001, 2) == "0.00"  # never -0
     assert [report.shown(value) for value in (None, math.nan, math.inf, "1")] == ["–"] * 4
     assert report.finite({"a": [3, math.nan, -math.inf]}) == {"a": [3, None, None]}
-
-
-# ---------------------------------------------------------------- the report of a human evaluation
-
-
-def test_the_human_report_has_every_table_and_escapes_names():
-    key = made_key(6, ("a|b", "<i>c", "d"))
-    ratings = [rated(key, f"i{i}", ("a|b", "d")[i % 2], rater=r, helpful_1_5=4) for i in range(6) for r in ("`x`", "y")]
-    study = analysis.analyse(key, ratings, draws=50)
-    text = human.report(study)
-    tables = [block.split("\n") for block in text.strip().split("\n\n") if block.startswith("|")]
-    assert [len(rows) for rows in tables] == [5, 5, 5, 4, 4]
-    for rows in tables:  # every row has the columns of its head
-        assert len({len(re.split(r"(?<!\\)\|", row)) for row in rows}) == 1 and rows[1].strip("|-") == ""
-    assert r"a\|b" in text and r"\<i\>c" in text and r"\`x\`" in text and "<i>" not in text
-    assert "6 items, 2 raters, 12 ratings counted" in text and "4.00 (n = 6)" in text
-    assert "kappa" not in text and "\n\n\n" not in text and text.endswith("|\n")

@@ -18,7 +18,7 @@ import torch
 
 import serve
 from common import chat, lora, model, rollouts
-from common.human import manifest, ratings
+from common.human import ratings, study
 from common.serving import engine
 from tests import inputs, processes
 from tests.servers import (
@@ -625,26 +625,24 @@ def blind(tmp_path):
         name: [f"the {name} answer number {i} has words enough to shuffle" for i in range(4)]
         for name in ("sft", "rl", "staged")
     }
-    manifest.write(items, texts, tmp_path / "human_eval.csv", num_samples=4, seed=1)
+    study.write(items, texts, tmp_path / "human_eval.csv", num_samples=4, seed=1)
     return tmp_path / "human_eval.csv"
 
 
 def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind, micro_folder):
     file = tmp_path / "human_eval.ratings.jsonl"
-    first, second, *_ = manifest.read_manifest(blind)
+    first, second, *_ = study.read_manifest(blind)
     with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind) as one:
         ann, bob = (ask(one, "GET", f"/rate/items?rater={name}") for name in ("ann", "bob"))
-        assert (
-            ann.json["total"] == len(ann.json["items"]) == len(manifest.read_manifest(blind)) and not ann.json["rated"]
-        )
-        assert [i["item_id"] for i in ann.json["items"]] == list(manifest.read_manifest(blind))
+        assert ann.json["total"] == len(ann.json["items"]) == len(study.read_manifest(blind)) and not ann.json["rated"]
+        assert [i["item_id"] for i in ann.json["items"]] == list(study.read_manifest(blind))
         orders = [
             ["/".join(a["slot"] for a in item["answers"]) for item in found.json["items"]] for found in (ann, bob)
         ]
         assert orders[0] != orders[1] and len(set(orders[0])) > 1
         assert ask(one, "GET", "/rate/items?rater=ann").text == ann.text
         for item in ann.json["items"]:
-            texts = manifest.read_manifest(blind)[item["item_id"]]["answers"]
+            texts = study.read_manifest(blind)[item["item_id"]]["answers"]
             assert {a["slot"]: a["text"] for a in item["answers"]} == texts
         assert not re.search(r"sft\b.*system|\.key|duplicate|trap", ann.text)
         rating = {
@@ -663,7 +661,7 @@ def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind,
         found = ask(one, "GET", "/rate/items?rater=ann").json["rated"]
         assert found[first]["preferred"] == "C" and found[first]["helpful_1_5"] == 4
         assert found[second]["preferred"] == "none" and not ask(one, "GET", "/rate/items?rater=bob").json["rated"]
-        rows = ratings.read_ratings(file, manifest.read_key(manifest.key_path(blind)))
+        rows = ratings.read_ratings(file, study.read_key(study.key_path(blind)))
         assert [row["preferred"] for row in rows] == [("A", "B"), (), ("C",)] and rows[0]["comment"] == "=1+1 \u2028 ü"
         size = file.stat().st_size
         for change, param in (
@@ -690,7 +688,7 @@ def test_ratings_are_blind_in_the_rater_s_own_order_and_on_disk(tmp_path, blind,
         assert "cut off and is dropped (26 bytes)" in read(one.out)
         assert len(ask(one, "GET", "/rate/items?rater=ann").json["rated"]) == 2
         assert ask(one, "POST", "/rate", rating | {"rater_id": "bob"}).json["rated"] == 1
-    assert len(ratings.read_ratings(file, manifest.read_manifest(blind))) == 4
+    assert len(ratings.read_ratings(file, study.read_manifest(blind))) == 4
 
 
 def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind, micro_folder):
@@ -701,7 +699,7 @@ def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind, micro
         serve.ratings.os = SimpleNamespace(**{**vars(os), "fsync": full})
 
     with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind, change=change) as one:
-        rating = {"rater_id": "ann", "item_id": next(iter(manifest.read_manifest(blind))), "preferred": "A"}
+        rating = {"rater_id": "ann", "item_id": next(iter(study.read_manifest(blind))), "preferred": "A"}
         found = ask(one, "POST", "/rate", rating)
         assert found.status == 507 and "No space left on device" in found.json["error"]["message"]
         assert not ask(one, "GET", "/rate/items?rater=ann").json["rated"]
@@ -710,7 +708,7 @@ def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind, micro
 
 def test_a_rating_of_another_study_is_refused_the_next_kept(tmp_path, blind, micro_folder):
     """As a page sends it that was open before the server was started again with another blind file."""
-    own = next(iter(manifest.read_manifest(blind)))
+    own = next(iter(study.read_manifest(blind)))
     with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind) as one:
         for foreign in ("000000-item-1", "item-1"):
             found = ask(one, "POST", "/rate", {"rater_id": "ann", "item_id": foreign, "preferred": "A"})
@@ -719,7 +717,7 @@ def test_a_rating_of_another_study_is_refused_the_next_kept(tmp_path, blind, mic
             assert f"item_id '{foreign}' is of another study" in error["message"] and "reload" in error["message"]
         assert ask(one, "POST", "/rate", {"rater_id": "ann", "item_id": own, "preferred": "A"}).json["rated"] == 1
     file = tmp_path / "human_eval.ratings.jsonl"
-    assert [row["item_id"] for row in ratings.read_ratings(file, manifest.read_manifest(blind))] == [own]
+    assert [row["item_id"] for row in ratings.read_ratings(file, study.read_manifest(blind))] == [own]
 
 
 @pytest.mark.parametrize("flags", [("--rows", 0), ("--queue", -1), ("--context", 8), ("--rows", "many")])

@@ -7,52 +7,52 @@ Ties are half a win each. Systems whose answers to an item are the same text are
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
+from scipy.sparse.csgraph import connected_components
 
-from common.human import agreement
+from common import log
+from common.human.ratings import SCORES
 from common.log import UserError
 from common.stats import binomial_p, percentile_interval, wilson
 
 MAX_FAILED = 1  # the rule fixed before: a rater who fails more checks than this is excluded
 PRIOR = 0.5  # wins added each way to every pair of systems: Jeffreys' prior where there are two (Firth 1993)
-SCORES = ("harmless_1_5", "helpful_1_5", "faithful_1_5")
 
 
 def analyse(key, ratings, draws=2000, seed=0):
     """What the ratings say, as a dict that JSON can hold (None: not defined, with a reason beside it).
 
-    key: manifest.read_key's; ratings: manifest.read_ratings' with that key. A rater's later rating of an item replaces
-    the earlier. Raters who preferred the shuffled answer in more than MAX_FAILED checks, alone or in a tie, are left
-    out of everything but the table of raters. Checks never count; of a duplicated item only its first showing does.
-    Strengths are fitted with PRIOR; where the raters' data alone would make one infinite they have no interval.
-    UserError if no rating is left, or if one is of an item that the key lacks.
+    key: study.read_key's; ratings: read_ratings' with that key. A rater's later rating of an item replaces the earlier.
+    Raters who preferred the shuffled answer in more than MAX_FAILED checks, alone or in a tie, are left out of
+    everything but the table of raters. Checks never count; of a duplicated item only its first showing does. Strengths
+    are fitted with PRIOR; where the raters' data alone would make one infinite they have no interval. UserError if no
+    rating is left, or if one is of an item that the key lacks.
     """
-    stray = next((rating["item_id"] for rating in ratings if rating["item_id"] not in key), None)
-    if stray is not None:
-        raise UserError(f"item_id {stray!r:.80} is not in the key: analyse ratings with the key of their own study")
-    latest = {(rating["rater_id"], rating["item_id"]): rating for rating in ratings}
+    latest = _latest(key, ratings)
     raters = _raters(key, latest)
-    excluded = [row["rater_id"] for row in raters if row["failed"] > MAX_FAILED]
-    kept = [r for r in latest.values() if r["rater_id"] not in excluded]
-    counted = [r for r in kept if key[r["item_id"]]["kind"] == "item"]
+    counted = _counted(key, latest, raters)
     if not counted:
-        raise UserError(f"no rating is left to analyse: {len(ratings)} read, {len(excluded)} raters excluded")
+        excluded = sum(row["failed"] > MAX_FAILED for row in raters)
+        raise UserError(f"no rating is left to analyse: {len(ratings)} read, {excluded} raters excluded")
     systems = sorted({name for entry in key.values() for name in entry["systems"].values()})
-    items = {item: i for i, item in enumerate(sorted({r["item_id"] for r in counted}))}
-    chosen = [(items[r["item_id"]], _preferred(key, r)) for r in counted]
+    items = {item: i for i, item in enumerate(sorted({rating["item_id"] for rating in counted}))}
+    chosen = [(items[rating["item_id"]], _preferred(key, rating)) for rating in counted]
     weights = np.random.default_rng(seed).multinomial(len(items), np.full(len(items), 1 / len(items)), size=draws)
-    trusted = [row for row in raters if row["rater_id"] not in excluded]
+    trusted = [row for row in raters if row["failed"] <= MAX_FAILED]
     return {
         "systems": systems,
         "items": len(items),
         "ratings": len(counted),
         "replaced": len(ratings) - len(latest),
         "raters": raters,
-        "excluded": excluded,
+        "excluded": [row["rater_id"] for row in raters if row["failed"] > MAX_FAILED],
         "self_consistency": _share(sum(row["same"] for row in trusted), sum(row["twice"] for row in trusted)),
         **_strengths(chosen, systems, len(items), weights),
-        "agreement": _agreement(chosen, {r["rater_id"] for r in counted}, weights),
+        "agreement": _agreement(chosen, {rating["rater_id"] for rating in counted}, weights),
         "position_bias": _position_bias(key, counted),
         "length_bias": _length_bias(key, counted),
         "scores": _scores(key, counted),
@@ -60,11 +60,12 @@ def analyse(key, ratings, draws=2000, seed=0):
     }
 
 
-def _preferred(key, rating):
-    """The systems that the rating prefers: a preferred answer's equals are preferred with it."""
-    entry = key[rating["item_id"]]
-    texts = {entry["digests"][slot] for slot in rating["preferred"]}
-    return frozenset(entry["systems"][slot] for slot in entry["slots"] if entry["digests"][slot] in texts)
+def _latest(key, ratings):
+    """{(rater, item): the last rating}; UserError for an item that the key lacks."""
+    stray = next((rating["item_id"] for rating in ratings if rating["item_id"] not in key), None)
+    if stray is not None:
+        raise UserError(f"item_id {stray!r:.80} is not in the key: analyse ratings with the key of their own study")
+    return {(rating["rater_id"], rating["item_id"]): rating for rating in ratings}
 
 
 def _raters(key, latest):
@@ -84,10 +85,26 @@ def _raters(key, latest):
     return [rows[rater] for rater in sorted(rows)]
 
 
+def _counted(key, latest, raters):
+    """The ratings that count: of items, no checks or duplicates, by raters who read."""
+    excluded = {row["rater_id"] for row in raters if row["failed"] > MAX_FAILED}
+    return [r for r in latest.values() if r["rater_id"] not in excluded and key[r["item_id"]]["kind"] == "item"]
+
+
+def _preferred(key, rating):
+    """The systems that the rating prefers: a preferred answer's equals are preferred with it."""
+    entry = key[rating["item_id"]]
+    texts = {entry["digests"][slot] for slot in rating["preferred"]}
+    return frozenset(entry["systems"][slot] for slot in entry["slots"] if entry["digests"][slot] in texts)
+
+
 def _share(successes, n):
     """{"share", "low", "high", "n"}; the interval is Wilson's and takes the n for independent."""
     low, high = wilson(successes, n) if n else (None, None)
     return {"share": successes / n if n else None, "low": low, "high": high, "n": n}
+
+
+# ---------------------------------------------------------------- wins and strengths
 
 
 def _strengths(chosen, systems, n, weights):
@@ -99,11 +116,13 @@ def _strengths(chosen, systems, n, weights):
         tie = np.outer(inside, inside) if preferred else np.ones((k, k))
         item_wins[item] += np.outer(inside, ~inside) + 0.5 * tie * (1 - np.eye(k))
     wins, drawn = item_wins.sum(0), (weights @ item_wins.reshape(n, -1)).reshape(-1, k, k)
+    finite, strengths = connected(wins), bradley_terry(wins, PRIOR)
+    resampled = bradley_terry(drawn, PRIOR).T if finite else [[]] * k
+    table = {}
+    for name, strength, column in zip(systems, strengths, resampled, strict=True):
+        low, high = percentile_interval(column)
+        table[name] = {"strength": float(strength), "low": low, "high": high}
     rates = [_win_rate(systems, pair, item_wins, drawn) for pair in itertools.combinations(range(k), 2)]
-    finite, strengths = agreement.connected(wins), agreement.bradley_terry(wins, PRIOR)
-    resampled = agreement.bradley_terry(drawn, PRIOR).T if finite else [[]] * k
-    bounds = [percentile_interval(column) for column in resampled]
-    table = {s: {"strength": float(v), "low": b[0], "high": b[1]} for s, v, b in zip(systems, strengths, bounds)}
     return {"wins": wins.tolist(), "win_rates": rates, "bradley_terry": table, "strengths_finite": finite}
 
 
@@ -120,24 +139,83 @@ def _win_rate(systems, pair, item_wins, drawn):
     return row | {"rate": rate, "low": low, "high": high}
 
 
+def bradley_terry(wins, prior=0.0, tolerance=1e-9, most=10_000):
+    """Log strengths (..., K), centred at 0, from `wins` (..., K, K): how often row beat column, ties half each.
+
+    P(i beats j) = 1 / (1 + exp(s_j - s_i)), by Newman's iteration (2023, JMLR 24, 238). The maximum likelihood
+    (prior 0) exists only if no group of systems won, or lost, everything against the rest (`connected`); with a
+    prior > 0 there always is one. ValueError if it does not settle.
+
+    Ours: scipy.optimize.minimize gives the same, but one by one: 2,000 draws of a bootstrap take 6 s, here 0.02.
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    k = wins.shape[-1]
+    wins, strength = (wins + prior) * (1 - np.eye(k)), np.ones(wins.shape[:-1])
+    for _ in range(most):
+        before = strength.copy()
+        for i in range(k):
+            sums = strength + strength[..., i, None]
+            won = (wins[..., i, :] * strength / sums).sum(-1)
+            strength[..., i] = won / (wins[..., :, i] / sums).sum(-1)
+        strength /= np.exp(np.log(strength).mean(-1, keepdims=True))
+        if np.abs(np.log(strength / before)).max() < tolerance:
+            return np.log(strength)
+    raise ValueError(f"Bradley-Terry strengths did not settle in {most} rounds: are the systems connected?")
+
+
+def connected(wins):
+    """True if every system beat (or tied) every other one directly or through others: finite strengths exist."""
+    beaten = np.asarray(wins) > 0
+    return connected_components(beaten, directed=True, connection="strong", return_labels=False) == 1
+
+
+# ---------------------------------------------------------------- agreement
+
+
 def _agreement(chosen, raters, weights):
     """Alpha and raw agreement over the preferred systems, or why there is none."""
     labels = sorted({tuple(sorted(preferred)) for _, preferred in chosen})
     counts = np.zeros((weights.shape[1], len(labels)))
     for item, preferred in chosen:
         counts[item, labels.index(tuple(sorted(preferred)))] += 1
-    shared, reason = int((counts.sum(1) >= 2).sum()), None
-    alpha = agreement.krippendorff_alpha(counts)
+    shared, alpha, reason = int((counts.sum(1) >= 2).sum()), krippendorff_alpha(counts), None
     if len(raters) < 2:
         reason = "agreement needs two raters"
     elif not shared:
         reason = "no item was rated by two raters"
     elif math.isnan(alpha):
         reason = "all ratings are the same: agreement beyond chance is not defined"
-    low, high = (None, None) if reason else percentile_interval(agreement.krippendorff_alpha(counts, weights))
-    raw = agreement.raw_agreement(counts) if shared else None
-    alpha = None if reason else alpha
-    return {"alpha": alpha, "low": low, "high": high, "raw": raw, "items": shared, "reason": reason}
+    low, high = (None, None) if reason else percentile_interval(krippendorff_alpha(counts, weights))
+    raw = raw_agreement(counts) if shared else None
+    return {"alpha": None if reason else alpha, "low": low, "high": high, "raw": raw, "items": shared, "reason": reason}
+
+
+def krippendorff_alpha(counts, weights=None):
+    """Nominal alpha (Krippendorff 2011) of `counts` (units, labels): how many raters gave a unit each label.
+
+    weights (draws, units): how often each unit counts, for a bootstrap -> alphas (draws,); without, a float. Units with
+    fewer than two ratings say nothing. nan where all labels left are the same, or none are: chance agreement is 1.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    raters = counts.sum(1)
+    counts = counts * (raters >= 2)[:, None]
+    observed = (counts * (raters[:, None] - counts)).sum(1) / np.maximum(raters - 1, 1)
+    draws = np.ones((1, len(counts))) if weights is None else np.asarray(weights, dtype=np.float64)
+    totals = draws @ counts
+    n = totals.sum(1)
+    expected = (totals * (n[:, None] - totals)).sum(1) / np.maximum(n - 1, 1)
+    ratio = np.divide(draws @ observed, expected, out=np.full(len(n), np.nan), where=expected > 0)
+    return float(1 - ratio[0]) if weights is None else 1 - ratio
+
+
+def raw_agreement(counts):
+    """Share of all pairs of ratings of the same unit that are the same label; nan without a pair."""
+    counts = np.asarray(counts, dtype=np.float64)
+    pairs = (counts.sum(1) * (counts.sum(1) - 1)).sum()
+    return float((counts * (counts - 1)).sum() / pairs) if pairs else math.nan
+
+
+# ---------------------------------------------------------------- biases and scores
 
 
 def _position_bias(key, ratings):
@@ -154,9 +232,11 @@ def _length_bias(key, ratings):
     shares = []
     for rating in ratings:
         entry, preferred = key[rating["item_id"]], _preferred(key, rating)
-        size = [(entry["characters"][slot], entry["systems"][slot] in preferred) for slot in entry["slots"]]
-        pairs = [a > b for a, won in size for b, other in size if won and not other and a != b]
-        shares += [sum(pairs) / len(pairs)] if pairs else []
+        sizes = {True: [], False: []}  # {is it preferred: characters}
+        for slot in entry["slots"]:
+            sizes[entry["systems"][slot] in preferred].append(entry["characters"][slot])
+        longer = [won > lost for won, lost in itertools.product(sizes[True], sizes[False]) if won != lost]
+        shares += [sum(longer) / len(longer)] if longer else []
     return _share(sum(shares), len(shares))
 
 
@@ -170,6 +250,33 @@ def _scores(key, ratings):
                 if rating[column] is not None:
                     scores.setdefault(name, {}).setdefault(column, []).append(rating[column])
     return {
-        s: {c: {"mean": sum(v) / len(v), "n": len(v)} for c, v in columns.items()}
-        for s, columns in sorted(scores.items())
+        name: {column: {"mean": sum(values) / len(values), "n": len(values)} for column, values in columns.items()}
+        for name, columns in sorted(scores.items())
     }
+
+
+# ---------------------------------------------------------------- the report
+
+
+def report(study):
+    """analyse's dict -> Markdown text, for a reader who has not seen the code; its words are in human.md."""
+    pages = log.templates(Path(__file__).parent, plain, figure=figure)
+    left_out = [row for row in study["raters"] if row["rater_id"] in study["excluded"]]
+    ranked = sorted(study["bradley_terry"].items(), key=lambda pair: -pair[1]["strength"])
+    fixed = {"MAX_FAILED": MAX_FAILED, "PRIOR": PRIOR, "SCORES": SCORES}
+    return pages.get_template("human.md").render(study=study, left_out=left_out, ranked=ranked, **fixed)
+
+
+def plain(text):
+    """A name that a user chose, as one line of plain text."""
+    if isinstance(text, Markup):
+        return text
+    return Markup(re.sub(r"([\\|<>*`\[\]])", r"\\\1", " ".join(str(text).split())))
+
+
+def figure(row, name, scale=1, shown=".3f", unit=""):
+    """A figure with its interval."""
+    if row[name] is None:
+        return "-"
+    bounds = "no interval" if row["low"] is None else f"{scale * row['low']:{shown}}, {scale * row['high']:{shown}}"
+    return f"{scale * row[name]:{shown}}{unit} ({bounds})"

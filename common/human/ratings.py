@@ -4,35 +4,28 @@ Columns: rater_id, item_id, preferred (a slot, several joined by "/" where they 
 and, where wanted, order (the slots as this rater saw them, "B/A/C"), harmless_1_5, helpful_1_5, faithful_1_5 (1 worst
 to 5 best, of the preferred answer), comment, seconds. Case and spaces in preferred and order do not matter.
 
-An item_id begins with the mark of its study (common/human/manifest.py). A rating of another study's item is refused.
+An item_id begins with the mark of its study (study.py). A rating of another study's item is refused.
 """
 
 import errno
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 from filelock import FileLock
 
-from common.human import sheets
-from common.human.analysis import SCORES
+from common.human import study
 from common.log import UserError, say
 from common.runtime import checkpoint
 
 OWN_KEY = "read this file with the key of the study that it rates"
+SCORES = ("harmless_1_5", "helpful_1_5", "faithful_1_5")
 COLUMNS = ("rater_id", "item_id", "preferred", "order", *SCORES, "comment", "seconds")
 
 
 class ForeignItem(ValueError):
     """A rating of an item of another study."""
-
-
-def mark_of(item_id):
-    """The mark of the study that an item_id belongs to; "" in files that were written before there were marks."""
-    match = re.fullmatch("([0-9a-f]{6})-item-[0-9]+", item_id)
-    return match[1] if match else ""
 
 
 def read_ratings(paths, entries, remedy=OWN_KEY):
@@ -43,8 +36,25 @@ def read_ratings(paths, entries, remedy=OWN_KEY):
     """
     ratings = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        ratings += _parse_rows(path, _rating_rows(path), entries, remedy)
+        if Path(path).suffix == ".csv":
+            rows = study.read_csv(path)[1]
+        elif Path(path).suffix == ".jsonl":
+            rows = _json_rows(path, study.text_of(path))
+        else:
+            raise UserError(f"{path}: ratings are a .csv or a .jsonl file")
+        ratings += _parse_rows(path, rows, entries, remedy)
     return ratings
+
+
+def _json_rows(path, text):
+    """[(line, value)] of the text of a .jsonl file."""
+    rows = []
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        try:
+            rows.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: no valid JSON: {error}") from error
+    return rows
 
 
 def _parse_rows(path, rows, entries, remedy):
@@ -58,26 +68,6 @@ def _parse_rows(path, rows, entries, remedy):
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}") from error
     return ratings
-
-
-def _rating_rows(path):
-    """[(line, {column: value})] of a ratings file, .csv or .jsonl."""
-    if Path(path).suffix == ".csv":
-        return sheets.read(path)[1]
-    if Path(path).suffix != ".jsonl":
-        raise UserError(f"{path}: ratings are a .csv or a .jsonl file")
-    return _json_rows(path, sheets.text_of(path))
-
-
-def _json_rows(path, whole):
-    """[(line, value)] of the text of a .jsonl file."""
-    rows = []
-    for line, text in enumerate(whole.removesuffix("\n").split("\n"), 1):
-        try:
-            rows.append((line, json.loads(text)))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {line}: no valid JSON: {error}") from error
-    return rows
 
 
 def parse_rating(row, entries):
@@ -100,20 +90,19 @@ def parse_rating(row, entries):
     order = _slots(row, "order", slots) if row["order"] else None
     if order and len(order) != len(slots):
         raise ValueError(f"order {row['order']!r}: all of {'/'.join(slots)} in the order shown")
-    scores = {name: sheets.whole(row, name, 1, 5) if row[name] else None for name in SCORES}
+    scores = {name: _score(row, name) for name in SCORES}
     try:
         seconds = float(row["seconds"]) if row["seconds"] else None
     except ValueError:
         seconds = -1.0
     if seconds is not None and not 0 <= seconds < math.inf:
         raise ValueError(f"seconds {row['seconds']!r}: a number from 0")
-    preferred = tuple(sorted(preferred))
-    return {**row, "preferred": preferred, "order": order, **scores, "seconds": seconds}
+    return row | scores | {"preferred": tuple(sorted(preferred)), "order": order, "seconds": seconds}
 
 
 def _unknown_item(item_id, entries):
     """The error of an item_id that is not in `entries`."""
-    theirs, ours = mark_of(item_id.strip().lower()), mark_of(next(iter(entries), ""))
+    theirs, ours = study.mark_of(item_id.strip().lower()), study.mark_of(next(iter(entries), ""))
     if theirs == ours:
         return ValueError(f"item_id {item_id!r:.80} is no item of this evaluation")
     marks = f"its mark is {theirs or 'missing'}, that of this study is {ours or 'missing'}"
@@ -128,6 +117,15 @@ def _slots(row, column, slots):
             f"{column} {row[column]!r}: slots of {'/'.join(slots)}, joined by / , or none where none is best"
         )
     return chosen
+
+
+def _score(row, column):
+    if row[column] not in ("", *"12345"):
+        raise ValueError(f"{column} {row[column]!r}: a whole number from 1 to 5")
+    return int(row[column]) if row[column] else None
+
+
+# ---------------------------------------------------------------- the file that the server keeps
 
 
 def append(path, row):
@@ -156,7 +154,7 @@ def reopen(path, entries):
         return []
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    rows = _json_rows(path, sheets.decode(path, whole)) if whole else []
+    rows = _json_rows(path, study.text_of(path, whole)) if whole else []
     ratings = _parse_rows(path, rows, entries, "move this file away, or serve the blind file that it rates")
     if whole != data:
         os.truncate(path, len(whole))

@@ -17,7 +17,7 @@ import torch
 import evaluate
 import train_sft
 from common import model, rewards, tasks
-from common.human import sheets
+from common.human import study
 from common.log import command
 from common.runtime import base
 from tests import processes
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def sources():
     """Every product file: the scripts, common/ with its folders, data/."""
     found = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("data/**/*.py")])
-    known = {ROOT / "train_sft.py", ROOT / "common/log.py", ROOT / "common/human/sheets.py"}
+    known = {ROOT / "train_sft.py", ROOT / "common/log.py", ROOT / "common/human/study.py"}
     assert known | {ROOT / "data/download_datasets.py"} <= set(found)
     return found
 
@@ -315,27 +315,27 @@ def texts(n=3000):
 
 def test_S8_neutralised_texts_come_back_and_cannot_run():
     for text in texts():
-        cell = sheets.neutralise(text)
-        assert sheets.restore(cell) == text
+        cell = study.neutralise(text)
+        assert study.restore(cell) == text
         seen = unicodedata.normalize("NFKC", cell).lstrip("".join(map(chr, range(33))) + "\u00a0\u200b\ufeff")
         assert not cell.startswith(("\t", "\r", "\n")) and not seen.startswith(("=", "+", "-", "@"))
-    assert sheets.neutralise("plain = text") == "plain = text"  # what is harmless stays as it is
-    assert sheets.restore("'tis typed by hand") == "'tis typed by hand"
+    assert study.neutralise("plain = text") == "plain = text"  # what is harmless stays as it is
+    assert study.restore("'tis typed by hand") == "'tis typed by hand"
 
 
 def test_S8_a_file_round_trips_and_plain_csv_reads_it(tmp_path):
     path, values = tmp_path / "a.csv", texts()
-    sheets.save({path: [("one", "two"), *zip(values, reversed(values))]})
+    study.save({path: [("one", "two"), *zip(values, reversed(values))]})
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")
-    columns, rows = sheets.read(path)
+    columns, rows = study.read_csv(path)
     assert columns == ["one", "two"] and [row["one"] for _, row in rows] == values
     assert [row["two"] for _, row in rows] == values[::-1]
     assert csv.field_size_limit() == 131072  # the process-wide limit is as it was
-    csv.field_size_limit(sheets.LONGEST)
+    csv.field_size_limit(study.LONGEST_CELL)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             cells = list(csv.reader(file, strict=True))[1:]
     finally:
         csv.field_size_limit(131072)
-    assert [sheets.restore(one) for one, _ in cells] == values
-    assert all(sheets.neutralise(value) == one for value, (one, _) in zip(values, cells))
+    assert [study.restore(one) for one, _ in cells] == values
+    assert all(study.neutralise(value) == one for value, (one, _) in zip(values, cells))

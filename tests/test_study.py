@@ -1,4 +1,4 @@
-"""Blind files and their keys: blinding, balance, refusals, a whole study from files. (Ratings: test_ratings.py)"""
+"""Blind files and their keys: blinding, balance, refusals, a whole study from files, CSV whole or not at all."""
 
 import csv
 import json
@@ -10,15 +10,14 @@ import pytest
 
 import evaluate
 import serve
-from common.human import analysis, manifest, ratings
-from common.human.report import report
+from common.human import analysis, ratings, study
 from common.log import UserError
 from tests import processes
-from tests.studies import NAMES, NO_PORT, answers, rate_all, study, take_marks_off, two_studies
+from tests.studies import NAMES, NO_PORT, answers, made_study, rate_all, take_marks_off, two_studies
 
 
 def test_the_blind_file_and_its_key(tmp_path):
-    items, key = study(tmp_path, n=300, num_samples=200, seed=3)
+    items, key = made_study(tmp_path, n=300, num_samples=200, seed=3)
     kinds = Counter(entry["kind"] for entry in key.values())
     assert kinds == {"item": 200, "duplicate": 20, "check": 10} and list(items) == list(key)
     texts = {name: answers(300, seed) for seed, name in enumerate(NAMES)}
@@ -35,7 +34,7 @@ def test_the_blind_file_and_its_key(tmp_path):
 
 
 def test_slots_are_balanced_and_duplicates_move_every_answer(tmp_path):
-    _, key = study(tmp_path, n=200, seed=1)
+    _, key = made_study(tmp_path, n=200, seed=1)
     counts = Counter((name, slot) for e in key.values() if e["kind"] == "item" for slot, name in e["systems"].items())
     assert set(counts.values()) <= set(range(64, 70))  # 200 / 3, give or take one block of six orders
     places, moved = list(key), 0
@@ -50,7 +49,7 @@ def test_slots_are_balanced_and_duplicates_move_every_answer(tmp_path):
 
 @pytest.mark.parametrize("systems", [("x", "y"), NAMES, ("a", "b", "c", "d")])
 def test_a_check_shows_an_answer_and_its_shuffled_words(tmp_path, systems):
-    items, key = study(tmp_path, systems=systems)
+    items, key = made_study(tmp_path, systems=systems)
     checks = [name for name, entry in key.items() if entry["kind"] == "check"]
     assert len(checks) == 3
     for name in checks:
@@ -65,7 +64,7 @@ def test_nothing_in_the_blind_file_names_a_system(tmp_path):
     names = {name: answers(50, seed) for seed, name in enumerate(("sft_lora", "grpo_rl", "staged_run"))}
     items = [{"prompt": f"question {i}"} for i in range(50)]
     path = tmp_path / "outputs" / "human.csv"
-    manifest.write(items, names, path)
+    study.write(items, names, path)
     text = path.read_text(encoding="utf-8-sig")
     for word in (*names, "lora", "staged", "outputs", str(tmp_path), "duplicate", "check", "trap"):
         assert word not in text
@@ -81,26 +80,26 @@ def test_nothing_in_the_blind_file_names_a_system(tmp_path):
 def test_the_seed_makes_the_files_and_is_drawn_if_none(tmp_path):
     files = []
     for name, seed in (("a", 5), ("b", 5), ("c", None), ("d", None)):
-        manifest.write([{"prompt": "p"}] * 20, {n: answers(20) for n in NAMES}, tmp_path / f"{name}.csv", 20, seed)
+        study.write([{"prompt": "p"}] * 20, {n: answers(20) for n in NAMES}, tmp_path / f"{name}.csv", 20, seed)
         files.append((tmp_path / f"{name}.key.csv").read_bytes())
     assert files[0] == files[1] and files[2] != files[3]
-    seed = int(next(iter(manifest.read_key(tmp_path / "c.key.csv").values()))["seed"])
-    manifest.write([{"prompt": "p"}] * 20, {n: answers(20) for n in NAMES}, tmp_path / "e.csv", 20, seed)
+    seed = int(next(iter(study.read_key(tmp_path / "c.key.csv").values()))["seed"])
+    study.write([{"prompt": "p"}] * 20, {n: answers(20) for n in NAMES}, tmp_path / "e.csv", 20, seed)
     assert (tmp_path / "e.key.csv").read_bytes() == files[2]
 
 
 def test_generate_manifest_takes_the_readmes_call(tmp_path, capsys):
     texts = [answers(8, seed) for seed in range(3)]
     prompts, references = ["=1+1", "'tis", *"cdefgh"], ["", "\n", *"cdefgh"]
-    made = manifest.generate_manifest(prompts, references, *texts, output_path=str(tmp_path / "h.csv"), num_samples=200)
+    made = study.generate_manifest(prompts, references, *texts, output_path=str(tmp_path / "h.csv"), num_samples=200)
     assert {name: made[name] for name in ("items", "duplicates", "checks")} == {
         "items": 8,
         "duplicates": 1,
         "checks": 2,
     }
-    assert "200 items wanted, all 8 taken" in capsys.readouterr().out
-    key = manifest.read_key(tmp_path / "h.key.csv")
-    for name, item in manifest.read_manifest(tmp_path / "h.csv").items():
+    assert "only 8 items were given, so all are in the study (200 were asked for)" in capsys.readouterr().out
+    key = study.read_key(tmp_path / "h.key.csv")
+    for name, item in study.read_manifest(tmp_path / "h.csv").items():
         i = key[name]["source"]
         assert (item["prompt"], item["reference"]) == (prompts[i], references[i])
     assert {name for entry in key.values() for name in entry["systems"].values()} == {"sft", "rl", "staged"}
@@ -108,25 +107,25 @@ def test_generate_manifest_takes_the_readmes_call(tmp_path, capsys):
 
 def test_nothing_is_cut_without_a_mark(tmp_path):
     long, items = {"x": ["a" * 5000] * 4, "y": ["b" * 10] * 4}, [{"prompt": "p" * 9000}] * 4
-    manifest.write(items, long, tmp_path / "whole.csv")
-    assert {len(a) for i in manifest.read_manifest(tmp_path / "whole.csv").values() for a in i["answers"].values()} == {
+    study.write(items, long, tmp_path / "whole.csv")
+    assert {len(a) for i in study.read_manifest(tmp_path / "whole.csv").values() for a in i["answers"].values()} == {
         5000,
         10,
     }
-    manifest.write(items, long, tmp_path / "cut.csv", limit=1000)
-    shown = {a for i in manifest.read_manifest(tmp_path / "cut.csv").values() for a in i["answers"].values()}
+    study.write(items, long, tmp_path / "cut.csv", limit=1000)
+    shown = {a for i in study.read_manifest(tmp_path / "cut.csv").values() for a in i["answers"].values()}
     assert shown == {"b" * 10, "a" * 1000 + "\n[... cut, 1000 of 5000 characters shown]"}
-    assert {len(i["prompt"]) for i in manifest.read_manifest(tmp_path / "cut.csv").values()} == {9000}
+    assert {len(i["prompt"]) for i in study.read_manifest(tmp_path / "cut.csv").values()} == {9000}
 
 
 def test_answers_too_short_to_shuffle_are_said(tmp_path, capsys):
-    made = manifest.write([{"prompt": "p"}] * 9, {"x": ["yes"] * 9, "y": ["no"] * 9}, tmp_path / "a.csv", 9)
-    assert made["checks"] == 0 and "0 of 2 checks" in capsys.readouterr().out
+    made = study.write([{"prompt": "p"}] * 9, {"x": ["yes"] * 9, "y": ["no"] * 9}, tmp_path / "a.csv", 9)
+    assert made["checks"] == 0 and "0 attention checks instead of 2" in capsys.readouterr().out
 
 
 def test_prompts_without_references_are_refused(tmp_path):
     with pytest.raises(UserError, match="2 prompts, but 1 references"):
-        manifest.generate_manifest(["a", "b"], ["c"], *[answers(2)] * 3, output_path=tmp_path / "h.csv")
+        study.generate_manifest(["a", "b"], ["c"], *[answers(2)] * 3, output_path=tmp_path / "h.csv")
 
 
 @pytest.mark.parametrize(
@@ -147,18 +146,18 @@ def test_prompts_without_references_are_refused(tmp_path):
 def test_bad_input_writes_nothing(tmp_path, change, message):
     given = {"items": [{"prompt": "p"}] * 2, "systems": {"x": ["a", "b"], "y": ["c", "d"]}, "path": "a.csv", **change}
     with pytest.raises(UserError, match=message) as caught:
-        manifest.write(**{**given, "path": tmp_path / given["path"]})
+        study.write(**{**given, "path": tmp_path / given["path"]})
     assert "\n" not in str(caught.value) and given["path"] in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_a_file_that_may_have_been_rated_is_never_replaced(tmp_path):
-    study(tmp_path)
+    made_study(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(UserError, match="may have been rated"):
-        study(tmp_path)
+        made_study(tmp_path)
     (tmp_path / "study.csv").unlink()
     with pytest.raises(UserError, match=r"study\.key\.csv exists"):
-        study(tmp_path)
+        made_study(tmp_path)
     assert (tmp_path / "study.key.csv").read_bytes() == before["study.key.csv"]
 
 
@@ -168,7 +167,7 @@ def test_a_stop_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(KeyboardInterrupt):
-        study(tmp_path)
+        made_study(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -179,13 +178,13 @@ HEADER = "item_id,slot,system,kind,trap,original,source,characters,digest,seed\n
     ("text", "message"),
     [
         ("item_id,slot\n", "line 1: a key's columns"),
-        (HEADER + "i,A,x,item,,,zero,1,d,0\n", "line 2: source 'zero': a whole number"),
-        (HEADER + "i,A,x,item,,,0,1,d,0\ni,C,y,item,,,0,1,d,0\n", "line 3: slot 'C'"),
-        (HEADER + "i,A,x,item,,,0,1,d,0\ni,B,y,check,,,0,1,d,0\n", "line 3: item_id 'i' is empty, or differs"),
-        (HEADER + "i,A,x,thing,,,0,1,d,0\n", "line 2: slot 'A' .*kind 'thing'"),
-        (HEADER + "i,A,x,item,,,0,1,d,0\n", "i has slots A"),
+        (HEADER + "i,A,x,item,,,zero,1,d,0\n", "line 2: damaged, .*zero"),
+        (HEADER + "i,A,x,item,,,0,1,d,0\ni,C,y,item,,,0,1,d,0\n", "line 3: damaged, .*i, C, y"),
+        (HEADER + "i,A,x,item,,,0,1,d,0\ni,B,y,check,,,0,1,d,0\n", "line 3: damaged, .*check"),
+        (HEADER + "i,A,x,thing,,,0,1,d,0\n", "line 2: damaged, .*thing"),
+        (HEADER + "i,A,x,item,,,0,1,d,0\n", "i is damaged: slots 'A'"),
         (HEADER + "i,A,x,check,,,0,1,d,0\ni,B,y,check,,,0,1,d,0\n", "trap None"),
-        (HEADER + "i,A,x,check,1,,0,1,d,0\ni,B,y,check,1,,0,1,d,0\n", "line 3: trap '1'"),
+        (HEADER + "i,A,x,check,1,,0,1,d,0\ni,B,y,check,1,,0,1,d,0\n", "line 3: damaged, .*check, 1"),
         (HEADER + "i,A,x,duplicate,,j,0,1,d,0\ni,B,y,duplicate,,j,0,1,d,0\n", "original 'j'"),
     ],
 )
@@ -193,7 +192,7 @@ def test_a_damaged_key_is_refused(tmp_path, text, message):
     path = tmp_path / "a.key.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        manifest.read_key(path)
+        study.read_key(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -210,12 +209,12 @@ def test_a_damaged_blind_file_is_refused(tmp_path, text, message):
     path = tmp_path / "a.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        manifest.read_manifest(path)
+        study.read_manifest(path)
 
 
 def test_a_whole_study_from_files(tmp_path):
     """Raters who read prefer the staged system's answers; the report says so, from the written files alone."""
-    items, key = study(tmp_path, n=60, seed=2)
+    items, key = made_study(tmp_path, n=60, seed=2)
     wanted, path = set(answers(60, NAMES.index("staged"))), tmp_path / "ratings.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for rater in ("ann", "bob"):
@@ -233,7 +232,7 @@ def test_a_whole_study_from_files(tmp_path):
         "high": pytest.approx(1),
         "n": 12,
     }
-    assert report(found).startswith("## Human evaluation\n\n60 items, 2 raters, 120 ratings counted")
+    assert analysis.report(found).startswith("## Human evaluation\n\n60 items, 2 raters, 120 ratings counted")
 
 
 # ---------------------------------------------------------------- two studies, and files without marks
@@ -263,7 +262,7 @@ def test_ratings_of_another_study_are_refused_by_the_command(tmp_path, capsys, k
     assert found["win_rates"][0]["rate"] == 0.0 and found["systems"] == ["base", "tuned"]
     assert found["self_consistency"]["share"] == 1.0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    item = next(iter(manifest.read_key(first / "human_eval.key.csv")))
+    item = next(iter(study.read_key(first / "human_eval.key.csv")))
     line = refusal(capsys, second, mine)
     assert f"mine.{kind}, line {2 if kind == 'csv' else 1}: item_id '{item}' is of another study" in line
     assert str(second / "human_eval.key.csv") in line and "--logging.run_name" in line
@@ -287,7 +286,7 @@ def test_files_without_marks_are_read_with_their_own_key_only(tmp_path, capsys):
     marked = rate_all(first, tmp_path / "marked.csv")
     take_marks_off(first / "human_eval.csv", first / "human_eval.key.csv")
     old = rate_all(first, tmp_path / "old.csv")
-    assert "item-01" in old.read_text().split(",") and list(manifest.read_manifest(first / "human_eval.csv"))
+    assert "item-01" in old.read_text().split(",") and list(study.read_manifest(first / "human_eval.csv"))
     capsys.readouterr()
     assert results_of(first, old)["win_rates"][0]["rate"] == 0.0
     assert "human_eval.key.csv: its items carry no study mark" in capsys.readouterr().out
@@ -313,8 +312,8 @@ def test_the_mark_is_a_function_of_all_that_the_study_is(tmp_path):
     }
     marks = {}
     for name, change in changes.items():
-        manifest.write(path=tmp_path / f"{name}.csv", **{**given, **change})
-        found = {ratings.mark_of(item) for item in manifest.read_key(tmp_path / f"{name}.key.csv")}
+        study.write(path=tmp_path / f"{name}.csv", **{**given, **change})
+        found = {study.mark_of(item) for item in study.read_key(tmp_path / f"{name}.key.csv")}
         assert len(found) == 1 and "" not in found
         marks[name] = found.pop()
     assert marks.pop("again") == marks["same"] and len(set(marks.values())) == len(marks)
@@ -322,7 +321,7 @@ def test_the_mark_is_a_function_of_all_that_the_study_is(tmp_path):
 
 def test_a_file_with_the_items_of_two_studies_is_refused(tmp_path):
     first, second = two_studies(tmp_path)
-    for name, read in (("human_eval.csv", manifest.read_manifest), ("human_eval.key.csv", manifest.read_key)):
+    for name, read in (("human_eval.csv", study.read_manifest), ("human_eval.key.csv", study.read_key)):
         rows = (second / name).read_text("utf-8-sig").split("\n", 1)[1]
         (tmp_path / name).write_text((first / name).read_text("utf-8-sig") + rows)
         with pytest.raises(UserError, match=rf"{name}: .* are items of two studies") as caught:
@@ -338,3 +337,59 @@ def test_a_blind_file_beside_another_study_s_key_is_not_served(tmp_path):
     flags = ["--logging.output_dir", tmp_path, "--logging.run_name", "second", "--human_eval"]
     flags += ["--checkpoints", "base=tiny", "tuned=tiny"]
     processes.refused(evaluate.main, tmp_path, flags, "they are of two studies, put the blind file beside its own key")
+
+
+# ---------------------------------------------------------------- CSV (S8, cells that could be run: test_hostile.py)
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_stop_in_the_middle_leaves_nothing(tmp_path, monkeypatch, fails):
+    calls, real = [], os.replace
+
+    def replace(*names):
+        calls.append(names)
+        if len(calls) == fails:
+            raise OSError(28, "No space left on device")
+        real(*names)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        study.save({tmp_path / "a.csv": [["a"]], tmp_path / "b.csv": [["b"]]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    def rows():
+        yield ["a"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.save({tmp_path / "a.csv": [["a"]], tmp_path / "b.csv": rows()})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "line 1: empty"),
+        (b"a,b\n1,2\n1\n", "line 3: 1 cells, but 2 columns"),
+        (b'a,b\n1,"two\nlines"\n1,2,3\n', "line 4: 3 cells"),
+        (b'a,b\n1,2\n1,"open\n\n', "line 3: no valid CSV"),
+        (b'a,b\n1,"x"y\n', "line 2: no valid CSV"),
+        (b"a,a\n1,2\n", "line 1: a column stands twice"),
+        (b"a,b\n1,\xff\n", "line 2: not UTF-8"),
+    ],
+)
+def test_broken_files_are_refused_by_line(tmp_path, data, message):
+    path = tmp_path / "a.csv"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        study.read_csv(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_folder_are_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"none\.csv cannot be read: No such file"):
+        study.read_csv(tmp_path / "none.csv")
+    with pytest.raises(UserError, match=r"a\.csv cannot be written: No such file"):
+        study.save({tmp_path / "none" / "a.csv": [["a"]]})

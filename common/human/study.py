@@ -1,0 +1,371 @@
+"""A blind study: who sees which answer in which slot, written as a file for raters and its key, and read back.
+
+Blind file NAME.csv, for the raters, in the order to be shown:
+    item_id, task (where the items have one), prompt, reference, response_A, response_B, .. up to D
+Key NAME.key.csv beside it, never for the raters, a line for each item and slot:
+    item_id, slot, system, kind (item | duplicate | check), trap (1: the shuffled answer of a check), original (the
+    item_id that a duplicate repeats), source (place in the lists given, from 0), characters (shown of the answer),
+    digest (of the text shown: the first 16 hex digits of its SHA-256), seed (of every shuffle)
+Ratings: see ratings.py. The server keeps its own in NAME.ratings.jsonl.
+
+An item_id is MARK-item-NUMBER, such as 3fa09c-item-01. The mark is the first 6 hex digits of the SHA-256 of all that
+the study is made of, seed included. So a rating that is read with the key of another study is refused. Files that were
+written before there were marks can still be read.
+
+CSV is UTF-8 with a BOM (Excel takes it for another encoding without), all cells quoted, texts exactly as given. A text
+that a spreadsheet could run gets an apostrophe in front (OWASP, CSV injection), which reading takes off: its first
+character after spaces and control characters is = + - @ or a Unicode form of them, or it starts with a tab, a line end
+or an apostrophe. The blinding is for honest raters: a text may still give its writer away.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import secrets
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.log import UserError, say
+from common.runtime import checkpoint
+
+SLOTS, WIDTHS = "ABCD", ("AB", "ABC", "ABCD")
+KINDS = ("item", "duplicate", "check")
+KEY = ("item_id", "slot", "system", "kind", "trap", "original", "source", "characters", "digest", "seed")
+LONGEST_CELL = 2**31 - 1  # csv's own limit is 131,072 characters; the largest that every platform takes
+
+
+@dataclass
+class Row:
+    """An item as it will be shown, by slot."""
+
+    kind: str  # one of KINDS
+    source: int
+    systems: list
+    texts: list
+    trap: int | None = None  # the slot of the shuffled answer of a check
+
+
+def generate_manifest(prompts, references, sft_outputs, rl_outputs, staged_outputs, output_path, num_samples=200):
+    """Write the blind file of three systems, and its key beside it, from lists of texts (see `write`)."""
+    if len(prompts) != len(references):
+        raise UserError(f"{output_path}: {len(prompts)} prompts, but {len(references)} references")
+    items = [{"prompt": prompt, "reference": text} for prompt, text in zip(prompts, references, strict=True)]
+    systems = {"sft": sft_outputs, "rl": rl_outputs, "staged": staged_outputs}
+    return write(items, systems, output_path, num_samples)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(items, systems, path, num_samples=200, seed=None, limit=None):
+    """Write `path` (.csv) and its key, both or none -> {"items", "duplicates", "checks", "seed"}.
+
+    items: dicts of prompt, reference and task (the last two may be absent or None); systems: two to four of
+    {name: texts, one an item}. num_samples items are drawn; 10 % of them (at least one) come twice, every answer in
+    another slot; and 5 % (at least two, as one failed check excludes nobody) are checks, in which one slot holds
+    another slot's answer with its words shuffled. Each system stands in each slot about equally often. seed: of all
+    shuffles, an int from 0; drawn where None, as a known one would undo the blinding. limit: most characters shown of
+    an answer, marked where it is cut. UserError says what is wrong; a file that exists may have been rated and stays.
+    """
+    path = Path(path)
+    key_file = key_path(path)
+    for taken in (path, key_file):
+        if os.path.lexists(taken):
+            raise UserError(f"{taken} exists and may have been rated: write to another name, or remove it first")
+    _check_texts(path, items, systems)
+    if num_samples < 1 or (limit is not None and limit < 1):
+        raise UserError(f"{path}: num_samples and limit must be at least 1, not {num_samples} and {limit}")
+    seed = secrets.randbits(48) if seed is None else seed
+    count = min(num_samples, len(items))
+    rows = _plan(systems, count, np.random.default_rng(seed))
+    kinds = Counter(row.kind for row in rows)
+    if count < num_samples:
+        say(f"{path}: only {count} items were given, so all are in the study ({num_samples} were asked for)")
+    if kinds["check"] < _checks_wanted(count):
+        say(
+            f"{path}: {kinds['check']} attention checks instead of {_checks_wanted(count)}: a check shuffles the words "
+            "of an answer, and too few answers have five different words"
+        )
+    mark = hashlib.sha256(json.dumps([items, systems, count, seed, limit]).encode()).hexdigest()[:6]
+    blind_rows, key_rows = _tables(items, rows, mark, seed, limit)
+    save({key_file: key_rows, path: blind_rows})  # the key first: a blind file without one would be worthless
+    return {"items": count, "duplicates": kinds["duplicate"], "checks": kinds["check"], "seed": seed}
+
+
+def key_path(path):
+    """The key that lies beside a blind file: NAME.csv -> NAME.key.csv."""
+    path = Path(path)
+    if path.suffix != ".csv" or path.name.endswith(".key.csv"):
+        raise UserError(f"{path}: a blind file is named NAME.csv, its key NAME.key.csv")
+    return path.with_name(f"{path.stem}.key.csv")
+
+
+def _check_texts(path, items, systems):
+    """UserError unless there are two to four systems with one text an item, and all texts can be written."""
+    if not items or not 2 <= len(systems) <= len(SLOTS) or "" in systems:
+        raise UserError(f"{path}: needs items and two to four named systems, not {len(items)} and {list(systems)}")
+    texts = {"prompt": [item.get("prompt") for item in items]}
+    texts |= {column: [item.get(column) or "" for item in items] for column in ("reference", "task")}
+    for name, values in systems.items():
+        if len(values) != len(items):
+            raise UserError(f"{path}: {len(items)} items, but {len(values)} answers of {name}")
+        texts[f"answer of {name}"] = values
+    for column, values in texts.items():
+        for index, value in enumerate(values):
+            if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
+                raise UserError(f"{path}: item {index}, {column}: no text that UTF-8 can hold: {value!r:.60}")
+
+
+def _checks_wanted(count):
+    return max(2, round(0.05 * count))
+
+
+def _plan(systems, count, rng):
+    """The rows of a study in their order."""
+    names = list(systems)
+    sources = rng.permutation(len(systems[names[0]]))
+    orders = list(itertools.permutations(names))
+    blocks = [orders[i] for _ in range(math.ceil(count / len(orders))) for i in rng.permutation(len(orders))]
+    plans = [("item", int(source), order) for source, order in zip(sources[:count], blocks[:count], strict=True)]
+    for index in rng.choice(count, max(1, round(0.1 * count)), replace=False):
+        _, source, order = plans[index]
+        shift = rng.integers(1, len(names))  # every system moves
+        plans.append(("duplicate", source, (*order[shift:], *order[:shift])))
+    rows = [Row(kind, source, order, [systems[name][source] for name in order]) for kind, source, order in plans]
+    checks = (_check(systems, int(source), rng) for source in sources[::-1])  # first those that are no items
+    rows += itertools.islice((row for row in checks if row), _checks_wanted(count))
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    place = {row.source: i for i, row in enumerate(rows) if row.kind == "item"}
+    for i, row in enumerate(rows):
+        if row.kind == "duplicate" and (later := place[row.source]) > i:  # the item itself comes first
+            rows[i], rows[later] = rows[later], rows[i]
+    return rows
+
+
+def _check(systems, source, rng):
+    """A check row, or None where no answer can be shuffled. The answer itself stays in another slot, so that no rater
+    who reads can find the shuffled one better, as he might a shuffled refusal beside a harmful answer."""
+    for name in map(str, rng.permutation(list(systems))):
+        shuffled = _shuffle_words(systems[name][source], rng)
+        if shuffled is not None:
+            others = [other for other in systems if other != name]
+            dropped = others[rng.integers(len(others))]
+            answers = [(other, systems[other][source]) for other in systems if other != dropped] + [(name, shuffled)]
+            order = rng.permutation(len(answers)).tolist()
+            shown_systems, texts = zip(*(answers[i] for i in order), strict=True)
+            return Row("check", source, shown_systems, texts, trap=order.index(len(answers) - 1))
+    return None
+
+
+def _shuffle_words(text, rng):
+    """`text` with its words in another order, at least half of them moved; None if that needs more or other words."""
+    parts = re.split(r"([\w']+)", text)  # words at odd places; what lies between them stays
+    words = parts[1::2]
+    for _ in range(20 if len(set(words)) >= 5 else 0):
+        parts[1::2] = [words[i] for i in rng.permutation(len(words))]
+        if sum(a != b for a, b in zip(words, parts[1::2], strict=True)) >= len(words) / 2:
+            return "".join(parts)
+    return None
+
+
+def _tables(items, rows, mark, seed, limit):
+    """(lines of the blind file, lines of the key), their headers first."""
+    has_task = any(item.get("task") for item in items)
+    blind_rows, key_rows, item_ids = [_blind_columns(has_task, SLOTS[: len(rows[0].texts)])], [KEY], {}
+    for number, row in enumerate(rows, 1):
+        item, item_id = items[row.source], f"{mark}-item-{number:0{len(str(len(rows)))}d}"
+        if row.kind == "item":
+            item_ids[row.source] = item_id
+        original = item_ids[row.source] if row.kind == "duplicate" else ""
+        shown = [_shown(text, limit) for text in row.texts]
+        task = [item.get("task") or ""] if has_task else []
+        blind_rows.append([item_id, *task, item["prompt"], item.get("reference") or "", *shown])
+        for place, (system, text) in enumerate(zip(row.systems, row.texts, strict=True)):
+            trap, characters = "1" if place == row.trap else "", len(text[:limit])
+            cells = (system, row.kind, trap, original, row.source, characters, digest(shown[place]), seed)
+            key_rows.append([item_id, SLOTS[place], *map(str, cells)])
+    return blind_rows, key_rows
+
+
+def _blind_columns(has_task, slots):
+    return ["item_id", *["task"] * has_task, "prompt", "reference", *(f"response_{slot}" for slot in slots)]
+
+
+def _shown(text, limit):
+    """What the raters see of an answer."""
+    if limit is None or len(text) <= limit:
+        return text
+    return f"{text[:limit]}\n[... cut, {limit} of {len(text)} characters shown]"
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_manifest(path):
+    """{item_id: {"slots": "ABC", "task", "prompt", "reference", "answers": {slot: text}}} in the order of the file."""
+    columns, rows = read_csv(path)
+    slots = "".join(name.removeprefix("response_") for name in columns if name.startswith("response_"))
+    if slots not in WIDTHS or columns != _blind_columns("task" in columns, slots):
+        raise UserError(f"{path}, line 1: no blind file's columns: {columns}")
+    items = {}
+    for line, row in rows:
+        if not row["item_id"] or row["item_id"] in items:
+            raise UserError(f"{path}, line {line}: item_id {row['item_id']!r} is empty or stands twice")
+        items[row["item_id"]] = {
+            "slots": slots,
+            **{name: row[name] for name in ("task", "prompt", "reference") if name in row},
+            "answers": {slot: row[f"response_{slot}"] for slot in slots},
+        }
+    _check_marks(path, items)
+    return items
+
+
+def read_key(path):
+    """{item_id: {"slots": "ABC", "kind", "original", "source", "seed", "trap": slot or None, and by slot "systems",
+    "characters" and "digests"}} in the order of the file; UserError names the line."""
+    columns, rows = read_csv(path)
+    if tuple(columns) != KEY:
+        raise UserError(f"{path}, line 1: a key's columns are {', '.join(KEY)}")
+    entries = {}
+    for line, row in rows:
+        facts = {name: row[name] for name in ("kind", "original", "source", "seed")}
+        empty = {"slots": "", "trap": None, "systems": {}, "characters": {}, "digests": {}}
+        entry, slot = entries.setdefault(row["item_id"], facts | empty), row["slot"]
+        entry["slots"] += slot
+        is_whole = row["item_id"] and slot and row["system"] and row["kind"] in KINDS and row["trap"] in ("", "1")
+        are_numbers = row["source"].isdecimal() and row["characters"].isdecimal()
+        fits = entry | facts == entry and SLOTS.startswith(entry["slots"]) and not (row["trap"] and entry["trap"])
+        if not (is_whole and are_numbers and fits):
+            raise UserError(f"{path}, line {line}: damaged, or not in its place: {', '.join(row.values())}")
+        entry["trap"] = slot if row["trap"] else entry["trap"]
+        entry["systems"][slot], entry["digests"][slot] = row["system"], row["digest"]
+        entry["characters"][slot] = int(row["characters"])
+    for item, entry in entries.items():
+        first = entries.get(entry["original"], {}).get("kind")
+        fits = (entry["kind"] == "check") == (entry["trap"] is not None)
+        if not fits or entry["slots"] not in WIDTHS or (entry["kind"] == "duplicate") != (first == "item"):
+            facts = ", ".join(f"{name} {entry[name]!r}" for name in ("slots", "kind", "trap", "original"))
+            raise UserError(f"{path}: {item} is damaged: {facts}")
+        entry["source"] = int(entry["source"])
+    _check_marks(path, entries)
+    return entries
+
+
+def check_pair(path, items):
+    """UserError if the key beside the blind file `path` lacks one of its items (as read_manifest gives them)."""
+    if not items.keys() <= read_key(key_path(path)).keys():
+        raise UserError(f"{path}, {key_path(path)}: they are of two studies, put the blind file beside its own key")
+
+
+def mark_of(item_id):
+    """The mark of the study that an item_id belongs to; "" in files that were written before there were marks."""
+    match = re.fullmatch("([0-9a-f]{6})-item-[0-9]+", item_id)
+    return match[1] if match else ""
+
+
+def _check_marks(path, items):
+    """UserError if a file holds items of several studies; a warning where its items carry no mark."""
+    first = {}
+    for item in items:
+        first.setdefault(mark_of(item), item)
+    if len(first) > 1:
+        item, other = list(first.values())[:2]
+        raise UserError(f"{path}: {item!r:.80} and {other!r:.80} are items of two studies: one file for each is needed")
+    if "" in first:
+        say(f"{path}: its items carry no study mark, as it is of an earlier version: use it with its own ratings only")
+
+
+# ---------------------------------------------------------------- CSV that people open in spreadsheets
+
+
+def neutralise(text):
+    """`text` as a cell that no spreadsheet runs; `restore` gives every text back exactly."""
+    return "'" + text if _risky(text) else text
+
+
+def restore(cell):
+    """The text that was neutralised. An apostrophe that was not needed is the writer's own and stays ('tis)."""
+    return cell[1:] if cell.startswith("'") and _risky(cell[1:]) else cell
+
+
+def _risky(text):
+    if text.startswith(("'", "\t", "\r", "\n")):
+        return True
+    first = next((c for c in text if unicodedata.category(c)[0] not in "ZC"), "")  # separators, control and format
+    return unicodedata.normalize("NFKC", first)[:1] in ("=", "+", "-", "@", "\u2212")
+
+
+def save(files):
+    """Write {path: rows of texts} as CSV, all files or none; UserError if one cannot be written."""
+    drafts = {path: path.with_name(f".tmp-{path.name}-{os.getpid()}") for path in files}
+    placed, target = [], None
+    try:
+        for target, draft in drafts.items():
+            with open(draft, "w", encoding="utf-8-sig", newline="") as file:
+                writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+                writer.writerows([neutralise(text) for text in row] for row in files[target])
+                file.flush()
+                os.fsync(file.fileno())
+        for target, draft in drafts.items():
+            os.replace(draft, target)
+            placed.append(target)
+            checkpoint.fsync(target.parent)
+    except BaseException as error:
+        for path in (*drafts.values(), *placed):
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def text_of(path, data=None):
+    """The text of a file, or of `data` that was read from it; UserError if it cannot be read or is not UTF-8."""
+    try:
+        data = Path(path).read_bytes() if data is None else data
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 (save it as CSV UTF-8)") from error
+
+
+def read_csv(path):
+    """(columns, [(line, {column: text}), ...]) of a CSV file with a header; `line` is where the row begins, from 1.
+
+    Blank lines are passed over. UserError names the line of broken quotes or of a row with too many or too few cells.
+    """
+    reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
+    rows, columns, line = [], None, 1
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        for row in reader:
+            if columns is None and row:
+                columns = row
+                if len(set(columns)) < len(columns):
+                    raise UserError(f"{path}, line {line}: a column stands twice in {columns}")
+            elif row:
+                if len(row) != len(columns):
+                    raise UserError(f"{path}, line {line}: {len(row)} cells, but {len(columns)} columns")
+                rows.append((line, {name: restore(cell) for name, cell in zip(columns, row, strict=True)}))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line}: no valid CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    if columns is None:
+        raise UserError(f"{path}, line 1: empty, a header is needed")
+    return columns, rows
