@@ -433,7 +433,7 @@ async def rate(app, call):
 def check_rater(name):
     if not isinstance(name, str) or not 0 < len(name.strip()) <= 80 or not name.isprintable():
         raise Refused(400, "rater must be a name of 1 to 80 printable characters", "rater_id")
-    return " ".join(name.split())  # as ratings.parse_rating writes it
+    return " ".join(name.split())  # as ratings.py writes names
 
 
 def shown(rating):

@@ -1,14 +1,16 @@
 """Ratings: read from both kinds of file, refused by line, and never taken for those of another study."""
 
+import csv
+import io
 import json
 
 import pytest
 
 import serve
-from common.human import ratings, study
+from common.human import analysis, ratings, study
 from common.log import UserError
 from tests import processes
-from tests.studies import NO_PORT, made_key, rate_all, two_studies
+from tests.studies import NO_PORT, answers, made_key, rate_all, two_studies
 
 
 def test_ratings_are_read_from_csv_and_jsonl_alike(tmp_path):
@@ -72,12 +74,89 @@ def test_files_that_are_no_ratings_are_refused(tmp_path):
         ("a.jsonl", '{"rater_id": \n', "line 1: no valid JSON"),
         ("a.txt", "", "a .csv or a .jsonl"),
         ("b.jsonl", "[]\n", "line 1: a rating is an object"),
-        ("a.csv", "rater_id,item_id,preferred,mood\nann,i0,A,x\n", "line 2: unknown column"),
-        ("b.csv", "rater_id,item_id\nann,i0\n", "line 2: preferred ''"),
+        (
+            "a.csv",
+            "rater_id,item_id,choice\nann,i0,A\n",
+            "line 1: no column 'preferred' among rater_id, item_id, choice",
+        ),
+        ("b.csv", "rater_id,preferred\nann,A\n", "line 1: no column 'item_id'"),
+        ("c.csv", "rater_id,item_id,preferred\n,i0,A\n", "line 2: rater_id is empty"),
+        ("d.csv", "rater_id,item_id,preferred\nann,i0,A,B\n", "line 2: 4 cells, but 3 columns"),
+        ("e.csv", "item_id;Preferred;preferred \ni0;A;B\n", "line 1: a column stands twice"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):
             ratings.read_ratings([tmp_path / name], made_key(1))
+
+
+@pytest.mark.parametrize("ending", ["csv", "CSV", "Tsv"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_what_spreadsheets_write_is_read(tmp_path, capsys, separator, ending):
+    """B8 and B9: blank rows, cells beyond the last column, last cells left out, other columns, a BOM, skipped items."""
+    text = """,,,,,,
+Rater_ID,item_id, Preferred ,notes; and more,seconds,helpful_1_5,,
+ann,i0,A,"x, y; z",1,5 ,,
+ ann ,i1,,,,,,
+
+,,,,,,
+ann,i2,b/c
+,i3,,,
+bob,i0,None,,2.5,
+"""
+    cells = [row for row in csv.reader(io.StringIO(text))]
+    path = tmp_path / f"ratings.{ending}"
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows(cells)
+    found = ratings.read_ratings(path, made_key(4))
+    assert [(row["rater_id"], row["item_id"], row["preferred"]) for row in found] == [
+        ("ann", "i0", ("A",)),
+        ("ann", "i1", None),
+        ("ann", "i2", ("B", "C")),
+        ("bob", "i0", ()),
+    ]
+    assert [row["seconds"] for row in found] == [1.0, None, None, 2.5] and found[0]["helpful_1_5"] == 5
+    results = analysis.analyse(made_key(4), found, draws=10)
+    assert results["skipped"] == 1 and results["ratings"] == 3 and results["replaced"] == 0
+    assert "1 items skipped without an answer" in analysis.report(results)
+
+
+def test_a_skipped_item_takes_no_answer_away(tmp_path):
+    for name, preferred in (("a", "A"), ("b", "")):
+        (tmp_path / f"{name}.csv").write_text(f"rater_id,item_id,preferred\nann,i0,{preferred}\n")
+    results = analysis.analyse(made_key(1), ratings.read_ratings([tmp_path / "a.csv", tmp_path / "b.csv"], made_key(1)))
+    assert (results["ratings"], results["skipped"], results["replaced"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_saved_sheet_with_a_column_preferred_is_a_rating(tmp_path, capsys, separator):
+    """B9: texts with every separator, quotes and line ends; the rater is named by the file."""
+    text = 'a, b; c\td "quoted"\nsecond line\r\n=1+1'
+    items = [{"prompt": f"{i} {text}", "reference": text} for i in range(10)]
+    systems = {name: [f"{text} {answer}" for answer in answers(10, seed)] for seed, name in enumerate("xy")}
+    study.write(items, systems, tmp_path / "human_eval.csv", seed=1)
+    with open(tmp_path / "human_eval.csv", encoding="utf-8-sig", newline="") as file:
+        header, *rows = csv.reader(file)
+    (tmp_path / "ann.csv").touch()
+    with open(tmp_path / "ann.csv", "w", encoding="utf-8", newline="") as file:
+        sheet = csv.writer(file, delimiter=separator)
+        sheet.writerows([[*header, "preferred"], *([*row, "A" if i else ""] for i, row in enumerate(rows))])
+    key = study.read_key(tmp_path / "human_eval.key.csv")
+    found = ratings.read_ratings(tmp_path / "ann.csv", key)
+    assert [row["item_id"] for row in found] == list(key) and {row["rater_id"] for row in found} == {f"{tmp_path}/ann"}
+    assert found[0]["preferred"] is None and {row["preferred"] for row in found[1:]} == {("A",)}
+    assert "no column rater_id, so all is by one rater" in capsys.readouterr().out
+
+
+def test_names_that_differ_in_spaces_are_one_rater(tmp_path, capsys):
+    """B5; those that differ in case stay two, which is said."""
+    path = tmp_path / "a.csv"
+    path.write_text("rater_id,item_id,preferred\nann,i0,A\nann ,i1,A\n an\u00a0 n,i0,B\nAnn,i0,A\n", encoding="utf-8")
+    found = ratings.read_ratings(path, made_key(2))
+    assert [row["rater_id"] for row in found] == ["ann", "ann", "an n", "Ann"]
+    assert "raters Ann and ann count as 2 people" in capsys.readouterr().out
+    path.write_text("rater_id,item_id,preferred\nann,i0,A\nann ,i0,A\n")
+    results = analysis.analyse(made_key(2), ratings.read_ratings(path, made_key(2)), draws=10)
+    assert results["replaced"] == 1 and results["agreement"]["reason"] == "agreement needs two raters"
 
 
 def test_a_slip_in_an_item_id_is_not_called_another_study(tmp_path):

@@ -32,9 +32,9 @@ def analyse(key, ratings, draws=2000, seed=0):
     are fitted with PRIOR; where the raters' data alone would make one infinite they have no interval. UserError if no
     rating is left, or if one is of an item that the key lacks.
     """
-    latest = _latest(key, ratings)
-    raters = _raters(key, latest)
-    counted = _counted(key, latest, raters)
+    rated, skipped = _latest(key, ratings)
+    raters = _raters(key, rated, skipped)
+    counted = _counted(key, rated, raters)
     if not counted:
         excluded = sum(row["failed"] > MAX_FAILED for row in raters)
         raise UserError(f"no rating is left to analyse: {len(ratings)} read, {excluded} raters excluded")
@@ -47,7 +47,8 @@ def analyse(key, ratings, draws=2000, seed=0):
         "systems": systems,
         "items": len(items),
         "ratings": len(counted),
-        "replaced": len(ratings) - len(latest),
+        "replaced": sum(rating["preferred"] is not None for rating in ratings) - len(rated),
+        "skipped": len(skipped),
         "raters": raters,
         "excluded": [row["rater_id"] for row in raters if row["failed"] > MAX_FAILED],
         "self_consistency": _share(sum(row["same"] for row in trusted), sum(row["twice"] for row in trusted)),
@@ -61,34 +62,39 @@ def analyse(key, ratings, draws=2000, seed=0):
 
 
 def _latest(key, ratings):
-    """{(rater, item): the last rating}; UserError for an item that the key lacks."""
+    """({(rater, item): the last rating}, (rater, item) of those that were only skipped); UserError for an item that the
+    key lacks."""
     stray = next((rating["item_id"] for rating in ratings if rating["item_id"] not in key), None)
     if stray is not None:
         raise UserError(f"item_id {stray!r:.80} is not in the key: analyse ratings with the key of their own study")
-    return {(rating["rater_id"], rating["item_id"]): rating for rating in ratings}
+    rated = {(r["rater_id"], r["item_id"]): r for r in ratings if r["preferred"] is not None}
+    return rated, {(r["rater_id"], r["item_id"]) for r in ratings} - rated.keys()
 
 
-def _raters(key, latest):
-    """One row a rater: items, checks and how many failed, duplicates rated twice and how many alike."""
-    rows = {}
-    for (rater, item), rating in latest.items():
-        row = rows.setdefault(rater, {"rater_id": rater, "items": 0, "checks": 0, "failed": 0, "twice": 0, "same": 0})
-        entry = key[item]
+def _raters(key, rated, skipped):
+    """One row a rater: items, those skipped, checks and how many failed, duplicates rated twice and how many alike."""
+    names = sorted({rater for rater, _ in [*rated, *skipped]})
+    counts = ("items", "skipped", "checks", "failed", "twice", "same")
+    rows = {rater: {"rater_id": rater, **dict.fromkeys(counts, 0)} for rater in names}
+    for rater, _ in skipped:
+        rows[rater]["skipped"] += 1
+    for (rater, item), rating in rated.items():
+        row, entry = rows[rater], key[item]
         if entry["kind"] == "check":
             row["checks"] += 1
             row["failed"] += entry["trap"] in rating["preferred"]
         elif entry["kind"] == "item":
             row["items"] += 1
-        elif (first := latest.get((rater, entry["original"]))) is not None:
+        elif (first := rated.get((rater, entry["original"]))) is not None:
             row["twice"] += 1
             row["same"] += _preferred(key, first) == _preferred(key, rating)
-    return [rows[rater] for rater in sorted(rows)]
+    return list(rows.values())
 
 
-def _counted(key, latest, raters):
+def _counted(key, rated, raters):
     """The ratings that count: of items, no checks or duplicates, by raters who read."""
     excluded = {row["rater_id"] for row in raters if row["failed"] > MAX_FAILED}
-    return [r for r in latest.values() if r["rater_id"] not in excluded and key[r["item_id"]]["kind"] == "item"]
+    return [r for r in rated.values() if r["rater_id"] not in excluded and key[r["item_id"]]["kind"] == "item"]
 
 
 def _preferred(key, rating):

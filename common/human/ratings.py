@@ -1,8 +1,11 @@
-"""The raters' answers to a blind file, one file or many: CSV with a header, or JSONL with the same names.
+"""The raters' answers to a blind file, one file or many: CSV as spreadsheets write it, or JSONL with the same names.
 
 Columns: rater_id, item_id, preferred (a slot, several joined by "/" where they tie, or "none" where none is better)
 and, where wanted, order (the slots as this rater saw them, "B/A/C"), harmless_1_5, helpful_1_5, faithful_1_5 (1 worst
 to 5 best, of the preferred answer), comment, seconds. Case and spaces in preferred and order do not matter.
+
+CSV may hold other columns: the blind file itself with a column `preferred` added can be read. A file without rater_id
+is all of one rater, who gets its name. An item without an answer in `preferred` was skipped.
 
 An item_id begins with the mark of its study (study.py). A rating of another study's item is refused.
 """
@@ -15,8 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from common import log
 from common.human import study
-from common.log import UserError, say
+from common.log import UserError, say, warn
 from common.runtime import checkpoint
 
 OWN_KEY = "read this file with the key of the study that it rates"
@@ -31,42 +35,65 @@ class ForeignItem(ValueError):
 def read_ratings(paths, entries, remedy=OWN_KEY):
     """All ratings of the files, in order, as `parse_rating` gives them; entries: read_key's or read_manifest's.
 
-    A rater's later rating of an item is kept beside the earlier one: `analyse` takes the last and counts the others.
-    UserError names file and line. remedy: what the user should do where an item is of another study.
+    `preferred` is None where an item was skipped. A rater's later rating of an item is kept beside the earlier one:
+    `analyse` takes the last and counts the others. UserError names file and line. remedy: what the user should do where
+    an item is of another study.
     """
     ratings = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        if Path(path).suffix == ".csv":
-            rows = study.read_csv(path)[1]
-        elif Path(path).suffix == ".jsonl":
-            rows = _json_rows(path, study.text_of(path))
+        ending = Path(path).suffix.lower()
+        if ending in (".csv", ".tsv"):
+            ratings += _parse_rows(path, _csv_rows(path), entries, remedy, may_skip=True)
+        elif ending == ".jsonl":
+            ratings += _parse_rows(path, _json_rows(path, study.text_of(path)), entries, remedy)
         else:
             raise UserError(f"{path}: ratings are a .csv or a .jsonl file")
-        ratings += _parse_rows(path, rows, entries, remedy)
+    names = {}
+    for name in sorted({rating["rater_id"] for rating in ratings}):
+        names.setdefault(name.casefold(), []).append(name)
+    for alike in names.values():
+        if len(alike) > 1:
+            warn(f"raters {' and '.join(alike)} count as {len(alike)} people: if they are one, write one name for them")
     return ratings
+
+
+def _csv_rows(path):
+    """[(line, {column: text})] of a .csv file, of the columns of a rating alone."""
+    columns, rows = study.read_csv(path, from_spreadsheet=True)
+    ours = {name: name.lower() for name in columns if name.lower() in COLUMNS}
+    missing = [name for name in ("item_id", "preferred") if name not in ours.values()]
+    if missing:
+        raise UserError(f"{path}, line 1: no column {missing[0]!r} among {log.listed(columns)}")
+    rows = [(line, {ours[name]: cell for name, cell in row.items() if name in ours}) for line, row in rows]
+    if "rater_id" not in ours.values():
+        rater = str(Path(path).with_suffix(""))
+        say(f"{path}: no column rater_id, so all is by one rater, {rater}")
+        return [(line, row | {"rater_id": rater}) for line, row in rows]
+    return [(line, row) for line, row in rows if row["rater_id"].strip() or row["preferred"].strip()]
 
 
 def _json_rows(path, text):
     """[(line, value)] of the text of a .jsonl file."""
     rows = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows.append((number, json.loads(line)))
+            rows += [(number, json.loads(line))] if line.strip() else []
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: no valid JSON: {error}") from error
     return rows
 
 
-def _parse_rows(path, rows, entries, remedy):
+def _parse_rows(path, rows, entries, remedy, may_skip=False):
     """The ratings in the rows [(line, {column: value})] of a file."""
     ratings = []
     for line, row in rows:
+        skipped = may_skip and not row["preferred"].strip()
         try:
-            ratings.append(parse_rating(row, entries))
-        except ForeignItem as error:
-            raise UserError(f"{path}, line {line}: {error}: {remedy}") from error
+            rating = parse_rating(row | {"preferred": "none"} if skipped else row, entries)
+            ratings.append(rating | {"preferred": None} if skipped else rating)
         except ValueError as error:
-            raise UserError(f"{path}, line {line}: {error}") from error
+            hint = f": {remedy}" if isinstance(error, ForeignItem) else ""
+            raise UserError(f"{path}, line {line}: {error}{hint}") from error
     return ratings
 
 
@@ -80,19 +107,20 @@ def parse_rating(row, entries):
         raise ValueError(f"unknown column {unknown[0]!r}, known are {', '.join(COLUMNS)}")
     row = {name: "" if row.get(name) is None else row[name] for name in COLUMNS}
     row = {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
-    if not row["rater_id"].strip():
+    row["rater_id"] = " ".join(row["rater_id"].split())
+    if not row["rater_id"]:
         raise ValueError("rater_id is empty")
     if row["item_id"] not in entries:
         raise _unknown_item(row["item_id"], entries)
     slots = entries[row["item_id"]]["slots"]
     none = row["preferred"].strip().lower() == "none"
     preferred = () if none else _slots(row, "preferred", slots)
-    order = _slots(row, "order", slots) if row["order"] else None
+    order = _slots(row, "order", slots) if row["order"].strip() else None
     if order and len(order) != len(slots):
         raise ValueError(f"order {row['order']!r}: all of {'/'.join(slots)} in the order shown")
     scores = {name: _score(row, name) for name in SCORES}
     try:
-        seconds = float(row["seconds"]) if row["seconds"] else None
+        seconds = float(row["seconds"].replace(",", ".")) if row["seconds"].strip() else None
     except ValueError:
         seconds = -1.0
     if seconds is not None and not 0 <= seconds < math.inf:
@@ -120,9 +148,10 @@ def _slots(row, column, slots):
 
 
 def _score(row, column):
-    if row[column] not in ("", *"12345"):
+    score = row[column].strip()
+    if score not in ("", *"12345"):
         raise ValueError(f"{column} {row[column]!r}: a whole number from 1 to 5")
-    return int(row[column]) if row[column] else None
+    return int(score) if score else None
 
 
 # ---------------------------------------------------------------- the file that the server keeps

@@ -343,24 +343,33 @@ def text_of(path, data=None):
         raise UserError(f"{path}, line {line}: not UTF-8 (save it as CSV UTF-8)") from error
 
 
-def read_csv(path):
+def read_csv(path, from_spreadsheet=False):
     """(columns, [(line, {column: text}), ...]) of a CSV file with a header; `line` is where the row begins, from 1.
 
-    Blank lines are passed over. UserError names the line of broken quotes or of a row with too many or too few cells.
+    Cells are separated by commas, semicolons or tabs. Blank lines, and empty cells beyond the last column, are passed
+    over. from_spreadsheet: so are rows of empty cells, and a row may lack its last cells, as Excel leaves them out
+    where they are empty. UserError names the line of broken quotes or of a row with too many or too few cells.
     """
-    reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
+    text = text_of(path)
+    header = next((line for line in text.splitlines() if line.strip(",;\t ")), "")
+    separator = max(",;\t", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows, columns, line = [], None, 1
     limit = csv.field_size_limit(LONGEST_CELL)
     try:
         for row in reader:
-            if columns is None and row:
-                columns = row
-                if len(set(columns)) < len(columns):
+            filled = next((i for i in range(len(row), 0, -1) if row[i - 1].strip()), 0)  # cells up to the last text
+            is_blank = not filled if from_spreadsheet or columns is None else not row
+            if columns is None and not is_blank:
+                columns = [name.strip() for name in row[:filled]]
+                names = [name.lower() for name in columns if name]
+                if len(set(names)) < len(names):
                     raise UserError(f"{path}, line {line}: a column stands twice in {columns}")
-            elif row:
-                if len(row) != len(columns):
+            elif not is_blank:
+                if filled > len(columns) or (len(row) < len(columns) and not from_spreadsheet):
                     raise UserError(f"{path}, line {line}: {len(row)} cells, but {len(columns)} columns")
-                rows.append((line, {name: restore(cell) for name, cell in zip(columns, row, strict=True)}))
+                cells = row[: len(columns)] + [""] * (len(columns) - len(row))
+                rows.append((line, {name: restore(cell) for name, cell in zip(columns, cells, strict=True)}))
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: no valid CSV: {error}") from error
