@@ -370,6 +370,8 @@ def main(argv=None):
         raise UserError(f"--human_eval: raters compare 2 to 4 systems, these are {len(named)}")
     if job.human_eval and sheet.exists() and study.key_path(sheet).exists():
         study.check_pair(sheet, study.read_manifest(sheet))
+    elif job.human_eval:
+        study.check_free(sheet)
     device = model.pick_device(cfg.device)
     resume.prepare(device)
     base_folder, systems = locate(named, cfg, job.flags.get("model.base_checkpoint"))

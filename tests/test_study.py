@@ -161,6 +161,21 @@ def test_a_file_that_may_have_been_rated_is_never_replaced(tmp_path):
     assert (tmp_path / "study.key.csv").read_bytes() == before["study.key.csv"]
 
 
+def test_a_new_study_beside_old_ratings_is_refused(tmp_path):
+    """B4: the page would count unseen items as rated; the command says so before it asks any system."""
+    first, _ = two_studies(tmp_path)
+    saved = rate_all(first, first / "human_eval.ratings.jsonl")
+    for name in ("human_eval.csv", "human_eval.key.csv"):
+        (first / name).unlink()
+    with pytest.raises(UserError, match=r"human_eval\.ratings\.jsonl exists and may have been rated") as caught:
+        study.write([{"prompt": "p"}] * 9, {n: answers(9) for n in NAMES}, first / "human_eval.csv")
+    assert "\n" not in str(caught.value) and list(first.iterdir()) == [saved]
+    flags = ["--logging.output_dir", tmp_path, "--logging.run_name", "first", "--human_eval"]
+    flags += ["--checkpoints", "base=tiny", "tuned=nowhere"]
+    processes.refused(evaluate.main, tmp_path, flags, "human_eval.ratings.jsonl exists and may have been rated")
+    assert list(first.iterdir()) == [saved]
+
+
 def test_a_stop_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def refuse(*names):
         raise KeyboardInterrupt

@@ -77,10 +77,7 @@ def write(items, systems, path, num_samples=200, seed=None, limit=None):
     an answer, marked where it is cut. UserError says what is wrong; a file that exists may have been rated and stays.
     """
     path = Path(path)
-    key_file = key_path(path)
-    for taken in (path, key_file):
-        if os.path.lexists(taken):
-            raise UserError(f"{taken} exists and may have been rated: write to another name, or remove it first")
+    check_free(path)
     _check_texts(path, items, systems)
     if num_samples < 1 or (limit is not None and limit < 1):
         raise UserError(f"{path}: num_samples and limit must be at least 1, not {num_samples} and {limit}")
@@ -97,7 +94,7 @@ def write(items, systems, path, num_samples=200, seed=None, limit=None):
         )
     mark = hashlib.sha256(json.dumps([items, systems, count, seed, limit]).encode()).hexdigest()[:6]
     blind_rows, key_rows = _tables(items, rows, mark, seed, limit)
-    save({key_file: key_rows, path: blind_rows})  # the key first: a blind file without one would be worthless
+    save({key_path(path): key_rows, path: blind_rows})  # the key first: a blind file without one would be worthless
     return {"items": count, "duplicates": kinds["duplicate"], "checks": kinds["check"], "seed": seed}
 
 
@@ -107,6 +104,14 @@ def key_path(path):
     if path.suffix != ".csv" or path.name.endswith(".key.csv"):
         raise UserError(f"{path}: a blind file is named NAME.csv, its key NAME.key.csv")
     return path.with_name(f"{path.stem}.key.csv")
+
+
+def check_free(path):
+    """UserError where a study may not be written: its files are there, or the ratings of an earlier one."""
+    path = Path(path)
+    for taken in (path, key_path(path), path.with_suffix(".ratings.jsonl")):
+        if os.path.lexists(taken):
+            raise UserError(f"{taken} exists and may have been rated: write to another name, or move its study away")
 
 
 def _check_texts(path, items, systems):
