@@ -14,7 +14,7 @@ stand floors, and the best of BEST_OF answers of the one named `base`. Left out:
     python evaluate.py --checkpoints ... --human_eval            also writes the blind sheets for human raters
     python evaluate.py --items RUN/items/*.jsonl OTHER/items/*.jsonl.gz      compares what was recorded, without a model
     python evaluate.py --export DIR --checkpoints sft=outputs/RUN/final      merged, checked against the adapter
-    python evaluate.py --human_results RATINGS.csv ... --logging.run_name RUN                  reads what they answered
+    python evaluate.py --human_results RATINGS.csv ... --human_key outputs/RUN/human_eval.key.csv     what they answered
 Run the same command again to go on: systems whose answers are there already are not asked again.
 """
 
@@ -75,7 +75,11 @@ JOBS = (
     ("--human_eval", {"action": "store_true", "help": "write human_eval.csv, blind, and its key"}),
     (
         "--human_results",
-        {"nargs": "+", "metavar": "FILE", "type": config.expand_home, "help": "analyse these against the run's key"},
+        {"nargs": "+", "metavar": "RATINGS", "type": config.expand_home, "help": "analyse what raters said"},
+    ),
+    (
+        "--human_key",
+        {"metavar": "KEY.csv", "type": config.expand_home, "help": "of the study they rated [the run's own]"},
     ),
 )
 BEST_OF = 4
@@ -359,7 +363,9 @@ def main(argv=None):
     if job.export:
         return write_export(cfg, job)
     if job.human_results:
-        return human_results(out, job.human_results, cfg.evaluation.draws)
+        return human_results(job, out, cfg.evaluation.draws)
+    if job.human_key:
+        raise UserError("--human_key: goes with --human_results RATINGS")
     if job.items:
         return compare_items(cfg, job, out)
     if not job.checkpoints:
@@ -504,15 +510,16 @@ def write_export(cfg, job):
     return export.run(source, job.export, how, records, sizes, job.flags.get("model.base_checkpoint"))
 
 
-def human_results(out, files, draws):
-    """Unblind the ratings of `files` with out/human_eval.key.csv: human_results.json and .md in `out`."""
-    path = out / "human_eval.key.csv"
+def human_results(job, out, draws):
+    """Unblind ratings with their key: human_results.json and .md beside it. Without --human_key it is that of `out`."""
+    path = Path(job.human_key or out / "human_eval.key.csv")
     key = study.read_key(path)
-    remedy = f"{path} is not its key, name the run that wrote its blind file with --logging.run_name"
-    results = analysis.analyse(key, ratings.read_ratings(files, key, remedy), draws)
+    remedy = f"{path} is not its key, name that with --human_key, or the run that has it with --logging.run_name"
+    rated = ratings.read_ratings(job.human_results, key, remedy)
+    results = analysis.analyse(key, rated, draws)
     text = analysis.report(results)
-    log.write_json(out / "human_results.json", results)
-    (out / "human_results.md").write_text(text, encoding="utf-8")
+    log.write_json(path.parent / "human_results.json", results)
+    log.write(path.parent / "human_results.md", text)
     say(text)
     return results
 

@@ -285,6 +285,22 @@ def test_ratings_of_another_study_are_refused_by_the_command(tmp_path, capsys, k
     assert not (second / "human_results.json").exists()
 
 
+def test_a_key_may_be_named_wherever_it_lies(tmp_path, capsys):
+    first, second = two_studies(tmp_path)
+    mine = str(rate_all(first, tmp_path / "mine.csv"))
+    key = str(first / "human_eval.key.csv")
+    found = evaluate.main(["--human_results", mine, "--human_key", key, "--evaluation.draws", "100"])
+    assert found["win_rates"][0]["rate"] == 0.0 and "Bradley" in (first / "human_results.md").read_text()
+    assert json.loads((first / "human_results.json").read_text()) == found
+    key = second / "human_eval.key.csv"
+    for argv, message in (
+        (["--human_results", mine, "--human_key", key], f"{key} is not its key, name that with --human_key"),
+        (["--human_results", mine, "--human_key", tmp_path / "none.key.csv"], "none.key.csv cannot be read"),
+        (["--human_key", key], "--human_key: goes with --human_results"),
+    ):
+        processes.refused(evaluate.main, tmp_path, argv, message)
+
+
 def test_one_foreign_file_or_line_among_good_ones_is_named(tmp_path, capsys):
     first, second = two_studies(tmp_path)
     mine, theirs = rate_all(first, tmp_path / "mine.csv"), rate_all(second, tmp_path / "theirs.jsonl")

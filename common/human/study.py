@@ -111,7 +111,9 @@ def check_free(path):
     path = Path(path)
     for taken in (path, key_path(path), path.with_suffix(".ratings.jsonl")):
         if os.path.lexists(taken):
-            raise UserError(f"{taken} exists and may have been rated: write to another name, or move its study away")
+            raise UserError(
+                f"{taken} exists and may have been rated: write to another name, or move the old study away"
+            )
 
 
 def _check_texts(path, items, systems):
