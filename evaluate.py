@@ -18,6 +18,7 @@ stand floors, and the best of BEST_OF answers of the one named `base`. Left out:
 Run the same command again to go on: systems whose answers are there already are not asked again.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ JOBS = (
     (
         "--human_key",
         {"metavar": "KEY.csv", "type": config.expand_home, "help": "of the study they rated [the run's own]"},
+    ),
+    (
+        "--human_pairs",
+        {"metavar": "NEW.jsonl", "type": config.expand_home, "help": "also write the ratings as training pairs"},
     ),
 )
 BEST_OF = 4
@@ -364,8 +369,8 @@ def main(argv=None):
         return write_export(cfg, job)
     if job.human_results:
         return human_results(job, out, cfg.evaluation.draws)
-    if job.human_key:
-        raise UserError("--human_key: goes with --human_results RATINGS")
+    if job.human_key or job.human_pairs:
+        raise UserError("--human_key and --human_pairs go with --human_results RATINGS")
     if job.items:
         return compare_items(cfg, job, out)
     if not job.checkpoints:
@@ -512,6 +517,8 @@ def write_export(cfg, job):
 
 def human_results(job, out, draws):
     """Unblind ratings with their key: human_results.json and .md beside it. Without --human_key it is that of `out`."""
+    if job.human_pairs and (Path(job.human_pairs).exists() or not job.human_pairs.endswith(".jsonl")):
+        raise UserError(f"--human_pairs {job.human_pairs}: name a new file that ends with .jsonl")
     path = Path(job.human_key or out / "human_eval.key.csv")
     key = study.read_key(path)
     remedy = f"{path} is not its key, name that with --human_key, or the run that has it with --logging.run_name"
@@ -521,7 +528,29 @@ def human_results(job, out, draws):
     log.write_json(path.parent / "human_results.json", results)
     log.write(path.parent / "human_results.md", text)
     say(text)
+    if job.human_pairs:
+        write_pairs(job.human_pairs, path, key, rated)
     return results
+
+
+def write_pairs(target, path, key, rated):
+    """The ratings as training pairs, records of data.py. path: of the key, beside which the blind file lies.
+
+    Where the answers of the run lie there too, a pair says which of its answers were cut off at max_new_tokens.
+    """
+    records, left_out = analysis.training_pairs(key, study.read_manifest(study.blind_path(path)), rated)
+    reasons = "".join(f"; {count} left out: {why}" for why, count in left_out.items())
+    if not records:
+        raise UserError(f"--human_pairs: raters preferred no answer over another{reasons}")
+    unfinished = set()
+    for line in itertools.chain.from_iterable(map(log.read_records, (path.parent / "items").glob("*.jsonl"))):
+        if isinstance(line, dict) and line.get("stopped") is False:
+            unfinished.add(study.digest(line["answer"]))
+    for record in records:
+        record["prompt"] = measure.turns(record["prompt"])
+        record["unfinished"] = [side for side in ("response", "rejected") if study.digest(record[side]) in unfinished]
+    log.replace(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    say(f"wrote {len(records)} pairs to {target}{reasons}; measure what they train on other prompts than these")
 
 
 if __name__ == "__main__":

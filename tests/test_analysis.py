@@ -162,6 +162,59 @@ def test_ratings_read_with_one_key_are_not_analysed_with_another(tmp_path):
         human.analyse(keys[1], found, draws=10)
 
 
+def sheet(key):
+    """The blind file of made_key's study: the text of slot A of item i0 is "i0 A"."""
+    items = {}
+    for name, entry in key.items():
+        answers = {slot: f"{name} {slot}" for slot in entry["slots"]}
+        entry["digests"] = {slot: study.digest(text) for slot, text in answers.items()}
+        entry["characters"] = {slot: len(text) for slot, text in answers.items()}
+        items[name] = {"prompt": f"prompt {name}", "reference": "", "answers": answers}
+    return items
+
+
+def test_pairs_and_their_margins_by_hand():
+    key = made_key(3, ("x", "y"), checks=2)
+    items = sheet(key)
+    x, y = (
+        {name: next(s for s in "AB" if entry["systems"][s] == system) for name, entry in key.items()} for system in "xy"
+    )
+    ratings = [rated(key, "i0", "x", rater=r) for r in "abc"]  # all agree
+    ratings += [rated(key, "i1", "y", rater="a"), rated(key, "i1", "y", rater="b"), rated(key, "i1", "x", rater="c")]
+    ratings += [rated(key, "i1", "y", rater="c")]  # replaces the one before
+    ratings += [rated(key, "i1", "x", rater="d"), rated(key, "i1", "x", "y", rater="e"), rated(key, "i1", rater="f")]
+    ratings += [rated(key, "i2", "x", rater="a"), rated(key, "i2", "y", rater="b"), rated(key, "i3", rater="a")]
+    careless = [rated(key, f"i{i}", key[f"i{i}"]["systems"]["A"], rater="z") for i in (3, 4)]  # excluded
+    records, left_out = human.training_pairs(key, items, [*ratings, *careless, rated(key, "i2", "x", rater="z")])
+    assert [(row["response"], row["rejected"], row["margin"], row["raters"]) for row in records] == [
+        (f"i0 {x['i0']}", f"i0 {y['i0']}", 1.0, 3),
+        (f"i1 {y['i1']}", f"i1 {x['i1']}", (3 - 1) / 6, 6),
+    ]
+    assert records[0]["prompt"] == "prompt i0" and records[0]["reference"] is None
+    assert left_out == {"as many raters preferred the other answer": 1}
+
+
+def test_answers_both_passed_over_make_no_pair():
+    key = made_key(1)
+    items = sheet(key)
+    slot = {name: place for place, name in key["i0"]["systems"].items()}
+    records, left_out = human.training_pairs(key, items, [rated(key, "i0", "rl")])
+    assert {row["id"] for row in records} == {f"i0-{slot['rl']}{slot['sft']}", f"i0-{slot['rl']}{slot['staged']}"}
+    assert {row["rejected"] for row in records} == {f"i0 {slot['sft']}", f"i0 {slot['staged']}"} and not left_out
+
+
+def test_pairs_are_of_the_texts_that_were_rated():
+    key = made_key(2, ("x", "y"))
+    items = sheet(key)
+    ratings = [rated(key, "i0", "x"), rated(key, "i1", "y")]
+    key["i0"]["characters"]["A"] -= 1  # as where an answer was cut
+    records, left_out = human.training_pairs(key, items, ratings)
+    assert len(records) == 1 and left_out == {"an answer was shown in part": 1}
+    items["i1"]["answers"]["B"] += " "
+    with pytest.raises(UserError, match="item i1: the answers in the blind file are not those of the key"):
+        human.training_pairs(key, items, ratings)
+
+
 def test_the_human_report_has_every_table_and_escapes_names():
     key = made_key(6, ("a|b", "<i>c", "d"))
     ratings = [rated(key, f"i{i}", ("a|b", "d")[i % 2], rater=r, helpful_1_5=4) for i in range(6) for r in ("`x`", "y")]

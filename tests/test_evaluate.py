@@ -258,6 +258,45 @@ def test_human_evaluation_from_sheets_to_results(tmp_path, done):
     refused(tmp_path, [*argv[:-1], tmp_path / "none.csv"], "none.csv")
 
 
+def test_ratings_become_pairs_that_a_reward_model_learns(tmp_path, done, micro_folder, tokenizer):
+    """Two of three raters prefer the longest answer, one the shortest; the pairs are read as data and trained on."""
+    folder, pairs = shutil.copytree(done[0], tmp_path / "run"), tmp_path / "pairs.jsonl"
+    blind, key = study.read_manifest(folder / "human_eval.csv"), study.read_key(folder / "human_eval.key.csv")
+    with open(tmp_path / "ratings.jsonl", "w") as file:
+        for rater, choose in (("ann", max), ("bob", max), ("cy", min)):
+            for item, entry in blind.items():
+                answers = {slot: text for slot, text in entry["answers"].items() if slot != key[item]["trap"]}
+                best = choose(answers, key=lambda slot: len(answers[slot]))
+                file.write(json.dumps({"rater_id": rater, "item_id": item, "preferred": best}) + "\n")
+    argv = ["--human_results", tmp_path / "ratings.jsonl", "--human_key", folder / "human_eval.key.csv"]
+    status, out, err = run(tmp_path, [*argv, "--human_pairs", pairs, "--evaluation.draws", 100])
+    assert status == 0 and "measure what they train on other prompts" in out, err
+    records = data.load_split(pairs, "train") + data.load_split(pairs, "val") + data.load_split(pairs, "test")
+    expected = set()
+    for item, entry in blind.items():
+        if key[item]["kind"] == "item":
+            long, short = (choose(entry["answers"].values(), key=len) for choose in (max, min))
+            (other,) = set(entry["answers"].values()) - {long, short}
+            expected |= {(long, other, 1.0), (long, short, 1 / 3), (short, other, 1.0)}
+    assert {(record["response"], record["rejected"], record["margin"]) for record in records} == expected
+    asked = {line["prompt"]: line["id"] for line in lines(folder, "base-0")}
+    stopped = {line["answer"]: line["stopped"] for name in ("base", "sft", "rl") for line in lines(folder, f"{name}-0")}
+    for record in records:
+        assert measure.dialogue(record["prompt"]) in asked and record["prompt"][-1]["role"] == "user"
+        cut_off = [side for side in ("response", "rejected") if not stopped[record[side]]]
+        assert record["unfinished"] == cut_off
+    encoded, counts = data.encode_pairs(records, tokenizer, 256)
+    assert {pair["margin"] for pair in encoded} == {record["margin"] for record in records} and counts["kept"]
+    before = pairs.read_bytes()
+    refused(tmp_path, [*argv, "--human_pairs", pairs], "name a new file that ends with .jsonl")
+    assert pairs.read_bytes() == before
+    flags = inputs.settings(micro_folder, pairs, "--training.mode", "reward", "--training.micro_batch_tokens", 256)
+    processes.train(
+        train_reward.main, tmp_path, [*flags(tmp_path, "--training.max_steps", 2), "--logging.run_name", "reward"]
+    )
+    assert (tmp_path / "reward" / "final" / "adapter_model.safetensors").exists()
+
+
 def test_two_ranks_say_what_one_says(tmp_path, settings, adapters, micro_folder):
     flags = ["--evaluation.max_items", 5, "--checkpoints", f"base={micro_folder}", f"sft={adapters[0]}"]
     train(tmp_path, [*settings(tmp_path, *flags), "--logging.run_name", "one"])

@@ -214,8 +214,8 @@ def test_a_damaged_key_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("item_id,prompt,response_A,response_B\n", "line 1: no blind file's columns"),
-        ("item_id,prompt,reference,response_A\n", "line 1: no blind file's columns"),
+        ("item_id,prompt,response_A,response_B\n", "line 1: a blind file has other columns"),
+        ("item_id,prompt,reference,response_A\n", "line 1: a blind file has other columns"),
         ("item_id,prompt,reference,response_B,response_A\n", "line 1"),
         ("item_id,prompt,reference,response_A,response_B\ni,p,r,a,b\ni,p,r,a,b\n", "line 3: item_id 'i'"),
     ],
@@ -296,7 +296,8 @@ def test_a_key_may_be_named_wherever_it_lies(tmp_path, capsys):
     for argv, message in (
         (["--human_results", mine, "--human_key", key], f"{key} is not its key, name that with --human_key"),
         (["--human_results", mine, "--human_key", tmp_path / "none.key.csv"], "none.key.csv cannot be read"),
-        (["--human_key", key], "--human_key: goes with --human_results"),
+        (["--human_key", key], "--human_key and --human_pairs go with --human_results"),
+        (["--human_results", mine, "--human_pairs", tmp_path / "mine.csv"], "name a new file that ends with .jsonl"),
     ):
         processes.refused(evaluate.main, tmp_path, argv, message)
 

@@ -8,6 +8,7 @@ Ties are half a win each. Systems whose answers to an item are the same text are
 import itertools
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from scipy.sparse.csgraph import connected_components
 
 from common import log
+from common.human import study
 from common.human.ratings import SCORES
 from common.log import UserError
 from common.stats import binomial_p, percentile_interval, wilson
@@ -261,16 +263,54 @@ def _scores(key, ratings):
     }
 
 
+# ---------------------------------------------------------------- training pairs
+
+
+def training_pairs(key, items, ratings):
+    """Ratings as records of preferences (data.py) -> ([record], {why two answers make no pair: how many}).
+
+    key, ratings: as for analyse, and the same ratings count; items: read_manifest's. Every two answers to an item that
+    raters compared make a pair if more of them preferred the one. margin: the share of the raters who preferred it,
+    minus the share who preferred the other, so 1 where all agree (as in Touvron et al. 2023, section 3.2.2); a tie is
+    neither. UserError if a text is not the one that was rated.
+    """
+    rated, skipped = _latest(key, ratings)
+    votes = {}  # {(item, slot, slot): [1 | 0 | -1 of each rater: the first is better, they tie, the second]}
+    for rating in _counted(key, rated, _raters(key, rated, skipped)):
+        item, preferred = rating["item_id"], _preferred(key, rating)
+        is_preferred = {slot: name in preferred for slot, name in key[item]["systems"].items()}
+        for a, b in itertools.combinations(is_preferred, 2):
+            if is_preferred[a] or is_preferred[b] or not preferred:
+                votes.setdefault((item, a, b), []).append(is_preferred[a] - is_preferred[b])
+    records, left_out = [], Counter()
+    for (item, a, b), outcomes in votes.items():
+        better, worse = (a, b) if sum(outcomes) > 0 else (b, a)
+        answers, entry = items.get(item, {"answers": {}})["answers"], key[item]
+        if any(study.digest(answers.get(slot, "")) != entry["digests"][slot] for slot in (a, b)):
+            raise UserError(f"item {item}: the answers in the blind file are not those of the key: it was changed")
+        if not sum(outcomes):
+            left_out["as many raters preferred the other answer"] += 1
+        elif any(len(answers[slot]) != entry["characters"][slot] for slot in (a, b)):
+            left_out["an answer was shown in part"] += 1
+        else:
+            record = {"id": f"{item}-{better}{worse}", "prompt": items[item]["prompt"]}
+            record |= {"response": answers[better], "rejected": answers[worse]}
+            record |= {"reference": items[item]["reference"] or None}
+            record |= {"margin": abs(sum(outcomes)) / len(outcomes), "raters": len(outcomes)}
+            records.append(record)
+    return records, left_out
+
+
 # ---------------------------------------------------------------- the report
 
 
-def report(study):
+def report(results):
     """analyse's dict -> Markdown text, for a reader who has not seen the code; its words are in human.md."""
     pages = log.templates(Path(__file__).parent, plain, figure=figure)
-    left_out = [row for row in study["raters"] if row["rater_id"] in study["excluded"]]
-    ranked = sorted(study["bradley_terry"].items(), key=lambda pair: -pair[1]["strength"])
+    left_out = [row for row in results["raters"] if row["rater_id"] in results["excluded"]]
+    ranked = sorted(results["bradley_terry"].items(), key=lambda pair: -pair[1]["strength"])
     fixed = {"MAX_FAILED": MAX_FAILED, "PRIOR": PRIOR, "SCORES": SCORES}
-    return pages.get_template("human.md").render(study=study, left_out=left_out, ranked=ranked, **fixed)
+    return pages.get_template("human.md").render(study=results, left_out=left_out, ranked=ranked, **fixed)
 
 
 def plain(text):

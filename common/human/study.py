@@ -92,7 +92,7 @@ def write(items, systems, path, num_samples=200, seed=None, limit=None):
             f"{path}: {kinds['check']} attention checks instead of {_checks_wanted(count)}: a check shuffles the words "
             "of an answer, and too few answers have five different words"
         )
-    mark = hashlib.sha256(json.dumps([items, systems, count, seed, limit]).encode()).hexdigest()[:6]
+    mark = hashlib.sha256(json.dumps([items, systems, count, seed, limit], default=str).encode()).hexdigest()[:6]
     blind_rows, key_rows = _tables(items, rows, mark, seed, limit)
     save({key_path(path): key_rows, path: blind_rows})  # the key first: a blind file without one would be worthless
     return {"items": count, "duplicates": kinds["duplicate"], "checks": kinds["check"], "seed": seed}
@@ -104,6 +104,14 @@ def key_path(path):
     if path.suffix != ".csv" or path.name.endswith(".key.csv"):
         raise UserError(f"{path}: a blind file is named NAME.csv, its key NAME.key.csv")
     return path.with_name(f"{path.stem}.key.csv")
+
+
+def blind_path(key):
+    """The blind file that lies beside a key: NAME.key.csv -> NAME.csv."""
+    path = Path(key)
+    if not path.name.endswith(".key.csv"):
+        raise UserError(f"{key}: a key is named NAME.key.csv, the blind file beside it NAME.csv")
+    return path.with_name(path.name.removesuffix(".key.csv") + ".csv")
 
 
 def check_free(path):
@@ -226,7 +234,7 @@ def read_manifest(path):
     columns, rows = read_csv(path)
     slots = "".join(name.removeprefix("response_") for name in columns if name.startswith("response_"))
     if slots not in WIDTHS or columns != _blind_columns("task" in columns, slots):
-        raise UserError(f"{path}, line 1: no blind file's columns: {columns}")
+        raise UserError(f"{path}, line 1: a blind file has other columns than {', '.join(columns)}")
     items = {}
     for line, row in rows:
         if not row["item_id"] or row["item_id"] in items:
