@@ -19,6 +19,8 @@ from common import chat, config, data, dist, gemma, lora, losses
 from common.log import UserError, say, warn
 from common.runtime import base, checkpoint, resume
 
+OF_VERSION_5 = ("backend", "is_local", "local_files_only")  # keys of its tokenizer_config.json
+
 
 def pick_device(device: str = "auto") -> torch.device:
     """`auto` takes cuda, else cpu; a named device that is not there is refused."""
@@ -279,7 +281,21 @@ def save_model(
     config.architectures, config.dtype = ["Gemma3ForCausalLM"], dtype or model.lm_head.weight.dtype
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> None:
+    """The tokenizer's files, in words that transformers 4 and 5 both read.
+
+    Version 5 names a class and keeps keys that 4 does not know, and a list where 4 expects a dict.
+    """
     tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    kept = {key: value for key, value in settings.items() if key not in OF_VERSION_5}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_adapter(
@@ -298,7 +314,7 @@ def save_adapter(
         quantised = "nf4" if is_quantised(model) else None
         record = {"base_checkpoint": str(base_checkpoint), "fingerprint": fingerprint, "quantised": quantised}
         (Path(folder) / base.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def load_adapter(

@@ -1,9 +1,12 @@
 """Full fine-tuning in bf16 over fp32 masters, and the same numbers on a GPU where there is one."""
 
+import json
+
 import pytest
 import torch
 
-from common import data, lora, losses, model, tasks
+from common import chat, data, lora, losses, model, tasks
+from common.runtime import base
 from tests.inputs import random_adapter
 from tests.test_gemma import LENGTHS, random_gemma, sequences
 from tests.test_losses import exact, inputs, relative
@@ -69,6 +72,38 @@ def test_mean_entropy_and_kl_against_whole_logits(tiny_model):
     assert moved["eval/kl"] > 1e-3
     with lora.using(net, None):  # the policy is the reference
         assert model.mean_entropy_and_kl(net, net, examples, micro_batches)["eval/kl"] == 0
+
+
+NAMED = {  # as in the tokenizer_config.json that Gemma 3 was published with, written by transformers 4
+    "extra_special_tokens": {"boi_token": "<start_of_turn>", "eoi_token": "<end_of_turn>"},
+    "boi_token": "<start_of_turn>",
+    "eoi_token": "<end_of_turn>",
+    "tokenizer_class": "GemmaTokenizer",
+    "added_tokens_decoder": {"2": {"content": "<bos>", "special": True}},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, NAMED], ids=["of version 5", "of version 4"])
+def test_tokenizer_files_are_in_the_words_of_transformers_4(folder, tmp_path, changes):
+    """B1: 4.57 knows no class TokenizersBackend, and extra_special_tokens only as a dict."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    if changes:
+        settings = {k: v for k, v in settings.items() if k not in ("backend", "extra_special_tokens")} | changes
+    path.write_text(json.dumps(settings))
+    tokenizer = base.load_tokenizer(folder)
+    for name in ("once", "twice"):
+        model.save_tokenizer(tokenizer, tmp_path / name)
+        tokenizer = base.load_tokenizer(tmp_path / name)
+    written = json.loads((tmp_path / "once" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not written.keys() & {"backend", "is_local", "local_files_only"}
+    assert isinstance(written.get("extra_special_tokens", {}), dict)
+    assert (written.get("additional_special_tokens") == ["<start_of_turn>", "<end_of_turn>"]) != bool(changes)
+    files = {path.name: path.read_text() for path in (tmp_path / "once").iterdir()}
+    assert files == {path.name: path.read_text() for path in (tmp_path / "twice").iterdir()}
+    assert files["chat_template.jinja"] == chat.TEMPLATE
+    assert base.tokenizer_fingerprint(tmp_path / "once") == base.tokenizer_fingerprint(folder)
 
 
 @CUDA
