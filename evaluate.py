@@ -14,6 +14,7 @@ stand floors, and the best of BEST_OF answers of the one named `base`. Left out:
     python evaluate.py --checkpoints ... --human_eval            also writes the blind sheets for human raters
     python evaluate.py --items RUN/items/*.jsonl OTHER/items/*.jsonl.gz      compares what was recorded, without a model
     python evaluate.py --export DIR --checkpoints sft=outputs/RUN/final      merged, checked against the adapter
+    python evaluate.py --export NAME.gguf --checkpoints sft=outputs/RUN/final      the same for llama.cpp and Ollama
     python evaluate.py --human_results RATINGS.csv ... --human_key outputs/RUN/human_eval.key.csv     what they answered
 Run the same command again to go on: systems whose answers are there already are not asked again.
 """
@@ -47,7 +48,7 @@ from common import (
     rollouts,
     tasks,
 )
-from common.evaluation import comparison, drift, export, gate, measure, metrics, report, results
+from common.evaluation import comparison, drift, export, gate, gguf_file, measure, metrics, report, results
 from common.human import analysis, ratings, study
 from common.log import UserError, command, say
 from common.runtime import base, cache, checkpoint, resume
@@ -59,7 +60,7 @@ JOBS = (
     (
         "--export",
         {
-            "metavar": "DIR",
+            "metavar": "DIR|NAME.gguf",
             "type": config.expand_home,
             "help": "merge the one checkpoint into a plain model, checked on test prompts",
         },
@@ -73,6 +74,7 @@ JOBS = (
             "help": "compare these of items/, without models",
         },
     ),
+    ("--gguf_type", {"choices": gguf_file.TYPES, "help": "of the weights of --export NAME.gguf [default bf16]"}),
     ("--human_eval", {"action": "store_true", "help": "write human_eval.csv, blind, and its key"}),
     (
         "--human_results",
@@ -499,12 +501,16 @@ def write_sheets(sheet, task, items, runs_by_system):
 
 
 def write_export(cfg, job):
-    """Merge the one checkpoint into a new folder; returns the check's figures. dtype auto is float32: exact."""
+    """Merge the one checkpoint into a new folder or .gguf file; returns the check's figures. dtype auto is float32."""
     systems = parse_systems(job.checkpoints or [])
     if [len(sources) for sources in systems.values()] != [1] or job.human_eval or job.human_results:
         raise UserError("--export: needs --checkpoints NAME=CHECKPOINT with one checkpoint, and does nothing beside it")
     ((source,),) = systems.values()
-    how = model.pick_device(cfg.device), torch.bfloat16 if cfg.model.dtype == "bfloat16" else torch.float32
+    is_file = job.export.endswith(".gguf")
+    if job.gguf_type and not is_file:
+        raise UserError(f"--gguf_type {job.gguf_type}: is of --export NAME.gguf; the type of a folder is --model.dtype")
+    kind = (job.gguf_type or "bf16") if is_file else "bfloat16" if cfg.model.dtype == "bfloat16" else "float32"
+    how = model.pick_device(cfg.device), kind
     sizes = {
         "row": cfg.training.max_seq_length,
         "answer": cfg.evaluation.max_new_tokens,

@@ -8,7 +8,7 @@ group, finished rows leave at once and waiting ones take their place. Neither ch
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -186,18 +186,21 @@ def _warped(z, top_k, top_p):
 
 
 @torch.no_grad()
-def merge_survival(model: Gemma, adapter: str, dtype: torch.dtype | None = None) -> float:
-    """Share of an adapter that reaches weights rounded to `dtype`, None for the base's: sum <W' - W, D> / sum <D, D>.
+def merge_survival(model: Gemma, adapter: str, rounded: Callable[[Tensor], Tensor] | None = None) -> float:
+    """Share of an adapter that reaches rounded weights: sum <W' - W, D> / sum <D, D>.
+
+    rounded: a weight in fp32 -> the same as it is stored; None rounds to the base's dtype.
 
     D = (alpha / r) B A and W' = W + D, both rounded: 1 if every change arrives, 0 if all are lost. The projection on D
     and not the norm of what arrives, since that counts noise as well. 1 for an adapter that is still zero.
     """
-    dtype, arrived, whole = dtype or model.lm_head.weight.dtype, 0.0, 0.0
+    dtype, arrived, whole = model.lm_head.weight.dtype, 0.0, 0.0
+    rounded = rounded or (lambda weight: weight.to(dtype).float())
     for module in lora.lora_modules(model).values():
         if adapter in module.lora_A:
             delta = (module.lora_B[adapter] * module.scale[adapter]) @ module.lora_A[adapter]
-            weight = lora.frozen_weight(module.base).to(dtype).float()
-            change = (weight + delta).to(dtype).float() - weight
+            weight = rounded(lora.frozen_weight(module.base).float())
+            change = rounded(weight + delta) - weight
             arrived, whole = arrived + (change * delta).sum().item(), whole + delta.square().sum().item()
     return arrived / whole if whole else 1.0
 

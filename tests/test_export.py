@@ -2,11 +2,7 @@
 
 import functools
 import json
-import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import train_sft
 from common import chat, lora, model
-from common.log import UserError
 from common.runtime import base, checkpoint
 from tests import inputs, processes
 from tests.faults import inject
 from tests.inputs import random_adapter, random_reward_model, write_data
 
-ROOT, CPU = Path(evaluate.__file__).parent, torch.device("cpu")
+CPU = torch.device("cpu")
 MAIN = evaluate.main
 train, run, refused = (functools.partial(each, MAIN) for each in (processes.train, processes.run, processes.refused))
 TOKENS = torch.tensor([[2, 105, 107, 200, 300, 106, 107, 105, 111, 107, 150, 151]])
@@ -335,63 +330,3 @@ def test_a_qlora_adapter_is_merged_into_its_own_base(tmp_path, flags, few, micro
         (tmp_path / "alone" / "final" / name).unlink()
     figures = train(tmp_path, flags(tmp_path / "plain", f"sft={tmp_path / 'alone' / 'final'}"))
     assert "unquantised" not in figures and figures["mean"] < 1e-5
-
-
-# ------------------------------------------------------------------------------------------------------------- GGUF
-
-
-def test_the_gguf_of_docs_holds_the_export(tmp_path, monkeypatch, rounded, tokenizer):
-    """The program of docs/export.md, read back by the way that a .gguf base takes."""
-    import gguf
-
-    config = json.loads((rounded / "config.json").read_text())
-    writer, size = gguf.GGUFWriter(tmp_path / "base.gguf", "gemma3"), config["vocab_size"]
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_freq_base(1e6)
-    writer.add_sliding_window(config["sliding_window"])
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(size)))
-    writer.add_token_scores([0.0] * size)
-    writer.add_token_types([3 if i in chat.CONTROL_TOKENS else 1 for i in range(size)])
-    for add, token in (
-        (writer.add_bos_token_id, 2),
-        (writer.add_eos_token_id, 1),
-        (writer.add_unk_token_id, 3),
-        (writer.add_pad_token_id, 0),
-    ):
-        add(token)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-    monkeypatch.setenv("GEMMA_ALIGNMENT_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"base\.gguf lacks \d+ weights, the first is lm_head\.weight"):
-        base.resolve(str(tmp_path / "base.gguf"))
-    assert not list((tmp_path / "cache").glob("base-*"))
-
-    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
-    (tmp_path / "to_gguf.py").write_text(re.search(r"```python\n(.*?)```", page, re.S).group(1), encoding="utf-8")
-    words = [sys.executable, "to_gguf.py", rounded, "base.gguf", "new.gguf"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    field = gguf.GGUFReader(tmp_path / "new.gguf").get_field
-    assert field("tokenizer.chat_template").contents() == chat.TEMPLATE
-    assert field("tokenizer.ggml.eot_token_id").contents() == chat.END_OF_TURN
-
-    folder = base.resolve(str(tmp_path / "new.gguf"))
-    found, right = (load_file(each / "model.safetensors") for each in (folder, rounded))
-    assert found.keys() == right.keys()
-    for name, tensor in right.items():  # of a norm GGUF holds 1 + w, so 2^-24 may be lost
-        assert (found[name].float() - tensor.float()).abs().max() <= 1e-7 * name.endswith("norm.weight"), name
-    edit(folder / "config.json", query_pre_attn_scalar=config["query_pre_attn_scalar"])  # GGUF knows only Gemma's 256
-    nets = [model.load(str(each), CPU, torch.float32)[0] for each in (folder, rounded)]
-    assert (logits(nets[0]) - logits(nets[1])).abs().max() < 1e-4

@@ -1,10 +1,11 @@
 """Merge a trained adapter into its base, and prove on the written files that they say what the adapter says.
 
-    W' = W + (alpha / r) B A in fp32, rounded once to the dtype asked for;   d = log p'(token) - log p(token)
+    W' = W + (alpha / r) B A in fp32, rounded once to the type asked for;   d = log p'(token) - log p(token)
 
-p is the adapter beside its base, p' the folder on disk as plain transformers reads and computes it, both in fp32, so d
-is what merging and rounding did. A folder beyond LIMITS is not kept. An adapter that was trained on a 4-bit base
-belongs to the weights that the 4 bits stand for: it is merged into those, and d of the unquantised base is reported.
+p is the adapter beside its base, p' what is on disk, a folder or a .gguf file, as plain transformers computes it, both
+in fp32, so d is what merging and rounding did. What lies beyond LIMITS is not kept. An adapter that was trained on a
+4-bit base belongs to the weights that the 4 bits stand for: it is merged into those, and d of the unquantised base is
+reported.
 """
 
 import os
@@ -16,66 +17,99 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import chat, data, log, lora, losses, model, rollouts
-from common.evaluation import measure
+from common.evaluation import gguf_file, measure
 from common.log import UserError, say
 from common.runtime import base, checkpoint, resume
 
 PROBES = 32  # held-out items that are compared
-LIMITS = {torch.float32: {"mean": 1e-4, "largest": 1e-3, "tie": 2e-3}, torch.bfloat16: {"mean": 0.02}}  # nats
+EXACT, ROUNDED = {"mean": 1e-4, "largest": 1e-3, "tie": 2e-3}, {"mean": 0.02}  # nats
+LIMITS = {"float32": EXACT, "f32": EXACT, "bfloat16": ROUNDED, "bf16": ROUNDED, "f16": ROUNDED, "q8_0": {"mean": 0.04}}
 SURVIVES, NOISE = 0.5, 0.5  # of an adapter: the least share that rounding leaves, the most that it may drown
 NAME = "policy"
 
 
 def run(source, target, how, records, sizes, given=None):
-    """Export `source`, an adapter or a whole model, to the new folder `target`; returns the figures of the check.
+    """Export `source`, an adapter or a whole model, to `target`; returns the figures of the check.
 
-    how: (device, dtype of the files); records: held-out ones of the task; sizes: {"row", "answer"} in tokens, and
-    {"items", "seed"} of what is asked; given: the base of the adapter, in place of the one that its files name.
+    target: a new folder, or a new file NAME.gguf; how: (device, type of its weights: a key of LIMITS); records:
+    held-out ones of the task; sizes: {"row", "answer"} in tokens, and {"items", "seed"} of what is asked; given: the
+    base of the adapter, in place of the one that its files name.
     """
     refuse_target(Path(target))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--export: runs in one process: start it with python, not with torchrun")
-    (folder, adapter), (device, dtype) = base.locate(source, given), how
+    (folder, adapter), (device, kind) = base.locate(source, given), how
     resume.prepare(device)
     quantized = adapter is not None and model.trained_quantised(adapter)
     net, tokenizer = load(folder, adapter, quantized, device)
     asked = questions(records, tokenizer, sizes)
     right = answers(net, adapter, asked)
-    with checkpoint.commit(Path(target), {"tensors": []}, model.memory_bytes(net) + checkpoint.MARGIN) as temp:
-        model.save_model(net, tokenizer, temp, NAME if adapter else None, dtype)
-        if (folder / "tokenizer.model").is_file():  # read by nothing here, but by llama.cpp's converter
-            shutil.copyfile(folder / "tokenizer.model", temp / "tokenizer.model")
-        check_files(net, tokenizer, adapter, dtype, temp)
-        figures = compare(net, adapter, asked, right, temp)
-        figures["survives"] = rollouts.merge_survival(net, NAME, dtype) if adapter else None
+    facts = {
+        "source": str(source),
+        "base": str(folder),
+        "base_sha256": base.fingerprint(folder),
+        "adapter_sha256": model.adapter_fingerprint(adapter),
+        "merged_into": "the 4-bit base, dequantised" if quantized else "the base" if adapter else None,
+        "limits": LIMITS[kind] | {"survives": SURVIVES, "noise": NOISE},
+        **log.provenance(),
+    }
+
+    def check(plain):
+        """The figures of what was written and read back as the model `plain`; UserError where it is another."""
+        figures = compare(net, adapter, asked, right, plain)
+        figures["survives"] = rollouts.merge_survival(net, NAME, rounding(kind)) if adapter else None
         if quantized:
             other = load(folder, adapter, False, device)[0]
             figures["unquantised"] = gap(right["logprobs"], score(other, asked["examples"], model.sequence_logprobs))
         tell(figures)
-        refuse(figures, dtype, target)
-        log.write_json(
-            temp / "export.json",
-            {
-                "source": str(source),
-                "base": str(folder),
-                "base_sha256": base.fingerprint(folder),
-                "adapter_sha256": model.adapter_fingerprint(adapter),
-                "merged_into": "the 4-bit base, dequantised" if quantized else "the base" if adapter else None,
-                "dtype": str(dtype).removeprefix("torch."),
-                "model_sha256": checkpoint.sha256(temp / "model.safetensors"),
-                "check": figures,
-                "limits": LIMITS[dtype] | {"survives": SURVIVES, "noise": NOISE},
-                **log.provenance(),
-            },
-        )
+        refuse(figures, kind, target)
+        return figures
+
+    write = write_gguf if Path(target).suffix == ".gguf" else write_folder
+    return write(Path(target), net, tokenizer, adapter, folder, kind, facts, check)
+
+
+def write_folder(target, net, tokenizer, adapter, base_folder, kind, facts, check):
+    """A folder that plain transformers opens."""
+    dtype = getattr(torch, kind)
+    with checkpoint.commit(target, {"tensors": []}, model.memory_bytes(net) + checkpoint.MARGIN) as temp:
+        model.save_model(net, tokenizer, temp, NAME if adapter else None, dtype)
+        if (base_folder / "tokenizer.model").is_file():  # read by nothing here, but by llama.cpp's converter
+            shutil.copyfile(base_folder / "tokenizer.model", temp / "tokenizer.model")
+        check_files(net, tokenizer, adapter, dtype, temp)
+        figures = check(open_folder(temp, net.device))
+        facts |= {"dtype": kind, "model_sha256": checkpoint.sha256(temp / "model.safetensors"), "check": figures}
+        log.write_json(temp / "export.json", facts)
     say(f"wrote {target}: opens with transformers' AutoModelForCausalLM and AutoTokenizer")
     return figures
 
 
+def write_gguf(target, net, tokenizer, adapter, base_folder, kind, facts, check):
+    """NAME.gguf, beside it NAME.Modelfile for Ollama and NAME.json with the figures; .gguf last."""
+    with checkpoint.files_beside(target, model.memory_bytes(net) + checkpoint.MARGIN) as temp:
+        path = temp / target.name
+        gguf_file.write(path, net, tokenizer, model.plain_state(net, NAME if adapter else None, torch.float32), kind)
+        figures = check(gguf_file.read_model(path, net).to(net.device).eval().requires_grad_(False))
+        facts |= {"type": kind, "model_sha256": checkpoint.sha256(path), "check": figures}
+        log.write_json(temp / f"{target.stem}.json", facts)
+        log.write(temp / f"{target.stem}.Modelfile", gguf_file.MODELFILE.format(name=target.name))
+    say(f"wrote {target} for llama.cpp, and {target.stem}.Modelfile for `ollama create`")
+    return figures
+
+
+def rounding(kind):
+    """A function of a weight in fp32: the weight as it is stored, in fp32."""
+    if kind in gguf_file.TYPES:
+        return lambda weight: gguf_file.rounded(weight, kind).to(weight.device)
+    return lambda weight: weight.to(getattr(torch, kind)).float()
+
+
 def refuse_target(target):
     """UserError if something is there that the export would have to replace."""
-    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--export: {target} is there already and nothing is overwritten: name a new folder")
+    file = target.suffix == ".gguf"
+    if os.path.lexists(target) and (file or target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        new = "file" if file else "folder"
+        raise UserError(f"--export: {target} is there already and nothing is overwritten: name a new {new}")
 
 
 def load(folder, adapter, quantized, device):
@@ -142,12 +176,16 @@ def check_files(net, tokenizer, adapter, dtype, folder):
         raise UserError("--export: the tokenizer was not written as it was read")
 
 
-def compare(net, adapter, asked, right, folder):
-    """What the written folder does differently from `right`, the answers of `net`: the figures of the check."""
+def open_folder(folder, device):
+    """What plain transformers makes of a written folder, in fp32."""
     plain = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
     )
-    plain = plain.to(net.device).eval().requires_grad_(False)
+    return plain.to(device).eval().requires_grad_(False)
+
+
+def compare(net, adapter, asked, right, plain):
+    """What the written model `plain` does differently from `right`, the answers of `net`: the figures of the check."""
     figures = gap(right["logprobs"], score(plain, asked["examples"], by_transformers))
     texts = greedy(plain, asked)
     parted = [
@@ -205,7 +243,7 @@ def tell(figures):
         )
 
 
-def refuse(figures, dtype, target):
+def refuse(figures, kind, target):
     """UserError that names the first figure beyond its limit; a nan is beyond every limit."""
     labels = {
         "mean": "mean |difference| of log-probs",
@@ -214,16 +252,18 @@ def refuse(figures, dtype, target):
     }
     faults = [
         f"{labels[name]} {figures[name]:.3g} nats, limit {limit:g}"
-        for name, limit in LIMITS[dtype].items()
+        for name, limit in LIMITS[kind].items()
         if not figures[name] <= limit
     ]
     if figures["survives"] is not None and not figures["survives"] >= SURVIVES:
         faults.append(f"only {figures['survives']:.1%} of the adapter survives rounding, limit {SURVIVES:.0%}")
-    moves = figures["adapter_moves"] if dtype != torch.float32 else None
+    exact = LIMITS[kind] is EXACT
+    moves = figures["adapter_moves"] if not exact else None
     if moves and not figures["mean"] <= NOISE * moves:
         faults.append(
             f"rounding moves log-probs by {figures['mean']:.2g} nats, over {NOISE:.0%} of what the adapter does"
         )
     if faults:
-        todo = "export it with --model.dtype float32" if dtype != torch.float32 else "this merge is wrong, report it"
+        larger = "--gguf_type f32" if kind in gguf_file.TYPES else "--model.dtype float32"
+        todo = "this merge is wrong, report it" if exact else f"export it with {larger}"
         raise UserError(f"--export: {target} was not written, the merged model differs: {faults[0]}; {todo}")

@@ -202,6 +202,22 @@ def commit(final: Path, facts: dict, needed: int) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def files_beside(target: Path, needed: int) -> Iterator[Path]:
+    """Yield a temporary folder whose files move beside `target` when the body ends well, `target` itself last, and
+    that vanishes when not: where `target` is, the others are whole too."""
+    trash = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    with commit(trash, {}, needed) as temp:
+        yield temp
+    try:
+        names = [path.name for path in trash.iterdir() if path.name not in (MANIFEST, target.name)]
+        for name in (*names, target.name):
+            os.replace(trash / name, target.parent / name)
+        fsync(target.parent)
+    finally:
+        _settle(trash)
+
+
 def _seal(folder, facts):
     """Sync every file, then write the manifest last: its presence says that the rest is on the disk."""
     files = {}
