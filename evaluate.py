@@ -21,6 +21,7 @@ Run the same command again to go on: systems whose answers are there already are
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,10 @@ JOBS = (
         },
     ),
     ("--gguf_type", {"choices": gguf_file.TYPES, "help": "of the weights of --export NAME.gguf [default bf16]"}),
+    (
+        "--push_to_hub",
+        {"metavar": "OWNER/NAME", "help": "send what --export wrote to the hub; a new repository is private"},
+    ),
     ("--human_eval", {"action": "store_true", "help": "write human_eval.csv, blind, and its key"}),
     (
         "--human_results",
@@ -256,7 +261,7 @@ def locate(named, cfg, given):
         if adapter:  # before hours of answers
             base.check_record(adapter, f"--checkpoints {name}", folder, fingerprints[folder], None)
         runs = comparison.history(adapter or folder)
-        last_config = config.load_config(runs[-1] / "config.yml") if runs else None
+        last_config = comparison.run_config(runs[-1]) if runs else None
         rl_start = last_config.model if last_config is not None and last_config.training.mode == "rl" else None
         is_whole = folder.resolve() != base_folder.resolve()
         whole_start = rl_start and is_whole and not adapter  # then what RL started from is a whole model too
@@ -369,6 +374,8 @@ def main(argv=None):
     out = Path(cfg.logging.output_dir) / name
     if job.export:
         return write_export(cfg, job)
+    if job.push_to_hub or job.gguf_type:
+        raise UserError("--push_to_hub and --gguf_type are of --export: name what to write")
     if job.human_results:
         return human_results(job, out, cfg.evaluation.draws)
     if job.human_key or job.human_pairs:
@@ -506,6 +513,8 @@ def write_export(cfg, job):
     if [len(sources) for sources in systems.values()] != [1] or job.human_eval or job.human_results:
         raise UserError("--export: needs --checkpoints NAME=CHECKPOINT with one checkpoint, and does nothing beside it")
     ((source,),) = systems.values()
+    if job.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", job.push_to_hub):
+        raise UserError(f"--push_to_hub: expected OWNER/NAME, got {job.push_to_hub!r:.80}")
     is_file = job.export.endswith(".gguf")
     if job.gguf_type and not is_file:
         raise UserError(f"--gguf_type {job.gguf_type}: is of --export NAME.gguf; the type of a folder is --model.dtype")
@@ -518,7 +527,10 @@ def write_export(cfg, job):
         "items": min(cfg.evaluation.max_items or export.PROBES, export.PROBES),
     }
     records = data.from_config(cfg, cfg.evaluation.split)
-    return export.run(source, job.export, how, records, sizes, job.flags.get("model.base_checkpoint"))
+    figures = export.run(source, job.export, how, records, sizes, job.flags.get("model.base_checkpoint"))
+    if job.push_to_hub:
+        export.push(Path(job.export), job.push_to_hub)
+    return figures
 
 
 def human_results(job, out, draws):

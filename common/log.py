@@ -284,11 +284,16 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def provenance(**facts: object) -> dict[str, object]:
-    """What run.json holds: command, git commit, versions, machine, and what the script adds (hashes, counts)."""
+def versions() -> dict[str, str]:
+    """{package: its version} of those that decide numbers and are installed."""
     from importlib.metadata import version
     from importlib.util import find_spec
 
+    return {name: version(name) for name in PACKAGES if find_spec(name)}
+
+
+def provenance(**facts: object) -> dict[str, object]:
+    """What run.json holds: command, git commit, versions, machine, and what the script adds (hashes, counts)."""
     import torch
 
     from common import dist
@@ -301,7 +306,7 @@ def provenance(**facts: object) -> dict[str, object]:
         "command": sys.argv,
         "commit": commit or None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+        "versions": versions(),
         "machine": f"{platform.machine()} {platform.system()}",
         "threads": torch.get_num_threads(),
         "world_size": dist.world_size(),

@@ -24,7 +24,7 @@ from types import SimpleNamespace as Config
 from common import config, dist, log, model
 from common.log import UserError, say
 from common.optim import expected_steps
-from common.runtime import base, checkpoint, explain, resume, tracker, watch
+from common.runtime import base, card, checkpoint, explain, resume, tracker, watch
 
 EXPLAIN_STEPS, EXPLAIN_SECONDS = 3, 20.0  # what --explain runs: so many steps, or as many as take so long
 
@@ -356,7 +356,8 @@ class Run:
                 folder = checkpoint.newest(self.folder)
                 say(f"step {self.step} was not saved: final is {folder.name if folder else 'not written'}")
             if folder:
-                checkpoint.publish(folder, self.folder, "final")
+                text = card.of_run(self.cfg, self.state.facts, self.base_name, self.state.evaluation or {})
+                checkpoint.publish(folder, self.folder, "final", {card.NAME: text})
                 written = f"final, {written}"
         peak = log.peak_memory_gb(self.device)
         say(f"wrote {self.folder}/{written}" + (f"; peak memory {peak:.2f} GB" if peak else ""))

@@ -204,6 +204,38 @@ def test_what_full_rl_started_from_is_found_where_it_was_moved(tmp_path, micro_f
     assert cells["kl_reference"]["rl"]["value"] == cells["kl_base"]["rl"]["value"] > 0
 
 
+def test_packed_runs_work_elsewhere(tmp_path, micro_folder, few):
+    """Two stages and their base, in an archive; nothing is left where they were trained."""
+    home = shutil.copytree(micro_folder, tmp_path / "old" / "base")
+    flags = inputs.settings(home, few)
+    processes.train(train_sft.main, tmp_path, flags(tmp_path / "old" / "sft", *SHORT))
+    more = ["--training.mode", "rl", "--rl.algorithm", "dpo", *SHORT, "--rl.max_steps", 2]
+    start = ["--model.adapter", f"{tmp_path / 'old' / 'sft' / 'run' / 'final'}@0.5"]
+    processes.train(train_rl.main, tmp_path, flags(tmp_path / "old" / "rl", *more, *start))
+    argv = asked(tmp_path / "first", few, f"base={home}", f"rl={tmp_path / 'old' / 'rl' / 'run' / 'final'}")
+    right = processes.train(evaluate.main, tmp_path, argv)["cells"]
+
+    archive = shutil.make_archive(str(tmp_path / "packed"), "gztar", tmp_path / "old")
+    shutil.rmtree(tmp_path / "old")
+    new = tmp_path / "new"
+    shutil.unpack_archive(archive, new)
+    here = ["--model.base_checkpoint", new / "base"]
+    system = f"rl={new / 'rl' / 'run' / 'final'}"
+    cells = processes.train(evaluate.main, tmp_path, [*asked(tmp_path, few, f"base={new / 'base'}", system), *here])[
+        "cells"
+    ]
+    assert cells == right and cells["kl_reference"]["rl"]["value"] > 0
+    cost = json.loads((tmp_path / "run" / "results.json").read_text())["cost"]["rl"]
+    assert [stage["name"] for stage in cost["stages"]] == ["run", "run"]  # both stages were found
+    processes.train(evaluate.main, tmp_path, [*asked(tmp_path, few, system, "--export", tmp_path / "merged"), *here])
+    assert serve.load({"rl": str(new / "rl" / "run")}, torch.device("cpu"), torch.float32, str(new / "base"))[0]["rl"][
+        1
+    ]
+    more += ["--rl.max_steps", 4, "--model.adapter", f"{new / 'sft' / 'run' / 'final'}@0.5"]
+    status, out, err = processes.run(train_rl.main, tmp_path, inputs.settings(new / "base", few)(new / "rl", *more))
+    assert status == 0 and "at step 2 of 4" in out, (out, err)
+
+
 # ---------------------------------------------------------------- a run's folder in place of its final/
 
 

@@ -85,7 +85,7 @@ def test_commands_name_scripts_configs_and_flags_that_exist(page):
     keys = set(config.flatten(config.load_config()))
     commands = "\n".join(blocks(page, "bash"))
     for script in re.findall(r"(?:python|nproc-per-node \d+|HOST:\d+|requirements.txt) ((?:\w+/)*\w+\.py)", commands):
-        assert (ROOT / script).is_file() or script == "to_gguf.py" or script.startswith("llama"), f"{page}: {script}"
+        assert (ROOT / script).is_file(), f"{page}: {script}"
     for path in re.findall(r"\bconfigs/\w+\.yml", commands):
         assert (ROOT / path).is_file(), f"{page}: {path}"
     for key in re.findall(r"--(\w+\.\w+)", (ROOT / page).read_text(encoding="utf-8")):

@@ -72,7 +72,7 @@ def test_a_gguf_holds_the_adapter(tmp_path, monkeypatch, flags, marked, marked_a
     figures = train(tmp_path, gguf_flags(flags, tmp_path / "new.gguf", marked_adapter, "f32"))
     assert figures["mean"] < 1e-5 and figures["equal_texts"] == figures["texts"] == 8
     assert figures["adapter_moves"] > 0.05 and figures["survives"] == pytest.approx(1, abs=1e-4)
-    assert {path.name for path in tmp_path.glob("*new*")} == {"new.gguf", "new.json", "new.Modelfile"}
+    assert {path.name for path in tmp_path.glob("*new*")} == {"new.gguf", "new.json", "new.md", "new.Modelfile"}
     written = json.loads((tmp_path / "new.json").read_text())
     assert written["check"] == figures and written["model_sha256"] == checkpoint.sha256(tmp_path / "new.gguf")
     assert written["type"] == "f32" and written["adapter_sha256"] == model.adapter_fingerprint(marked_adapter)

@@ -1,5 +1,6 @@
 """Files of a source: their names, formats and faults; and a data set of the hub, from a server on this machine."""
 
+import base64
 import gzip
 import hashlib
 import json
@@ -171,13 +172,45 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        """What it asks to make a repository and to commit files into it, all of them small; see `server.made`."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        if self.server.closed:
+            return self.answer(401, {"error": "no"})
+        if path == "/api/repos/create":
+            self.server.made = json.loads(body)
+            repo = "/".join(self.server.made[key] for key in ("organization", "name"))
+            return self.answer(200, {"url": f"http://127.0.0.1:{self.server.server_port}/{repo}"})
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if "/preupload/" in path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": files})
+        assert "/commit/main" in path, path
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                content = base64.b64decode(line["value"]["content"])
+                self.server.repos.setdefault(path.split("/commit/")[0], {})[line["value"]["path"]] = content
+        repo = path.removeprefix("/api/models/").split("/commit/")[0]
+        address = f"http://127.0.0.1:{self.server.server_port}/{repo}/commit/{COMMIT}"
+        self.answer(200, {"commitUrl": address, "commitOid": COMMIT, "pullRequestUrl": None})
+
+    def answer(self, status, value):
+        body = json.dumps(value).encode()
+        self.reply(status, body, Content_Type="application/json")
+        self.wfile.write(body)
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A server that huggingface_hub takes for the hub, and an empty cache."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.daemon_threads = True
-        server.repos, server.asked = {}, []
+        server.repos, server.asked, server.made, server.closed = {}, [], None, False
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         constants = huggingface_hub.constants

@@ -1,6 +1,7 @@
 """Systems against each other on the same items: cells with intervals, paired tests, win rates; what each one cost."""
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,22 @@ def history(source):
     run = base.split_scale(source)[0].resolve().parent
     if not (run / "metrics.jsonl").is_file() or not (run / "config.yml").is_file():
         return []
-    cfg = config.load_config(run / "config.yml")
+    cfg = run_config(run)
     before, samples = cfg.model.adapter or cfg.model.base_checkpoint, Path(cfg.dataset_path or "none")
     sampled = [samples.resolve()] if (samples / "samples.jsonl").is_file() else []
     return [*(history(before) if base.split_scale(before)[0].is_dir() else []), *sampled, run]
+
+
+def run_config(run):
+    """The config of a run. Where what it started from is gone, its path is that beside the run: both were moved."""
+    cfg = config.load_config(run / "config.yml")
+    home = Path(cfg.logging.output_dir) / run.name
+    for key, path in (("adapter", cfg.model.adapter), ("base_checkpoint", cfg.model.base_checkpoint)):
+        if path and not base.split_scale(path)[0].exists():
+            beside = Path(os.path.normpath(run / os.path.relpath(path, home)))
+            if base.split_scale(beside)[0].is_dir():
+                setattr(cfg.model, key, str(beside))
+    return cfg
 
 
 def cost(runs):

@@ -8,6 +8,7 @@ in fp32, so d is what merging and rounding did. What lies beyond LIMITS is not k
 reported.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -17,15 +18,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import chat, data, log, lora, losses, model, rollouts
-from common.evaluation import gguf_file, measure
+from common.evaluation import comparison, gguf_file, measure, metrics, statistics
 from common.log import UserError, say
-from common.runtime import base, checkpoint, resume
+from common.runtime import base, card, checkpoint, resume
 
 PROBES = 32  # held-out items that are compared
 EXACT, ROUNDED = {"mean": 1e-4, "largest": 1e-3, "tie": 2e-3}, {"mean": 0.02}  # nats
 LIMITS = {"float32": EXACT, "f32": EXACT, "bfloat16": ROUNDED, "bf16": ROUNDED, "f16": ROUNDED, "q8_0": {"mean": 0.04}}
 SURVIVES, NOISE = 0.5, 0.5  # of an adapter: the least share that rounding leaves, the most that it may drown
 NAME = "policy"
+DRAWS = 2000  # of the bootstrap
 
 
 def run(source, target, how, records, sizes, given=None):
@@ -65,11 +67,21 @@ def run(source, target, how, records, sizes, given=None):
         refuse(figures, kind, target)
         return figures
 
+    def readme(figures):
+        """The model card."""
+        runs, trained_on = comparison.history(adapter or folder), base.record(adapter) if adapter else None
+        cfg = comparison.run_config(runs[-1]) if runs else None
+        kept = json.loads((runs[-1] / "run.json").read_text(encoding="utf-8"))["facts"] if runs else {}
+        name = cfg.model.base_checkpoint if cfg else base.public_name(str(folder), folder)
+        name = trained_on["base_checkpoint"] if trained_on else name
+        digest = kept.get("model", facts["base_sha256"])
+        return card.text(name, digest, held_out(right, asked, figures, kind), cfg, kept, whole=True)
+
     write = write_gguf if Path(target).suffix == ".gguf" else write_folder
-    return write(Path(target), net, tokenizer, adapter, folder, kind, facts, check)
+    return write(Path(target), net, tokenizer, adapter, folder, kind, facts, check, readme)
 
 
-def write_folder(target, net, tokenizer, adapter, base_folder, kind, facts, check):
+def write_folder(target, net, tokenizer, adapter, base_folder, kind, facts, check, readme):
     """A folder that plain transformers opens."""
     dtype = getattr(torch, kind)
     with checkpoint.commit(target, {"tensors": []}, model.memory_bytes(net) + checkpoint.MARGIN) as temp:
@@ -80,18 +92,20 @@ def write_folder(target, net, tokenizer, adapter, base_folder, kind, facts, chec
         figures = check(open_folder(temp, net.device))
         facts |= {"dtype": kind, "model_sha256": checkpoint.sha256(temp / "model.safetensors"), "check": figures}
         log.write_json(temp / "export.json", facts)
+        log.write(temp / card.NAME, readme(figures))
     say(f"wrote {target}: opens with transformers' AutoModelForCausalLM and AutoTokenizer")
     return figures
 
 
-def write_gguf(target, net, tokenizer, adapter, base_folder, kind, facts, check):
-    """NAME.gguf, beside it NAME.Modelfile for Ollama and NAME.json with the figures; .gguf last."""
+def write_gguf(target, net, tokenizer, adapter, base_folder, kind, facts, check, readme):
+    """NAME.gguf, beside it NAME.Modelfile for Ollama, NAME.json with the figures and NAME.md, its card; .gguf last."""
     with checkpoint.files_beside(target, model.memory_bytes(net) + checkpoint.MARGIN) as temp:
         path = temp / target.name
         gguf_file.write(path, net, tokenizer, model.plain_state(net, NAME if adapter else None, torch.float32), kind)
         figures = check(gguf_file.read_model(path, net).to(net.device).eval().requires_grad_(False))
         facts |= {"type": kind, "model_sha256": checkpoint.sha256(path), "check": figures}
         log.write_json(temp / f"{target.stem}.json", facts)
+        log.write(temp / f"{target.stem}.md", readme(figures))
         log.write(temp / f"{target.stem}.Modelfile", gguf_file.MODELFILE.format(name=target.name))
     say(f"wrote {target} for llama.cpp, and {target.stem}.Modelfile for `ollama create`")
     return figures
@@ -110,6 +124,26 @@ def refuse_target(target):
     if os.path.lexists(target) and (file or target.is_symlink() or not target.is_dir() or any(target.iterdir())):
         new = "file" if file else "folder"
         raise UserError(f"--export: {target} is there already and nothing is overwritten: name a new {new}")
+
+
+def push(target, repo):
+    """Upload an export to the repository `repo` of the hub, private if it is new, as one commit."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    if target.is_dir():
+        names = {path.name: path for path in sorted(target.iterdir())}
+    else:
+        names = {f"{target.stem}{end}": target.with_suffix(end) for end in (".gguf", ".json", ".Modelfile")}
+        names[card.NAME] = target.with_suffix(".md")
+    try:
+        hub = HfApi()
+        address = hub.create_repo(repo, private=True, exist_ok=True)
+        added = [CommitOperationAdd(name, str(path)) for name, path in names.items()]
+        hub.create_commit(repo, added, commit_message=f"Upload {target.name}")
+    except Exception as error:
+        todo = base.hub_remedy(error, f"https://huggingface.co/{repo}")
+        raise UserError(f"--push_to_hub: {target} is written, but not sent to {repo}: {todo}") from error
+    say(f"sent {len(names)} files to {address}")
 
 
 def load(folder, adapter, quantized, device):
@@ -220,6 +254,22 @@ def gap(adapter, merged):
         "loss": -adapter.mean().item(),
         "loss_merged": -merged.mean().item(),
     }
+
+
+def held_out(right, asked, figures, kind):
+    """{what was measured on the held-out answers: its value with a 95 % interval, by a bootstrap over answers}"""
+    counts = [sum(example["mask"]) for example in asked["examples"]]
+    rows = {}
+    for name, logprobs in (("this model's", right["logprobs"]), ("the base's", right["base"])):
+        if logprobs is not None:
+            sums = [-part.sum().item() for part in logprobs.split(counts)]
+            value, low, high = statistics.interval([list(zip(sums, counts, strict=True))], metrics.value, DRAWS)
+            between = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+            rows[f"{name} loss on {len(counts)} held-out answers"] = f"{value:.3f}{between} nats per token"
+    rows[f"difference of the {kind} files from the adapter"] = (
+        f"{figures['mean']:.2g} nats per token on average, at most {figures['largest']:.2g}"
+    )
+    return rows
 
 
 def tell(figures):

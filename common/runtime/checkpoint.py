@@ -9,9 +9,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -135,9 +136,12 @@ def prune(run_dir: Path | str, keep_last: int, keep: Iterable[Path | str] = ()) 
             warn(f"old checkpoint {folder} cannot be removed: {error}", sys.stderr)
 
 
-def publish(source_folder: Path | str, run_dir: Path | str, name: str) -> Path:
+def publish(
+    source_folder: Path | str, run_dir: Path | str, name: str, texts: Mapping[str, str] = MappingProxyType({})
+) -> Path:
     """Copy a step folder without TRAINING_ONLY to run_dir/name, in place of an older copy, and return that path.
 
+    texts: {name: content} of files to add.
     UserError if the source does not verify or the copy cannot be written. A kill between the two renames of a
     replacement leaves the old copy as .tmp-old-NAME, and the next lock_run puts it back.
     """
@@ -147,6 +151,8 @@ def publish(source_folder: Path | str, run_dir: Path | str, name: str) -> Path:
         for file in sizes:
             (temp / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, temp / file)
+        for file, content in texts.items():
+            (temp / file).write_text(content, encoding="utf-8", newline="\n")
     return final
 
 
