@@ -16,7 +16,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from common.runtime.types import Tokenizer
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 START_OF_TURN, END_OF_TURN = 105, 106

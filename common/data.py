@@ -18,12 +18,12 @@ from types import SimpleNamespace as Config
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, dist, log, tasks
 from common.log import UserError, say
 from common.records import content_hash, cut, generated, place, read
 from common.runtime import flops, sources
+from common.runtime.types import Tokenizer
 
 CHUNK = 1000  # dialogues that are encoded at a time
 PAIR_SKIPS = ("no_rejected", "empty_answer", "equal_answers", "no_user_turn", "prompt_too_long")

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Gemma3ForCausalLM as Gemma
 
 from common import products
+from common.runtime.types import Gemma
 
 
 class Decoder:

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import Gemma3ForCausalLM as Gemma
-from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import advantages, chat, data, dist, log, lora, losses, model, reward_model, rollouts
 from common.log import UserError, listed
 from common.optim import Update
 from common.roles import Roles
 from common.runtime import flops, watch
+from common.runtime.types import Gemma, Tokenizer
 
 
 @dataclass

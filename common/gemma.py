@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Gemma3ForCausalLM as Gemma
+
+from common.runtime.types import Gemma
 
 
 def hidden_states(model: Gemma, tokens: Tensor, lengths: list[int], parents: list[int | None] | None = None) -> Tensor:

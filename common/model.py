@@ -12,12 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from common import chat, config, data, dist, gemma, lora, losses
 from common.log import UserError, say, warn
 from common.runtime import base, checkpoint, resume
+from common.runtime.types import Gemma, Tokenizer
 
 OF_VERSION_5 = ("backend", "is_local", "local_files_only")  # keys of its tokenizer_config.json
 
@@ -51,9 +50,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def load(
-    checkpoint: str, device: torch.device, dtype: torch.dtype, quantize: bool = False
-) -> tuple[Gemma3ForCausalLM, PreTrainedTokenizerFast]:
+def load(checkpoint: str, device: torch.device, dtype: torch.dtype, quantize: bool = False) -> tuple[Gemma, Tokenizer]:
     """(model, tokenizer) of a base in eval mode on `device`; `quantize` turns its linears into 4-bit NF4 (QLoRA)."""
     folder = base.resolve(checkpoint)
     config, tokenizer = base.read_config(folder), base.load_tokenizer(folder)
@@ -61,6 +58,9 @@ def load(
         raise UserError(f"{folder}: the tokenizer knows {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     tokenizer.num_embeddings = config.vocab_size  # for chat: a token that was added beyond them has none
     base.check_weights(folder, config)
+    from transformers import Gemma3ForCausalLM, GenerationConfig
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     loaded: Any = Gemma3ForCausalLM.from_pretrained(
         folder,
@@ -86,18 +86,18 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
-def base_fingerprint(net: Gemma3ForCausalLM) -> str | None:
+def base_fingerprint(net: Gemma) -> str | None:
     """base.fingerprint of the folder that `load` read; None if `load` read none."""
     folder: Any = getattr(net, "base_folder", None)
     return base.fingerprint(folder) if folder else None
 
 
-def is_quantised(net: Gemma3ForCausalLM) -> bool:
+def is_quantised(net: Gemma) -> bool:
     """Are the linears 4-bit ones?"""
     return any(hasattr(parameter, "quant_state") for parameter in net.parameters())
 
 
-def quantise(model: Gemma3ForCausalLM) -> None:
+def quantise(model: Gemma) -> None:
     """Every linear of the layers becomes a bitsandbytes NF4 one with double quantisation; prints what that saves.
 
     The embedding (the head) stays as it is: it is 63 % of the 270M, 30 % of the 1B, and every token reads it.
@@ -121,7 +121,7 @@ def quantise(model: Gemma3ForCausalLM) -> None:
     )
 
 
-def memory_bytes(model: Gemma3ForCausalLM) -> int:
+def memory_bytes(model: Gemma) -> int:
     """Bytes of the parameters, a 4-bit one with its quantisation constants."""
     total = 0
     for parameter in model.parameters():
@@ -133,7 +133,7 @@ def memory_bytes(model: Gemma3ForCausalLM) -> int:
     return total
 
 
-def sequence_logprobs(model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+def sequence_logprobs(model: Gemma, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(tokens[:, 1:] | before) where mask is 1, else 0 -> (B, T-1) fp32. The one way from a batch to log-probs.
 
     tokens (B, T) int64 right-padded with anything; mask (B, T-1), 1 on supervised targets. Gradients reach whatever
@@ -146,7 +146,7 @@ def sequence_logprobs(model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, te
 
 
 def sequence_logprobs_and_hits(
-    model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+    model: Gemma, tokens: Tensor, mask: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """As sequence_logprobs, and (B, T-1) bool: was the target the most likely token?"""
     hidden, targets = target_states(model, tokens, mask)
@@ -155,7 +155,7 @@ def sequence_logprobs_and_hits(
 
 
 def sequence_logprobs_and_entropy(
-    model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+    model: Gemma, tokens: Tensor, mask: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """As sequence_logprobs, and the exact entropy of each distribution (B, T-1) in nats; both with gradient."""
     hidden, targets = target_states(model, tokens, mask)
@@ -163,7 +163,7 @@ def sequence_logprobs_and_entropy(
     return spread(logprobs, mask), spread(losses.entropy(hidden, model.lm_head.weight, temperature), mask)
 
 
-def target_states(model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def target_states(model: Gemma, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden states that predict the supervised targets (N, d), and these targets (N,); row by row."""
     supervised = mask.bool()
     if not supervised.any():
@@ -178,9 +178,7 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return zeros.masked_scatter(mask.bool(), values)
 
 
-def sequence_hidden(
-    model: Gemma3ForCausalLM, tokens: Tensor, mask: Tensor, last: bool = False
-) -> tuple[Tensor, Tensor]:
+def sequence_hidden(model: Gemma, tokens: Tensor, mask: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
     """Final hidden states (N, d) of the rows, and index (B, T): where each token's state lies among them.
 
     tokens and mask as for sequence_logprobs. A row is computed up to the token that predicts its last target, or with
@@ -197,8 +195,8 @@ def sequence_hidden(
 
 @torch.no_grad()
 def exact_entropy_and_kl(
-    net: Gemma3ForCausalLM,
-    frozen: Gemma3ForCausalLM,
+    net: Gemma,
+    frozen: Gemma,
     reference: str | None,
     examples: list[dict],
     micro_batches: list[list[int]],
@@ -221,7 +219,7 @@ def exact_entropy_and_kl(
 
 
 def mean_entropy_and_kl(
-    net: Gemma3ForCausalLM, frozen: Gemma3ForCausalLM, examples: list[dict], micro_batches: list[list[int]]
+    net: Gemma, frozen: Gemma, examples: list[dict], micro_batches: list[list[int]]
 ) -> dict[str, float]:
     """Exact entropy of the policy and KL(policy || reference) per supervised token, in nats, over all ranks.
 
@@ -252,9 +250,7 @@ def compute_context(
     return contextlib.nullcontext()
 
 
-def plain_state(
-    model: Gemma3ForCausalLM, adapter: str | None = None, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def plain_state(model: Gemma, adapter: str | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Weights under the names of a plain Gemma3ForCausalLM, with `adapter` merged in (in fp32, then cast)."""
     wrapped = lora.lora_modules(model)
     state = {f"{name}.weight": lora.merged_weight(module, adapter) for name, module in wrapped.items()}
@@ -267,8 +263,8 @@ def plain_state(
 
 
 def save_model(
-    model: Gemma3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Gemma,
+    tokenizer: Tokenizer,
     folder: Path | str,
     adapter: str | None = None,
     dtype: torch.dtype | None = None,
@@ -277,14 +273,14 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(plain_state(model, adapter, dtype), folder / "model.safetensors", metadata={"format": "pt"})
-    config = Gemma3TextConfig(**model.config.to_dict())
+    config = type(model.config)(**model.config.to_dict())
     config.architectures, config.dtype = ["Gemma3ForCausalLM"], dtype or model.lm_head.weight.dtype
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
     """The tokenizer's files, in words that transformers 4 and 5 both read.
 
     Version 5 names a class and keeps keys that 4 does not know, and a list where 4 expects a dict.
@@ -298,9 +294,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> No
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_adapter(
-    model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path | str, name: str, base_checkpoint: str
-) -> None:
+def save_adapter(model: Gemma, tokenizer: Tokenizer, folder: Path | str, name: str, base_checkpoint: str) -> None:
     """A folder that plain peft loads: adapter_model.safetensors (fp32), adapter_config.json, tokenizer.
 
     With base.json, which peft ignores: the base that the adapter belongs to, for check_base.
@@ -318,7 +312,7 @@ def save_adapter(
 
 
 def load_adapter(
-    model: Gemma3ForCausalLM, name: str, folder: Path | str, trainable: bool = True, any_bits: bool = False
+    model: Gemma, name: str, folder: Path | str, trainable: bool = True, any_bits: bool = False
 ) -> tuple[int, float, list[str]]:
     """Inject the adapter saved in `folder` as `name`; returns (rank, alpha, targets). UserError if it does not fit.
 
@@ -342,7 +336,7 @@ def load_adapter(
     return rank, alpha, targets
 
 
-def check_base(net: Gemma3ForCausalLM, folder: Path | str, key: str, any_bits: bool = False) -> None:
+def check_base(net: Gemma, folder: Path | str, key: str, any_bits: bool = False) -> None:
     """Say or refuse what base.check_record finds on the adapter in `folder`, given as setting `key`, and this net.
 
     any_bits: it does not matter whether base and adapter are both of 4 bits.
@@ -374,8 +368,8 @@ def adapter_fingerprint(folder: Path | str | None) -> list | None:
 
 
 def save(
-    model: Gemma3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Gemma,
+    tokenizer: Tokenizer,
     folder: Path | str,
     adapter: str | None,
     base_name: str,
@@ -388,7 +382,7 @@ def save(
 
 
 @torch.no_grad()
-def restore(model: Gemma3ForCausalLM, adapter: str | None, folder: Path | str) -> None:
+def restore(model: Gemma, adapter: str | None, folder: Path | str) -> None:
     """Put back, bit for bit, what `save` wrote into a step folder, into a model of the same shape."""
     if adapter:
         lora.load_adapter_state(model, adapter, load_file(Path(folder) / "adapter_model.safetensors"))

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Gemma3ForCausalLM as Gemma
-from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import data, dist, gemma, log, lora, losses, model, preferences
 from common.log import UserError, say, say_counts
 from common.roles import Roles
 from common.run import Run
 from common.runtime import cache, flops, resume
+from common.runtime.types import Gemma, Tokenizer
 
 EXACT_KL_ROWS = 128  # held-out pairs whose exact entropy and KL are measured: whole distributions cost their time
 PANELS = (

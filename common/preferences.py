@@ -5,8 +5,6 @@ import sys
 from collections.abc import Callable
 
 import torch
-from transformers import Gemma3ForCausalLM as Gemma
-from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rollouts, stats, tasks
 from common import rewards as heuristics
@@ -14,6 +12,7 @@ from common.log import UserError, say, warn
 from common.roles import Roles
 from common.run import Run
 from common.runtime import cache, resume
+from common.runtime.types import Gemma, Tokenizer
 from common.tasks import text
 
 ROWS = 64  # completions sampled together

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace as Config
 
-from transformers import PreTrainedTokenizerFast as Tokenizer
-
 from common import advantages, chat, data, dist, experience, log, model, rollouts, stats, tasks
 from common.log import UserError, say, say_counts
 from common.roles import Roles
 from common.run import Run
 from common.runtime import explain, resume
+from common.runtime.types import Tokenizer
 
 EXACT_KL_ROWS = 128  # held-out answers whose exact entropy and KL are measured: whole distributions cost their time
 TOKENS_PER_PASS = 2048  # of these answers

@@ -15,12 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import Gemma3ForCausalLM as Gemma
-from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, config, data, lora, model, rewards
 from common.log import UserError, warn, write_json
 from common.runtime import base, checkpoint
+from common.runtime.types import Gemma, Tokenizer
 
 ALIKE = (
     "its held-out reference answers all have the same reward, so scores are not divided by their deviation: "

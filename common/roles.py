@@ -15,12 +15,11 @@ from types import SimpleNamespace as Config
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import Parameter
-from transformers import Gemma3ForCausalLM as Gemma
-from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, config, lora, model, optim, reward_model, rewards
 from common.log import UserError, say
 from common.runtime import flops, resume
+from common.runtime.types import Gemma, Tokenizer
 
 
 @dataclass

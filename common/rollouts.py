@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Gemma3ForCausalLM as Gemma
 
 from common import chat, lora
 from common.decoder import Decoder
+from common.runtime.types import Gemma
 
 WIDTH = 512  # words of a block: Gemma's 262,144 are 512 blocks, so both searches are short
 PART = 16 * WIDTH  # words reduced at a time on CPU

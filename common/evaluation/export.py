@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import chat, data, log, lora, losses, model, rollouts
 from common.evaluation import comparison, gguf_file, measure, metrics, statistics
@@ -204,6 +203,8 @@ def check_files(net, tokenizer, adapter, dtype, folder):
         odd += [name for name in state.keys() & set(file.keys()) if not torch.equal(file.get_tensor(name), state[name])]
     if odd:
         raise UserError(f"--export: {len(odd)} weights were not written as they were merged, the first is {odd[0]}")
+    from transformers import AutoTokenizer
+
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     same = theirs.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     if not same or theirs.chat_template != chat.TEMPLATE:
@@ -212,6 +213,8 @@ def check_files(net, tokenizer, adapter, dtype, folder):
 
 def open_folder(folder, device):
     """What plain transformers makes of a written folder, in fp32."""
+    from transformers import AutoModelForCausalLM
+
     plain = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
     )

@@ -11,11 +11,11 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, TokenType
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, PreTrainedTokenizerFast
 
 from common import chat
 from common.log import UserError
 from common.runtime import base
+from common.runtime.types import Gemma, Tokenizer
 
 TYPES = {  # --gguf_type: of the tensors, of the file
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
@@ -42,9 +42,7 @@ PARAMETER stop "<eos>"
 '''
 
 
-def write(
-    path: Path, net: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, state: dict[str, Tensor], kind: str
-) -> None:
+def write(path: Path, net: Gemma, tokenizer: Tokenizer, state: dict[str, Tensor], kind: str) -> None:
     """Write `state`, fp32 weights under the names of a plain model, as a .gguf of TYPES[kind]; then read it back.
 
     UserError unless every key and every tensor is read as it was meant, the latter by torch's own rounding where torch
@@ -76,8 +74,10 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_model(path: Path, like: Gemma3ForCausalLM) -> Gemma3ForCausalLM:
+def read_model(path: Path, like: Gemma) -> Gemma:
     """A plain transformers model in fp32 with the weights of a .gguf and the sizes of `like`."""
+    from transformers import Gemma3ForCausalLM
+
     net = Gemma3ForCausalLM(like.config).float()
     tensors = read(path)
     names = tensor_names(like.config.num_hidden_layers, dict(net.named_parameters()))

@@ -2,12 +2,10 @@
 
 Statistics are arrays (seeds, n, k): k numbers of each of n items under each training seed. A metric is a function
 `value` of their sum, (..., k) -> (...,), that must not depend on the sum's scale, as no ratio and no BLEU does.
+scipy is imported where it is called: that takes most of a second.
 """
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
-from scipy.stats import bootstrap
 
 from common.stats import percentile_interval, wilson
 
@@ -20,6 +18,8 @@ def resample(stats, draws, seed=0):
     A draw takes n items with replacement, the same for all seeds, and, of several, seeds with replacement: the
     hierarchical bootstrap of Davison and Hinkley 1997, section 3.8. ValueError: not three axes, or an empty one.
     """
+    from scipy.stats import bootstrap
+
     stats = np.asarray(stats, dtype=np.float64)
     if stats.ndim != 3 or 0 in stats.shape:
         raise ValueError(f"expected statistics (seeds, items, k), got {stats.shape}")
@@ -125,6 +125,9 @@ def length_controlled(outcomes, longer):
     In the spirit of AlpacaEval 2.0 (Dubois et al. 2024, section 3), without its instruction terms and its tanh. The
     ridge of 0.01 (on sums over items) only keeps the weights finite where length, or either system, always wins.
     """
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     x = np.stack([np.ones(len(longer)), longer / longer.std()], 1)
 
     def loss_and_gradient(weights):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
-from scipy.sparse.csgraph import connected_components
 
 from common import log
 from common.human import study
@@ -173,6 +172,8 @@ def bradley_terry(wins, prior=0.0, tolerance=1e-9, most=10_000):
 
 def connected(wins):
     """True if every system beat (or tied) every other one directly or through others: finite strengths exist."""
+    from scipy.sparse.csgraph import connected_components
+
     beaten = np.asarray(wins) > 0
     return connected_components(beaten, directed=True, connection="strong", return_labels=False) == 1
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from common import chat
 from common.log import UserError, say
-from common.runtime import cache, tiny, versions
+from common.runtime import cache, versions
 from common.runtime.checkpoint import verify
+from common.runtime.types import GemmaConfig, Tokenizer
 
 HUB_FILES = [
     "config.json",
@@ -62,6 +62,8 @@ def resolve(checkpoint: str) -> Path:
     """A local folder with config.json, safetensors and tokenizer for any kind of `model.base_checkpoint`."""
     versions.check()
     if checkpoint == "tiny":
+        from common.runtime import tiny  # it needs transformers, which takes seconds to import
+
         return tiny.ensure(cache.root())
     path = Path(checkpoint).expanduser()
     if path.suffix == ".gguf":
@@ -192,7 +194,7 @@ def _converted_gguf(path):
 
 
 def _convert_gguf(path, folder):
-    from transformers import AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, GgufConfig
 
     print(f"converting {path.name} to safetensors, once (about a minute and 3 GB for 270M) ...", file=sys.stderr)
     try:
@@ -313,7 +315,7 @@ def _config_path(folder):
     return path
 
 
-def read_config(folder: Path) -> Gemma3TextConfig:
+def read_config(folder: Path) -> GemmaConfig:
     """A Gemma3TextConfig from folder/config.json in which nothing but numbers was taken from the file."""
     path = _config_path(folder)
     if path.stat().st_size > LARGEST:
@@ -332,6 +334,8 @@ def read_config(folder: Path) -> Gemma3TextConfig:
     for key, limit in LIMITS.items():
         if key in raw and (type(raw[key]) is not int or not 0 < raw[key] <= limit):
             raise UserError(f"{path}: {key} is {str(raw[key])[:40]}, expected a whole number from 1 to {limit}")
+    from transformers import Gemma3TextConfig
+
     known = set(Gemma3TextConfig().to_dict()) | {"rope_theta", "rope_local_base_freq"}
     try:
         return _repaired(Gemma3TextConfig(**{k: v for k, v in raw.items() if k in known}))
@@ -353,7 +357,7 @@ def _repaired(config):
     return config
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a base, with Gemma's special ids checked and its chat template put in place.
 
     Gemma's takes seconds to read, so the last one that was read serves again while its files stay as they are.
@@ -363,6 +367,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 @functools.lru_cache(maxsize=1)
 def _load_tokenizer(folder, versions):
+    from transformers import PreTrainedTokenizerFast
+
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exceptions on a damaged file
@@ -384,11 +390,13 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return hashlib.sha256(load_tokenizer(folder).backend_tokenizer.to_str(pretty=True).encode()).hexdigest()
 
 
-def check_weights(folder: Path, config: Gemma3TextConfig) -> None:
+def check_weights(folder: Path, config: GemmaConfig) -> None:
     """Every shard's header is read before anything is allocated, so a cut or foreign file costs nothing.
 
     A head of its own is refused: Gemma's is the embedding, and the model has one tensor for both.
     """
+    from transformers import Gemma3ForCausalLM
+
     try:
         with torch.device("meta"):
             wanted = {name: list(p.shape) for name, p in Gemma3ForCausalLM(config).named_parameters()}

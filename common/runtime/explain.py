@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from transformers import Gemma3ForCausalLM as Gemma
-from transformers import Gemma3TextConfig
-from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from common import chat, dist, lora, model
 from common.log import UserError, say
 from common.runtime import watch
 from common.runtime.flops import linears
+from common.runtime.types import Gemma, GemmaConfig, Tokenizer
 
 JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 NEARLY_ALL = 0.95  # right answers
@@ -62,9 +60,7 @@ def check_example(example: dict) -> list[str]:
     return wrong
 
 
-def activation_bytes_per_token(
-    config: Gemma3TextConfig, bytes_per_value: int, length: int, full: bool = False
-) -> float:
+def activation_bytes_per_token(config: GemmaConfig, bytes_per_value: int, length: int, full: bool = False) -> float:
     """What the backward keeps of one token in all layers, in a sequence of `length` tokens (see common/gemma.py).
 
     full: the norms are trained as well, and transformers' own keep their input and what they normalised in fp32.

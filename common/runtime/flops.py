@@ -13,12 +13,12 @@ and what is computed a second time to save memory. That sampling is bound by mem
 
 from collections.abc import Sequence
 
-from transformers import Gemma3TextConfig
+from common.runtime.types import GemmaConfig
 
 Span = tuple[int, int]  # the tokens from position `start` to before `end` of a sequence
 
 
-def linears(config: Gemma3TextConfig) -> dict[str, int]:
+def linears(config: GemmaConfig) -> dict[str, int]:
     """Numbers in the four products of one layer, as rollouts fuse them: {"qkv", "o_proj", "gate_up", "down_proj"}."""
     d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     return {
@@ -34,7 +34,7 @@ def shared_prompt(prompt: int, answers: Sequence[int]) -> list[Span]:
     return [(0, prompt), *((prompt, prompt + tokens) for tokens in answers)]
 
 
-def forward(config: Gemma3TextConfig, spans: Sequence[Span], logits: int = 0, adapter: int = 0) -> float:
+def forward(config: GemmaConfig, spans: Sequence[Span], logits: int = 0, adapter: int = 0) -> float:
     """FLOPs of one forward over `spans`, of whose tokens `logits` meet the vocabulary. adapter: its numbers.
 
     Sampling costs the same: spans of prompts and answers, logits for each sampled token.
@@ -43,7 +43,7 @@ def forward(config: Gemma3TextConfig, spans: Sequence[Span], logits: int = 0, ad
 
 
 def backward(
-    config: Gemma3TextConfig, spans: Sequence[Span], logits: int = 0, adapter: int = 0, full: bool = False
+    config: GemmaConfig, spans: Sequence[Span], logits: int = 0, adapter: int = 0, full: bool = False
 ) -> float:
     """FLOPs of the backward of such a forward. full: all weights are trained, else the adapter alone."""
     if full:
@@ -52,14 +52,12 @@ def backward(
     return once + 2 * (_attention(config, spans) + _adapter(spans, adapter))
 
 
-def update(
-    config: Gemma3TextConfig, spans: Sequence[Span], logits: int = 0, adapter: int = 0, full: bool = False
-) -> float:
+def update(config: GemmaConfig, spans: Sequence[Span], logits: int = 0, adapter: int = 0, full: bool = False) -> float:
     """FLOPs of a forward and its backward."""
     return forward(config, spans, logits, adapter) + backward(config, spans, logits, adapter, full)
 
 
-def per_token(config: Gemma3TextConfig, length: int, adapter: int, full: bool) -> float:
+def per_token(config: GemmaConfig, length: int, adapter: int, full: bool) -> float:
     """FLOPs of training on a token, all of a row of `length` being supervised: what is expected before any was seen."""
     return update(config, [(0, length)], length, adapter, full) / length
 

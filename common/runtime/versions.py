@@ -1,7 +1,6 @@
 """Libraries with known holes are refused before a model is opened (SECURITY.md)."""
 
 import torch
-import transformers
 from torch.torch_version import TorchVersion
 
 from common.log import UserError
@@ -12,6 +11,8 @@ OLDEST = {"torch": ("2.10", "CVE-2025-32434, CVE-2026-24747"), "transformers": (
 
 def check() -> None:
     """UserError for a torch or transformers with known holes; every way to a model passes here before it opens one."""
+    import transformers
+
     for library in (torch, transformers):
         oldest, holes = OLDEST[library.__name__]
         if TorchVersion(library.__version__) < oldest:  # orders the versions of any library, pre-releases too
