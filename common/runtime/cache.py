@@ -71,13 +71,15 @@ def records(path: Path, name: str, make: Callable[[], list], needed: bool = Fals
     made anew, and said. Where it cannot be written that is a warning, unless the file is `needed`. head: what the first
     line says beside the name and the hash, for `read`.
     """
-    kept = _read(path, name) if dist.is_main() else None
+    kept = _kept(path, name) if dist.is_main() else None
     if dist.any_rank(kept is not None):
         return dist.gather_rows(kept or [])
     made = make()
     if dist.is_main():
+        lines = [{"key": name, "sha256": _digest(made)} | (head or {}), *made]
         try:
-            _write(path, [{"key": name, "sha256": _digest(made)} | (head or {}), *made])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log.replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         except (OSError, UserError) as error:
             if needed:
                 raise
@@ -99,28 +101,16 @@ def read(path: Path) -> tuple[dict, list]:
     return head, rows
 
 
-def _write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    log.write_records(draft, rows)
-    os.replace(draft, path)
-
-
-def _read(path, name):
+def _kept(path, name):
     """The records of a file that was written under `name`; None where there are none."""
     if not path.is_file():
         return None
     try:
-        head, *rows = log.read_records(path)
-        if head["key"] != name:
-            return None
-        if head["sha256"] == _digest(rows):
-            return rows
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    say(f"{path} is damaged: made anew")
-    return None
+        head, rows = read(path)
+    except UserError:
+        say(f"{path} is damaged: made anew")
+        return None
+    return rows if head.get("key") == name else None
 
 
 def _digest(rows):
