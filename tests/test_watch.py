@@ -78,14 +78,16 @@ def test_distinct_bigrams_by_hand():
 
 
 def test_alarms():
-    assert watch.sampler({"sampler_mean": 0.002}, torch.float32) and not watch.sampler({}, torch.float32)
-    assert not watch.sampler({"sampler_mean": 0.05}, torch.bfloat16)
-    said = watch.sampler({"sampler_mean": 0.2}, torch.bfloat16)
-    assert said == ["sampler and trainer differ by 0.2000 nats per token on average"]
-    (sentence,) = watch.sampler({"eval/merge_survival": 0.3}, torch.bfloat16)
-    assert (
-        "bfloat16" in sentence and "30%" in sentence and not watch.sampler({"eval/merge_survival": 0.6}, torch.float32)
-    )
+    def said(dtype, **record):
+        return watch.rollout({}, {"unscored_share": 0.0} | record, dtype)
+
+    assert said(torch.float32, sampler_mean=0.002) and not said(torch.float32)
+    assert not said(torch.bfloat16, sampler_mean=0.05)
+    sentences = said(torch.bfloat16, sampler_mean=0.2)
+    assert sentences == ["sampler and trainer differ by 0.2000 nats per token on average"]
+    (sentence,) = said(torch.bfloat16, **{"eval/merge_survival": 0.3})
+    assert "bfloat16" in sentence and "30%" in sentence
+    assert not said(torch.float32, **{"eval/merge_survival": 0.6})
     assert watch.collapse({"eval/chosen_change": -0.6}) and not watch.collapse({"eval/chosen_change": -0.4})
 
 

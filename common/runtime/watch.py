@@ -8,7 +8,7 @@ a run and prove nothing: read the samples.
 import itertools
 import math
 import re
-import statistics
+from statistics import fmean, median, variance
 
 import torch
 
@@ -18,11 +18,7 @@ BEGIN = 32  # tokens of an answer
 WINDOW = 8  # steps of the first window and of the last; no word before the two are apart
 FALL = 0.1  # of a component: heuristics lie in [0, 1], a trained score has deviation 1
 LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct bigrams that are worth a word
-
-
 FEW_GROUPS, FLAT_STEPS = 0.1, 10  # share of groups with any spread; so many steps in a row below it get a word
-
-
 ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats per token between sampler and trainer, on average
 HALF = 0.5  # of an adapter that reaches weights it is merged into
 SPIKE, RECENT, FEWEST = 10.0, 32, 4  # times the median norm of so many steps; no word before there are a few
@@ -47,20 +43,24 @@ def spikes(norms: dict[str, list[float]], record: dict) -> list[str]:
     """
     said = []
     for name in ("grad_norm", "critic_grad_norm"):
-        if record.get(name):
-            before, norm = norms.get(name, []), record[name]
-            usual = statistics.median(before) if len(before) >= FEWEST else math.inf
-            if norm > SPIKE * usual:
-                said.append(
-                    f"{name} was {norm:.4g} before clipping, over {SPIKE:g} times the usual {usual:.4g}: "
-                    "look at the rows of this step, or lower training.max_grad_norm"
-                )
-            norms[name] = [*before, norm][-RECENT:]
+        before, norm = norms.get(name, []), record.get(name)
+        if not norm:
+            continue
+        usual = median(before) if len(before) >= FEWEST else math.inf
+        if norm > SPIKE * usual:
+            said.append(
+                f"{name} was {norm:.4g} before clipping, over {SPIKE:g} times the usual {usual:.4g}: "
+                "look at the rows of this step, or lower training.max_grad_norm"
+            )
+        norms[name] = [*before, norm][-RECENT:]
     return said
 
 
-def sampler(record: dict, dtype: torch.dtype) -> list[str]:
-    """Log-probs of the sampler that are not the trainer's: a wrong merge, a stale copy, or too coarse a dtype."""
+def rollout(memory: dict, record: dict, dtype: torch.dtype) -> list[str]:
+    """What is wrong with a step's samples. memory: JSON that the run keeps, for equal_groups.
+
+    Log-probs of the sampler that are not the trainer's come from a wrong merge, a stale copy or too coarse a dtype.
+    """
     apart = record.get("sampler_mean", 0.0)
     said = [f"sampler and trainer differ by {apart:.4f} nats per token on average"] if apart > ALARM[dtype] else []
     if record.get("eval/merge_survival", 1.0) < HALF:
@@ -69,13 +69,9 @@ def sampler(record: dict, dtype: torch.dtype) -> list[str]:
             f"merged into {name} weights only {share:.0%} of the adapter would survive: sampling keeps it "
             "beside them; merge in float32"
         )
-    return said
-
-
-def unscored(metrics: dict) -> list[str]:
-    """A step of which no completion got a score."""
-    nothing = metrics["unscored_share"] == 1
-    return ["reward.function gave no score (None) to any completion of a step: nothing was learned"] if nothing else []
+    if record["unscored_share"] == 1:
+        said.append("reward.function gave no score (None) to any completion of a step: nothing was learned")
+    return said + equal_groups(memory, record)
 
 
 def distinct_bigrams(completions: list[list[int]]) -> float:
@@ -93,11 +89,6 @@ def unseen(warnings: list[str], said: list[str]) -> list[str]:
     fresh = [kind for kind in kinds if kind not in said]
     said.extend(fresh)
     return [kinds[kind] for kind in fresh]
-
-
-def rollout(memory: dict, record: dict, dtype: torch.dtype) -> list[str]:
-    """What is wrong with a step's samples: see sampler, unscored, equal_groups."""
-    return sampler(record, dtype) + unscored(record) + equal_groups(memory, record)
 
 
 def equal_groups(memory: dict, metrics: dict) -> list[str]:
@@ -137,16 +128,16 @@ def reward_hacking(memory: dict[str, list], normalised: bool = True) -> list[str
     )
     if _change(then["reward"], now["reward"]) <= 0:
         return []
-    said, rise = [], f"the reward rose from {_mean(then['reward']):.2f} to {_mean(now['reward']):.2f} while "
+    said, rise = [], f"the reward rose from {fmean(then['reward']):.2f} to {fmean(now['reward']):.2f} while "
     for name in then.keys() & now.keys():
-        a, b = _mean(then[name]), _mean(now[name])
+        a, b = fmean(then[name]), fmean(now[name])
         if name.startswith("reward/") and b < a - FALL and _change(then[name], now[name]) < 0:
             said.append(f"{rise}its component {name.removeprefix('reward/')} fell from {a:.2f} to {b:.2f}")
         elif name == "length" and a and not SHORTER < b / a < LONGER:
             said.append(f"{rise}answers went from {a:.0f} to {b:.0f} tokens")
         elif name == "distinct_bigrams" and b < ALIKE * a:
             said.append(f"{rise}answers became alike: {a:.0%} of their token pairs were different, now {b:.0%}")
-    trained = _mean(now.get("reward/trained", [0.0]))
+    trained = fmean(now.get("reward/trained", [0.0]))
     if normalised and trained > BEYOND:
         said.append(
             f"{rise}its trained part stands {trained:.1f} deviations above the good answers that it was scaled "
@@ -155,12 +146,8 @@ def reward_hacking(memory: dict[str, list], normalised: bool = True) -> list[str
     return sorted(said)
 
 
-def _mean(values):
-    return sum(values) / len(values)
-
-
 def _change(then, now):
     """-1, 0 or 1: do the means differ by more than two standard errors (Welch)?"""
-    errors = [sum((v - _mean(part)) ** 2 for v in part) / (len(part) - 1) / len(part) for part in (then, now)]
-    difference = _mean(now) - _mean(then)
+    errors = [variance(part) / len(part) for part in (then, now)]
+    difference = fmean(now) - fmean(then)
     return 0 if abs(difference) <= 2 * math.sqrt(sum(errors)) else int(math.copysign(1, difference))
