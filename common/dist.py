@@ -168,6 +168,11 @@ def _together():
         _group.since = None
 
 
+def _device():
+    """Where tensors must lie that the backend exchanges."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 def barrier() -> None:
     if dist.is_initialized():
         with _together():
@@ -176,33 +181,26 @@ def barrier() -> None:
 
 def sum_all(*values: float | torch.Tensor) -> list[float]:
     """Floats (or one-element tensors) summed over ranks -> list of floats; exact in fp64 for counts below 2^53."""
-    if world_size() == 1:
-        return [float(v) for v in values]
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
-    with _together():
-        dist.all_reduce(total)
-        return total.tolist()  # where NCCL waits
+    return sum_tensor(torch.tensor([float(v) for v in values], dtype=torch.float64)).tolist()
 
 
 def sum_tensor(values: torch.Tensor) -> torch.Tensor:
     """A fp64 tensor on the CPU, summed over ranks: each rank fills in its own rows and leaves zeros elsewhere."""
     if world_size() == 1:
         return values
-    total = values.to("cuda" if dist.get_backend() == "nccl" else "cpu", torch.float64, copy=True)
+    total = values.to(_device(), torch.float64, copy=True)
     with _together():
         dist.all_reduce(total)
-        return total.cpu()
+        return total.cpu()  # where NCCL waits
 
 
 def gather_rows(rows: list) -> list:
     """Lists of what JSON can hold, one of each rank -> all of them on every rank, in the order of ranks."""
     if world_size() == 1:
         return rows
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)
+    text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(_device())
     sizes = [int(size) for size in sum_all(*(len(text) * (r == rank()) for r in range(world_size())))]
-    parts = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in sizes]
+    parts = [text.new_empty(max(sizes)) for _ in sizes]
     with _together():
         dist.all_gather(parts, F.pad(text, (0, max(sizes) - len(text))))
     return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].cpu().numpy()))]
