@@ -11,8 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from types import SimpleNamespace as Config
 
-from huggingface_hub import ModelCardData
-
 from common import config, log, tasks
 from common.runtime import resume
 
@@ -51,6 +49,8 @@ def text(
 ) -> str:
     """The card. figures: {what was measured: its value}; cfg, facts: of the run that trained it, None if nothing did;
     whole: a model with all weights, not an adapter."""
+    from huggingface_hub import ModelCardData
+
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_name) and not Path(base_name).exists()
     hub_id = base_name if on_hub else None
     method = (cfg.rl.algorithm if cfg.training.mode == "rl" else cfg.training.mode) if cfg else None
@@ -72,19 +72,15 @@ def text(
             rows["started from"] = f"{short(cfg.model.adapter)}, sha256 {facts['start'][0]}"
         rows["data"] = data_of(cfg, facts)
     rows["versions"] = ", ".join(f"{name} {number}" for name, number in log.versions().items())
-    words = [f"# {rows['base'].partition(',')[0]}" + (f", {METHODS[method]}" if method else ""), ""]
-    words += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
-    if cfg:
-        words += ["```bash", command(cfg), "```", ""]
-    words += [
-        "## Held-out figures",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in figures.items()),
-    ]
-    words += ["", "`evaluate.py` compares it with its base on test prompts, with intervals.", "", TERMS]
-    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(words)
+    title = rows["base"].partition(",")[0] + (f", {METHODS[method]}" if method else "")
+    launch = ["```bash", command(cfg), "```", ""] if cfg else []
+    comparison = "`evaluate.py` compares it with its base on test prompts, with intervals."
+    lines = ["---", metadata.to_yaml(), "---", "", f"# {title}", "", *_table(rows), "", *launch]
+    return "\n".join([*lines, "## Held-out figures", "", *_table(figures), "", comparison, "", TERMS])
+
+
+def _table(rows):
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
 def of_run(cfg: Config, facts: Mapping, base_name: str, evaluation: Mapping[str, float]) -> str:
