@@ -244,14 +244,17 @@ class Table:
 
     def say(self, record: dict) -> None:
         cells = {name: _cell(record[name]) for name in COLUMNS if record.get(name) is not None}
-        if new := not cells.keys() <= set(self.columns):
+        rows = [cells]
+        if not cells.keys() <= set(self.columns):
             self.columns = [name for name in COLUMNS if name in {*self.columns, *cells, *OF_EVERY_RUN}]
-        titles = {
-            name: name.replace("eval/", "val ").replace("_per_second", "/s").replace("_", " ") for name in COLUMNS
-        }
-        widths = {name: max(8, len(titles[name])) for name in self.columns} | {"step": 5}
-        for row in [titles, cells] if new else [cells]:
-            say("  ".join(row.get(name, "").rjust(widths[name]) for name in self.columns).rstrip())
+            rows = [{name: _title(name) for name in self.columns}, cells]
+        for row in rows:
+            widths = ((name, 5 if name == "step" else max(8, len(_title(name)))) for name in self.columns)
+            say("  ".join(row.get(name, "").rjust(width) for name, width in widths).rstrip())
+
+
+def _title(name):
+    return name.replace("eval/", "val ").replace("_per_second", "/s").replace("_", " ")
 
 
 def _cell(value):
