@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from common import chat
@@ -104,9 +103,8 @@ def locate(source: str, given: str | None = None) -> tuple[Path, Path | None]:
     if given:
         return resolve(given), adapter
     if Path(name).is_absolute() and not Path(name).exists():
-        raise UserError(
-            f"{folder} was trained on {name}, which is gone: pass --model.base_checkpoint with its new place"
-        )
+        todo = "pass --model.base_checkpoint with its new place"
+        raise UserError(f"{folder} was trained on {name}, which is gone: {todo}")
     return resolve(name), adapter
 
 
@@ -114,8 +112,8 @@ def split_scale(source: Path | str) -> tuple[Path, float]:
     """DIR@0.5 -> (DIR, 0.5): the adapter in DIR with B A times 0.5. The scale is 1 without an @, and where a file or
     folder has that very name. UserError for what is no scale."""
     path = Path(source).expanduser()
-    name, sign, text = path.name.rpartition("@")
-    if not sign or not name or path.exists():
+    name, _, text = path.name.rpartition("@")
+    if not name or path.exists():
         return path, 1.0
     try:
         scale = float(text)
@@ -150,7 +148,7 @@ def check_adapter(folder: Path | str, key: str) -> None:
 
 
 def _is_checkpoint(folder):
-    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _downloaded(repo):
@@ -243,9 +241,8 @@ def _versions(files):
     return tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
-@functools.cache
+@functools.cache  # files are read once in a process, as long as they stay in these versions
 def _fingerprint(files, versions):
-    """Of the files in these versions: they are read once in a process."""
     content = files[0].read_bytes()
     with contextlib.suppress(ValueError, RecursionError):  # damaged: read_config refuses it
         content = (json.dumps(json.loads(content), indent=2, sort_keys=True) + "\n").encode()
@@ -334,6 +331,7 @@ def read_config(folder: Path) -> GemmaConfig:
     for key, limit in LIMITS.items():
         if key in raw and (type(raw[key]) is not int or not 0 < raw[key] <= limit):
             raise UserError(f"{path}: {key} is {str(raw[key])[:40]}, expected a whole number from 1 to {limit}")
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import Gemma3TextConfig
 
     known = set(Gemma3TextConfig().to_dict()) | {"rope_theta", "rope_local_base_freq"}
@@ -374,10 +372,8 @@ def _load_tokenizer(folder, versions):
     except Exception as error:  # tokenizers raises bare Exceptions on a damaged file
         raise UserError(f"{folder}: tokenizer.json is missing or damaged ({str(error)[:200]})") from error
     for token, index in SPECIALS.items():
-        if tokenizer.convert_tokens_to_ids(token) != index:
-            raise UserError(
-                f"{folder}: not Gemma's tokenizer: {token} has id {tokenizer.convert_tokens_to_ids(token)}, not {index}"
-            )
+        if (here := tokenizer.convert_tokens_to_ids(token)) != index:
+            raise UserError(f"{folder}: not Gemma's tokenizer: {token} has id {here}, not {index}")
     tokenizer.chat_template = chat.TEMPLATE
     return tokenizer
 
@@ -404,12 +400,9 @@ def check_weights(folder: Path, config: GemmaConfig) -> None:
         raise UserError(f"{folder / 'config.json'}: no model can be built from it ({error!r})") from error
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        pickled = (
-            " (pickled .bin/.pt weights are never loaded; convert them to safetensors)"
-            if [*folder.glob("*.bin"), *folder.glob("*.pt")]
-            else ""
-        )
-        raise UserError(f"{folder}: no .safetensors file{pickled}")
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt")]
+        hint = " (pickled .bin/.pt weights are never loaded; convert them to safetensors)" if pickled else ""
+        raise UserError(f"{folder}: no .safetensors file{hint}")
     shard_of = {}
     for shard in shards:
         try:
@@ -417,9 +410,8 @@ def check_weights(folder: Path, config: GemmaConfig) -> None:
                 shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
                 shard_of |= dict.fromkeys(shapes, shard)
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{shard}: truncated or not a safetensors file ({error}); copy or download it again"
-            ) from error
+            todo = "copy or download it again"
+            raise UserError(f"{shard}: truncated or not a safetensors file ({error}); {todo}") from error
         for key, shape in shapes.items():
             if shape != wanted.get(key, shape):
                 raise UserError(f"{shard}: {key} is {shape}, config.json says {wanted[key]}")
