@@ -65,11 +65,8 @@ def activation_bytes_per_token(config: GemmaConfig, bytes_per_value: int, length
 
     full: the norms are trained as well, and transformers' own keep their input and what they normalised in fp32.
     """
-    heads, groups, d = (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-        config.hidden_size,
-    )
+    d, dim = config.hidden_size, config.head_dim
+    heads, groups = config.num_attention_heads * dim, config.num_key_value_heads * dim
     norms = 4 * d * (8 if full else bytes_per_value)  # inputs of the four norms
     inputs = 2 * d  # of the adapters, or trained linears, behind two of them
     attention = (heads + groups) + (heads + 2 * groups) + heads  # before and after norm and rotation; the output
@@ -109,9 +106,7 @@ def memory_plan(
     rows, copied = (min(n, tokens) for n in ((256, 16) if cpu else (1024, 1024)))  # of logits, and of their fp32 copy
     optimizer: list[tuple[str, float]] = [("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3)]
     moments = [("Adam moments of what is trained, fp32", numbers * 4 * 2)]
-    update = [
-        *(optimizer if batch[2] or not full else moments)
-    ]  # the first backward makes the gradients of all weights
+    update = [*(moments if full and not batch[2] else optimizer)]  # of all weights the first backward makes gradients
     update += [("one chunk of logits", config.vocab_size * (rows * width + copied * 4))] if logits else []
     update += [("the head's gradient and one chunk's part of it", head.numel() * (4 + width))] if full else []
     update += [("weights cast to bf16", (body + head.numel()) * 2)] if cast else []
@@ -238,10 +233,8 @@ def say_prospects(signs: dict[str, float], correct: str | None) -> None:
     named = {"reward": "reward", "reward_std": "its deviation", "group_spread": "share of groups with any spread"}
     named |= {name: name for name in signs if name.startswith("pass@")}
     named |= {"stop_rate": "share that stops", "length": "tokens"}
-    say(
-        "answers before training have "
-        + ", ".join(f"{named[name]} {signs[name]:.3g}" for name in named if name in signs)
-    )
+    shown = [f"{words} {signs[name]:.3g}" for name, words in named.items() if name in signs]
+    say(f"answers before training have {', '.join(shown)}")
     say(f"verdict: {verdict(signs, signs.get(f'reward/{correct}', 0.0))}")
 
 
@@ -252,9 +245,8 @@ def verdict(signs: dict[str, float], right: float) -> str:
     if right > NEARLY_ALL:
         return f"{right:.0%} of the answers are right already: take harder data"
     if spread is None:  # a critic compares answers to different prompts
-        return (
-            f"all rewards are equal: {what_to_do}" if signs["reward_std"] == 0 else "the rewards differ: RL can learn"
-        )
+        flat = signs["reward_std"] == 0
+        return f"all rewards are equal: {what_to_do}" if flat else "the rewards differ: RL can learn"
     if any(name.startswith("pass@") and share == 0 for name, share in signs.items()):
         return f"no group has a right answer, RL could learn no more than their form: {what_to_do}"
     if spread == 0:
@@ -266,8 +258,9 @@ def verdict(signs: dict[str, float], right: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
-    minutes = f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
-    return f"{seconds:.2g} s" if seconds < 100 else minutes
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 def say_plan(plan: Plan) -> None:
