@@ -12,7 +12,6 @@ from torch.nn import Parameter
 
 from common import dist
 from common.log import UserError, listed
-from common.runtime import resume
 
 FILE = "optimizer.safetensors"
 
@@ -152,9 +151,19 @@ def mean_metrics(updates: list[Update]) -> dict[str, float]:
 
 def save(optimizer: torch.optim.Optimizer, named: dict[str, Parameter], folder: Path | str) -> None:
     """Write the moments of each parameter of {name: parameter} into a step folder."""
-    save_file(resume.optimizer_tensors(optimizer, named), Path(folder) / FILE)
+    tensors = {
+        f"{name}.{moment}": value.detach().cpu().contiguous()
+        for name, parameter in named.items()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+    save_file(tensors, Path(folder) / FILE)
 
 
 def load(optimizer: torch.optim.Optimizer, named: dict[str, Parameter], folder: Path | str) -> None:
-    """Put back, bit for bit, what `save` wrote."""
-    resume.load_optimizer(optimizer, named, load_file(Path(folder) / FILE))
+    """Put back, bit for bit, what `save` wrote; ValueError if a tensor belongs to no parameter."""
+    for key, value in load_file(Path(folder) / FILE).items():
+        name, _, moment = key.rpartition(".")
+        if name not in named:
+            raise ValueError(f"optimizer state of an unknown parameter: {key}")
+        where = "cpu" if moment == "step" else named[name].device  # AdamW counts its steps on the CPU
+        optimizer.state[named[name]][moment] = value.to(where)

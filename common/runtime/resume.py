@@ -229,15 +229,6 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, named: dict[str, Parameter]) -> dict[str, torch.Tensor]:
-    """{"<parameter>.<moment>": tensor} of an optimizer, for safetensors; empty before its first step."""
-    return {
-        f"{name}.{moment}": value.detach().cpu().contiguous()
-        for name, parameter in named.items()
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
 @torch.no_grad()
 def restore(named: dict[str, Parameter], tensors: dict[str, torch.Tensor]) -> None:
     """Put saved tensors back into the parameters of the same names; ValueError if the names differ."""
@@ -245,18 +236,6 @@ def restore(named: dict[str, Parameter], tensors: dict[str, torch.Tensor]) -> No
         raise ValueError(f"other tensors than were saved: {sorted(named.keys() ^ tensors.keys())[:3]}")
     for name, parameter in named.items():
         parameter.copy_(tensors[name])
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, named: dict[str, Parameter], tensors: dict[str, torch.Tensor]
-) -> None:
-    """Put back what optimizer_tensors returned; ValueError if a tensor belongs to no parameter."""
-    for key, value in tensors.items():
-        name, _, moment = key.rpartition(".")
-        if name not in named:
-            raise ValueError(f"optimizer state of an unknown parameter: {key}")
-        where = "cpu" if moment == "step" else named[name].device  # AdamW counts its steps on the CPU
-        optimizer.state[named[name]][moment] = value.to(where)
 
 
 def stop_signals(grace: float = 0.0) -> Callable[[], bool]:
