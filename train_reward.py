@@ -20,16 +20,23 @@ floors that need no training.
 import argparse
 import gc
 
+from common import config
+
+SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
+JOBS = (config.EXPLAIN, config.SEEDS)
+FLAGS = dict(script="train_reward.py", description=__doc__, sections=SECTIONS, modes=("reward",), jobs=JOBS)
+if __name__ == "__main__":
+    config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
+
 import numpy as np
 import torch
 
-from common import chat, config, data, dist, log, lora, losses, model, optim, preferences, reward_model, stats, tasks
+from common import chat, data, dist, log, lora, losses, model, optim, preferences, reward_model, stats, tasks
 from common import rewards as heuristics
 from common.log import UserError, command, say, say_counts
 from common.run import Run
 from common.runtime import explain, flops, resume
 
-SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
 ADAPTER = "reward"  # its name in the model
 SAMPLED = "/sample"  # ends the id of a pair whose better answer is a sample, not a reference
 NOT_READ = (  # settings of the policy's reward, which a resumed run may change
@@ -186,7 +193,7 @@ def train_seeds(cfg, job, argv):
 @command
 def main(argv=None):
     # --- config, device, process group, run folder
-    cfg, job = config.parse_args("train_reward.py", __doc__, SECTIONS, ("reward",), argv, (*explain.JOBS, config.SEEDS))
+    cfg, job = config.parse_args(**FLAGS, argv=argv)
     if job.seeds is not None:
         return train_seeds(cfg, job, argv)
     training, peft = cfg.training, cfg.model

@@ -27,11 +27,17 @@ Run the same command again to resume: a run that was stopped or killed goes on b
 import dataclasses
 import time
 
+from common import config
+
+SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
+FLAGS = dict(script="train_rl.py", description=__doc__, sections=SECTIONS, modes=("rl",), jobs=(config.EXPLAIN,))
+if __name__ == "__main__":
+    config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
+
 import torch
 
 from common import (
     advantages,
-    config,
     data,
     dist,
     experience,
@@ -54,7 +60,6 @@ from common.optim import Update, optimizer_step
 from common.run import Run
 from common.runtime import explain, resume, watch
 
-SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
 DPO_METRICS = ("margin", "accuracy", "chosen_logprob", "rejected_logprob", "chosen_change", "rejected_change")
 
 
@@ -75,7 +80,7 @@ def check(rl, online):
 
 
 def sample_and_score(run, models, dataset, score, step):
-    """rl.group_size completions of each of this rank's prompts of the step, with their rewards -> Rollout."""
+    """rl.group_size completions of each of this rank's prompts, scored and kept in samples.jsonl -> Rollout."""
     rl = run.cfg.rl
     mine = experience.share(dataset.batch(step))
     sizes = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
@@ -84,6 +89,7 @@ def sample_and_score(run, models, dataset, score, step):
     rollout.correct = tasks.load(run.cfg.task).correct
     # >>> edit here: the reward of each completion (B,), for GRPO and PPO
     rollout.rewards = advantages.missing_stop(rollout.rewards, rollout.stopped, rl.missing_stop_penalty)
+    log.write_records(run.folder / "samples.jsonl", experience.lines(rollout, models.tokenizer, step))
     return rollout
 
 
@@ -143,7 +149,6 @@ def grpo_step(run, models, dataset, score, optimizer, step):
 
     # --- sample a group of completions for each prompt, and score them
     rollout = sample_and_score(run, models, dataset, score, step)
-    log.write_records(run.folder / "samples.jsonl", experience.lines(rollout, models.tokenizer, step))
 
     # --- advantages: the same for each token of a completion
     if rl.baseline == "leave_one_out":
@@ -205,7 +210,6 @@ def ppo_step(run, models, dataset, score, optimizer, step):
 
     # --- sample completions, and score them
     rollout = sample_and_score(run, models, dataset, score, step)
-    log.write_records(run.folder / "samples.jsonl", experience.lines(rollout, models.tokenizer, step))
 
     # --- rows: all are trained on but those without a score and, with rl.mask_truncated, those that did not stop
     excluded = rollout.unscored | experience.truncated(rollout, step) if rl.mask_truncated else rollout.unscored
@@ -357,9 +361,8 @@ def dpo_objective(logprobs, micro, rl):
     chosen, rejected = (totals * scale).view(-1, 2).T
     ref_chosen, ref_rejected = (micro.ref_logprobs * scale).view(-1, 2).T
     # >>> edit here: DPO's objective, a loss for each pair
-    pair_loss = losses.dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, rl.dpo_beta, rl.dpo_label_smoothing, rl.dpo_loss
-    )
+    smoothing, kind = rl.dpo_label_smoothing, rl.dpo_loss
+    pair_loss = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, rl.dpo_beta, smoothing, kind)
     sft_loss = -rl.dpo_sft_coeff * logprobs[0::2] * micro.mask[0::2] if rl.dpo_sft_coeff else None
     margin = rl.dpo_beta * ((chosen - ref_chosen) - (rejected - ref_rejected)).detach()
     accuracy = (margin > 0) + 0.5 * (margin == 0)
@@ -412,11 +415,8 @@ def train_on_pairs(run, models, records, score, explained):
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = roles.make_optimizer(models, training, rl)
     facts = {"data": dataset.fingerprint, "score": None}
-    how = {
-        "not_read": ("evaluation.", "reward."),
-        "flops_per_token": roles.flops_per_token(models, training.max_seq_length),
-    }
-    step_folder = run.start(steps, batches.tokens_per_step, facts, **how)
+    expected, free = roles.flops_per_token(models, training.max_seq_length), ("evaluation.", "reward.")
+    step_folder = run.start(steps, batches.tokens_per_step, facts, free, flops_per_token=expected)
     run.record["reference_seconds"] = dataset.reference_seconds
     if step_folder:
         roles.restore(models, step_folder)
@@ -471,7 +471,7 @@ def show(run, models, examples, **sizes):
 @command
 def main(argv=None):
     # --- config, device, process group, run folder
-    cfg, job = config.parse_args("train_rl.py", __doc__, SECTIONS, ("rl",), argv, explain.JOBS)
+    cfg, job = config.parse_args(**FLAGS, argv=argv)
     training, rl, peft = cfg.training, cfg.rl, cfg.model
     online = rl.algorithm != "dpo"
     check(rl, online)

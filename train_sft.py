@@ -17,14 +17,20 @@ Run the same command again to resume: a run that was stopped or killed goes on b
 
 import math
 
+from common import config
+
+SECTIONS = ("model", "training", "logging")
+FLAGS = dict(script="train_sft.py", description=__doc__, sections=SECTIONS, modes=("sft",), jobs=(config.EXPLAIN,))
+if __name__ == "__main__":
+    config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
+
 import torch
 
-from common import config, data, dist, model, optim, roles
+from common import data, dist, model, optim, roles
 from common.log import UserError, command, say, say_counts
 from common.run import Run
 from common.runtime import explain, flops, resume
 
-SECTIONS = ("model", "training", "logging")
 PANELS = (
     ("loss (nats per token)", ("loss", "eval/loss")),
     ("token accuracy", ("eval/accuracy",)),
@@ -51,7 +57,7 @@ def evaluate(net, examples, budget, device):
 @command
 def main(argv=None):
     # --- config, device, process group, run folder
-    cfg, job = config.parse_args("train_sft.py", __doc__, SECTIONS, ("sft",), argv, explain.JOBS)
+    cfg, job = config.parse_args(**FLAGS, argv=argv)
     training = cfg.training
     run = Run(cfg, job, "sft", PANELS)
 

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from common import tasks
-from common.log import UserError
+from common.log import UserError, command
 
 # Every config once listed the parts of these three tasks, whatever its own was: those of the others are skipped.
 PARTS_OF_OLD = {
@@ -33,6 +33,7 @@ SCRIPTS = {"sft": "train_sft.py", "reward": "train_reward.py", "rl": "train_rl.p
 NAME_RULE = "a NAME has letters, digits, '_', '-' and '.', and begins with none of the last two"
 MAX_BYTES, MAX_EVENTS, MAX_DEPTH = 64 * 1024, 1000, 4  # PyYAML reads this within a second even if made to be slow
 NUMBERS = {"int": r"[+-]?(0|[1-9]\d{0,17})", "float": r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"}  # no 010, no .inf
+EXPLAIN = ("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"})
 SEEDS = ("--seeds", {"metavar": "N,N", "help": "one run for each of these seeds, in a folder of its own"})
 WORDS = {"null": None, "~": None, "true": True, "false": False}
 BOUNDS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -98,6 +99,11 @@ def parse_args(
     if modes and cfg.training.mode not in modes:
         _refuse(f"training.mode {cfg.training.mode} is run by {SCRIPTS[cfg.training.mode]}, not by {script}")
     return cfg, SimpleNamespace(flags=flags, **{name: value for name, value in args.items() if name not in leaves})
+
+
+def check_flags(**flags: Any) -> None:
+    """Answer --help and mistakes on the command line as parse_args does, whose arguments `flags` are, but for argv."""
+    command(lambda argv: parse_args(**flags, argv=argv))()
 
 
 def expand_home(text: str) -> str:

@@ -20,7 +20,6 @@ from common.runtime import watch
 from common.runtime.flops import linears
 from common.runtime.types import Gemma, GemmaConfig, Tokenizer
 
-JOBS = (("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"}),)
 NEARLY_ALL = 0.95  # right answers
 PROMPTS = 16  # sampled by --explain of online RL, to say whether it can learn
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
