@@ -27,33 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import torch
-
-from common import (
-    chat,
-    config,
-    data,
-    decoder,
-    dist,
-    functions,
-    gemma,
-    log,
-    lora,
-    losses,
-    model,
-    products,
-    prompts,
-    reward_model,
-    rewards,
-    rollouts,
-    tasks,
-)
-from common.evaluation import comparison, drift, export, gate, gguf_file, measure, metrics, report, results
-from common.human import analysis, ratings, study
-from common.log import UserError, command, say
-from common.runtime import base, cache, checkpoint, resume
-from common.tasks import numbers, text
+from common import config
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
 JOBS = (
@@ -75,7 +49,10 @@ JOBS = (
             "help": "compare these of items/, without models",
         },
     ),
-    ("--gguf_type", {"choices": gguf_file.TYPES, "help": "of the weights of --export NAME.gguf [default bf16]"}),
+    (
+        "--gguf_type",
+        {"choices": ("bf16", "f16", "f32", "q8_0"), "help": "of the weights of --export NAME.gguf [default bf16]"},
+    ),
     (
         "--push_to_hub",
         {"metavar": "OWNER/NAME", "help": "send what --export wrote to the hub; a new repository is private"},
@@ -94,6 +71,37 @@ JOBS = (
         {"metavar": "NEW.jsonl", "type": config.expand_home, "help": "also write the ratings as training pairs"},
     ),
 )
+FLAGS = dict(script="evaluate.py", description=__doc__, sections=SECTIONS, modes=(), jobs=JOBS)
+if __name__ == "__main__":
+    config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
+
+import numpy as np
+import torch
+
+from common import (
+    chat,
+    data,
+    decoder,
+    dist,
+    functions,
+    gemma,
+    log,
+    lora,
+    losses,
+    model,
+    products,
+    prompts,
+    reward_model,
+    rewards,
+    rollouts,
+    tasks,
+)
+from common.evaluation import comparison, drift, export, gate, measure, metrics, report, results
+from common.human import analysis, ratings, study
+from common.log import UserError, command, say
+from common.runtime import base, cache, checkpoint, resume
+from common.tasks import numbers, text
+
 BEST_OF = 4
 SOURCES = (chat, data, decoder, drift, gemma, lora, losses, measure, metrics, model, prompts, reward_model)
 SOURCES += (functions, numbers, products, rewards, rollouts, text)  # what decides an answer and its scores
@@ -368,7 +376,7 @@ def fixed_answers(tokenizer, items, cfg, scorers):
 @command
 def main(argv=None):
     # --- config
-    cfg, job = config.parse_args("evaluate.py", __doc__, SECTIONS, (), argv, JOBS)
+    cfg, job = config.parse_args(**FLAGS, argv=argv)
     check_metrics(cfg)
     name = cfg.logging.run_name or config.run_name(cfg, job.config, "checkpoints") + "-evaluation"
     out = Path(cfg.logging.output_dir) / name
