@@ -36,13 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import chat, config, lora, model
-from common.human import ratings, study
-from common.log import UserError, command, say
-from common.runtime import base
-from common.serving import fields, httpd
-from common.serving.engine import Busy, Engine, Request, Stopped
-from common.serving.httpd import Refused
+from common import config
 
 JOBS = (
     ("--checkpoint", {"nargs": "+", "metavar": "[NAME=]CHECKPOINT", "help": "what to serve, the first by default"}),
@@ -53,6 +47,18 @@ JOBS = (
     ("--queue", {"type": int, "default": 32, "help": "requests that wait for them [default 32]"}),
     ("--context", {"type": int, "default": 4096, "help": "tokens of prompt and answer together [default 4096]"}),
 )
+FLAGS = dict(script="serve.py", description=__doc__, sections=("model",), modes=(), jobs=JOBS)
+if __name__ == "__main__":
+    config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
+
+from common import chat, lora, model
+from common.human import ratings, study
+from common.log import UserError, command, say
+from common.runtime import base
+from common.serving import fields, httpd
+from common.serving.engine import Busy, Engine, Request, Stopped
+from common.serving.httpd import Refused
+
 # >>> edit here: what clients may take (and common/serving/httpd.py: bytes of a request)
 CONNECTIONS, READ_SECONDS, GENERATE_SECONDS, DRAIN_SECONDS = 256, 10, 600, 30  # a process has 1,024 files by default
 PROMPTS = 32  # of a batch
@@ -539,7 +545,7 @@ async def serve(app, job, device, dtype):
 
 @command
 def main(argv=None):
-    cfg, job = config.parse_args("serve.py", __doc__, ("model",), (), argv, JOBS)
+    cfg, job = config.parse_args(**FLAGS, argv=argv)
     if job.checkpoint is None and cfg.model.adapter:
         job.checkpoint = [cfg.model.adapter]
     for flag, least in (("rows", 1), ("queue", 0), ("context", 64)):
