@@ -46,6 +46,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace as Config
 
+from common import config
+
+SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
+ALGORITHMS = ("dpo", "grpo", "ppo")
+PARADIGMS = ("base", "sft", "rft", *ALGORITHMS, "rl", "staged", "half")  # in the order in which they are trained
+JOBS = (
+    (
+        "--paradigms",
+        {"metavar": "A,B", "help": f"train these arms at equal cost and compare them: {', '.join(PARADIGMS)}"},
+    ),
+    config.SEEDS,
+)
+FLAGS = dict(script="train_staged.py", description=__doc__, sections=SECTIONS, modes=(), jobs=JOBS)
+if __name__ == "__main__":
+    config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
+
 import torch
 
 import evaluate
@@ -55,7 +71,6 @@ import train_sft
 from common import (
     advantages,
     chat,
-    config,
     data,
     dist,
     experience,
@@ -72,16 +87,6 @@ from common.evaluation import measure, metrics
 from common.log import UserError, command, say
 from common.runtime import base, checkpoint, explain, resume, sources
 
-SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
-ALGORITHMS = ("dpo", "grpo", "ppo")
-PARADIGMS = ("base", "sft", "rft", *ALGORITHMS, "rl", "staged", "half")  # in the order in which they are trained
-JOBS = (
-    (
-        "--paradigms",
-        {"metavar": "A,B", "help": f"train these arms at equal cost and compare them: {', '.join(PARADIGMS)}"},
-    ),
-    config.SEEDS,
-)
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "rl": train_rl}
 PURPOSES = {  # of a stage, by its name
     "sft": "learns to answer as the data does",
@@ -547,7 +552,7 @@ def time_stage(study, stage, timed):
 @command
 def main(argv=None):
     # --- config: training.mode names the stages
-    cfg, job = config.parse_args("train_staged.py", __doc__, SECTIONS, (), argv, JOBS)
+    cfg, job = config.parse_args(**FLAGS, argv=argv)
     arms = None if job.paradigms is None else [word.strip() for word in job.paradigms.split(",")]
     seeds = None if job.seeds is None else config.seeds(job.seeds)
     check_arms(cfg, arms, job.paradigms)
