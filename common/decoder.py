@@ -52,7 +52,8 @@ class Decoder:
         self.values = torch.zeros_like(self.keys)
         self.lengths = []  # tokens of each row in flight
         self.names = []  # and its adapter, None for the base as it was read
-        if row_invariant and kind == "cpu":
+        self.row_invariant = row_invariant and kind == "cpu"
+        if self.row_invariant:
             assert all(a is None for layer in self.layers for _, a in layer.products.values()), "an adapter is active"
             self.product = products.row_invariant
         self.parts = {}  # {adapter: places of its tokens} in the product at hand
@@ -87,11 +88,7 @@ class Decoder:
         """Append tokens (rows,) to the rows in flight -> hidden (rows, d) that predict their successors."""
         assert len(tokens) == len(self.lengths) and max(self.lengths) < self.keys.shape[3], (tokens, self.lengths)
         at, rows = torch.tensor(self.lengths, device=tokens.device), torch.arange(len(tokens), device=tokens.device)
-        together = (
-            [slice(i, i + 1) for i in range(len(rows))]
-            if self.product is products.row_invariant
-            else [slice(len(rows))]
-        )
+        together = [slice(i, i + 1) for i in range(len(rows))] if self.row_invariant else [slice(len(rows))]
         windows = (None, self.config.sliding_window)
         seen = {w: [(some, *self._seen(self.lengths[some], w)) for some in together] for w in windows}
 

@@ -115,11 +115,8 @@ class _CausalAttention(torch.autograd.Function):
         k, v = k.transpose(0, 1), v.transpose(0, 1)  # (G, L, D)
         out, kept = torch.empty_like(q), []
         for rows, keys, hidden in _blocks(q.shape[2], k.shape[1], window, k.device):
-            scores = (
-                (q[:, :, rows].flatten(1, 2) @ k[:, keys].mT)
-                .unflatten(1, (shared, -1))
-                .masked_fill_(hidden, -torch.inf)
-            )
+            scores = (q[:, :, rows].flatten(1, 2) @ k[:, keys].mT).unflatten(1, (shared, -1))
+            scores.masked_fill_(hidden, -torch.inf)
             kept.append(torch.softmax(scores, -1).flatten(1, 2))
             out[:, :, rows] = (kept[-1] @ v[:, keys]).unflatten(1, (shared, -1))
         ctx.save_for_backward(q, k, v, *kept)
