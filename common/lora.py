@@ -127,9 +127,9 @@ def inject(
 def wrap(model: nn.Module) -> None:
     """Put a LoraLinear around each of the seven linears of each layer (a 4-bit base needs its backward even bare)."""
     for name, module in list(model.named_modules()):
-        child_name = name.rsplit(".", 1)[-1]
-        if child_name in TARGETS and not isinstance(module, LoraLinear):
-            setattr(model.get_submodule(name.rsplit(".", 1)[0]), child_name, LoraLinear(module).train(model.training))
+        parent, _, child = name.rpartition(".")
+        if child in TARGETS and not isinstance(module, LoraLinear):
+            setattr(model.get_submodule(parent), child, LoraLinear(module).train(model.training))
 
 
 def use(model: nn.Module, name: str | None) -> None:

@@ -31,9 +31,8 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count() > 0:
         raise UserError(f"device: {torch.cuda.device_count()} GPUs here, fewer than torchrun's --nproc-per-node")
     if not there.get(device, False):
-        raise UserError(
-            f"device: {device} is not available here; choose from {', '.join(k for k in there if there[k])}"
-        )
+        choices = ", ".join(name for name in there if there[name])
+        raise UserError(f"device: {device} is not available here; choose from {choices}")
     return torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
 
 
@@ -77,9 +76,8 @@ def load(checkpoint: str, device: torch.device, dtype: torch.dtype, quantize: bo
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
-    model.generation_config = GenerationConfig(
-        bos_token_id=chat.BOS, eos_token_id=sorted(chat.STOP_TOKENS), pad_token_id=chat.PAD
-    )
+    stops = sorted(chat.STOP_TOKENS)
+    model.generation_config = GenerationConfig(bos_token_id=chat.BOS, eos_token_id=stops, pad_token_id=chat.PAD)
     if quantize:
         quantise(model)
     model.base_folder = folder
@@ -109,16 +107,15 @@ def quantise(model: Gemma) -> None:
 
     before = memory_bytes(model)
     for name, linear in list(model.named_modules()):
-        if name.rsplit(".", 1)[-1] in lora.TARGETS:
+        parent, _, child = name.rpartition(".")
+        if child in lora.TARGETS:
             small = Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4", device="meta")
-            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(  # type: ignore[misc]  # its overloads
-                linear.weight.device
-            )
-            model.get_submodule(name.rsplit(".", 1)[0]).register_module(name.rsplit(".", 1)[-1], small)
+            weight: Any = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            small.weight = weight.to(linear.weight.device)  # which quantises it
+            model.get_submodule(parent).register_module(child, small)
     after = memory_bytes(model)
-    say(
-        f"QLoRA: weights {before / 1e6:.0f} -> {after / 1e6:.0f} MB with 4-bit linears ({1 - after / before:.0%} saved)"
-    )
+    change = f"{before / 1e6:.0f} -> {after / 1e6:.0f} MB"
+    say(f"QLoRA: weights {change} with 4-bit linears ({1 - after / before:.0%} saved)")
 
 
 def memory_bytes(model: Gemma) -> int:
