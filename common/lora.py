@@ -223,13 +223,17 @@ def read_config(text: str) -> tuple[int, float, list[str], float]:
     return rank, float(alpha), [str(target) for target in targets], float(dropout)
 
 
-@torch.no_grad()
 def load_adapter_state(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    """Fill adapter `name` from PEFT-named tensors; ValueError names what is missing, unknown or of another shape."""
-    parameters = adapter_parameters(model, name)
+    """Fill adapter `name` from PEFT-named tensors; ValueError as `fill`."""
+    fill(adapter_parameters(model, name), tensors)
+
+
+@torch.no_grad()
+def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Put tensors into the parameters of their names; ValueError names what is missing, unknown or of another shape."""
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())
-        raise ValueError(f"adapter tensors do not fit this model: {len(odd)} missing or unknown, first {odd[0]}")
+        raise ValueError(f"the tensors do not fit this model: {len(odd)} missing or unknown, first {odd[0]}")
     for key, parameter in parameters.items():
         if tensors[key].shape != parameter.shape:
             raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, this model's is {tuple(parameter.shape)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common import chat, config, data, dist, gemma, lora, losses
 from common.log import UserError, say, warn
-from common.runtime import base, checkpoint, resume
+from common.runtime import base, checkpoint
 from common.runtime.types import Gemma, Tokenizer
 
 OF_VERSION_5 = ("backend", "is_local", "local_files_only")  # keys of its tokenizer_config.json
@@ -364,13 +364,7 @@ def adapter_fingerprint(folder: Path | str | None) -> list | None:
     return hashes if scale == 1 else [*hashes, scale]
 
 
-def save(
-    model: Gemma,
-    tokenizer: Tokenizer,
-    folder: Path | str,
-    adapter: str | None,
-    base_name: str,
-) -> None:
+def save(model: Gemma, tokenizer: Tokenizer, folder: Path | str, adapter: str | None, base_name: str) -> None:
     """The trained part of a run: the adapter, or the whole model where `adapter` is None."""
     if adapter:
         save_adapter(model, tokenizer, folder, adapter, base_name)
@@ -378,10 +372,9 @@ def save(
         save_model(model, tokenizer, folder)
 
 
-@torch.no_grad()
 def restore(model: Gemma, adapter: str | None, folder: Path | str) -> None:
     """Put back, bit for bit, what `save` wrote into a step folder, into a model of the same shape."""
     if adapter:
         lora.load_adapter_state(model, adapter, load_file(Path(folder) / "adapter_model.safetensors"))
-        return
-    resume.restore(dict(model.named_parameters()), load_file(Path(folder) / "model.safetensors"))
+    else:
+        lora.fill(dict(model.named_parameters()), load_file(Path(folder) / "model.safetensors"))

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from common import chat, config, lora, model, optim, reward_model, rewards
 from common.log import UserError, say
-from common.runtime import flops, resume
+from common.runtime import flops
 from common.runtime.types import Gemma, Tokenizer
 
 
@@ -159,4 +159,4 @@ def restore(models: Roles, folder: Path | str) -> None:
     model.restore(models.net, models.adapter, folder)
     for role, named in models.trained.items():
         if role != "policy":
-            resume.restore(named, load_file(Path(folder) / f"{role}.safetensors"))
+            lora.fill(named, load_file(Path(folder) / f"{role}.safetensors"))

@@ -18,7 +18,6 @@ from types import SimpleNamespace as Config
 
 import numpy as np
 import torch
-from torch.nn import Parameter
 
 from common import dist, log
 from common.config import PARTS_OF_OLD
@@ -227,15 +226,6 @@ def finished(saved: dict, now: dict, steps: int) -> bool:
 def fingerprint(value: object) -> str:
     """SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@torch.no_grad()
-def restore(named: dict[str, Parameter], tensors: dict[str, torch.Tensor]) -> None:
-    """Put saved tensors back into the parameters of the same names; ValueError if the names differ."""
-    if named.keys() != tensors.keys():
-        raise ValueError(f"other tensors than were saved: {sorted(named.keys() ^ tensors.keys())[:3]}")
-    for name, parameter in named.items():
-        parameter.copy_(tensors[name])
 
 
 def stop_signals(grace: float = 0.0) -> Callable[[], bool]:
