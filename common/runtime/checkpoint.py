@@ -159,18 +159,13 @@ def publish(
 def truncate_log(path: Path | str, step: int) -> None:
     """Cut a JSONL log back to its whole records with record['step'] <= step; UserError if it cannot be rewritten."""
     path, kept = Path(path), []
-    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            with suppress(ValueError, TypeError, KeyError, RecursionError):  # torn
-                kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
-        if path.exists():
-            temp.write_bytes(b"".join(kept))
-            fsync(temp)
-            os.replace(temp, path)
-    except OSError as error:
-        temp.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be rewritten: {error}") from error
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # torn
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode() + "\n")
+    log.replace(path, "".join(kept))
 
 
 def sha256(path: Path | str) -> str:
