@@ -109,6 +109,34 @@ def test_task_files_load_without_torch_or_numpy():
     assert not re.findall(r"'(?:torch|numpy|transformers|rouge_score|sacrebleu)'", run.stdout)
 
 
+def test_flags_are_answered_before_slow_libraries_are_imported(tmp_path):
+    """--help, a wrong flag and a wrong config take a quarter of a second of a core; importing torch alone takes 3."""
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text("training:\n  no_such_key: 3\n")
+    ends = {("--help",): 0, ("--no-such-flag", "1"): 2, ("--config", str(wrong)): 2}
+    scripts = sorted(ROOT.glob("*.py"))
+    assert {"train_sft", "train_staged", "evaluate", "serve"} <= SCRIPTS
+    runs = [[str(script), *words, status] for script in scripts for words, status in ends.items()]
+    runs.append([str(ROOT / "data" / "download_datasets.py"), "--help", 0])
+    code = f"""
+import runpy, sys
+for *argv, status in {runs}:
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert (end.code or 0) == status, (argv, end.code)
+    else:
+        raise AssertionError(argv)
+print("imported", *sorted(sys.modules))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    imported_names = set(run.stdout.rpartition("imported ")[2].split())
+    slow = {"torch", "numpy", "transformers", "peft", "scipy", "matplotlib", "safetensors", "tokenizers"}
+    slow |= {"huggingface_hub", "jinja2", "gguf", "bitsandbytes", "sacrebleu", "rouge_score", "pyarrow"}
+    assert {"common.config", "yaml"} <= imported_names and not imported_names & slow
+
+
 OPAQUE = set(
     "hear heat pace peaks bring go_on piece aggregation fitting idle everyone found about look worth over".split()
 )
