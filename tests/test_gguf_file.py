@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import evaluate
 from common import chat, lora, model, rollouts
 from common.evaluation import gguf_file
 from common.log import UserError
@@ -23,6 +24,10 @@ from tests.test_export import CPU, edit, logits, nothing_left, refused, run, sav
 PROBE = Path(__file__).parent / "llama_cpp.mjs"
 few, flags, adapter = test_export.few, test_export.flags, test_export.adapter  # fixtures
 TEXTS = ["How do I  fix   my car?", "x = [1, 23]\n\n\n  y", "naïve 日本 🫠!", "a</s> <b>\tc"]
+
+
+def test_the_flag_offers_the_types_that_can_be_written():
+    assert dict(evaluate.JOBS)["--gguf_type"]["choices"] == tuple(gguf_file.TYPES)
 
 
 @pytest.fixture(scope="module")
