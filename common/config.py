@@ -44,9 +44,9 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
 
     Raises UserError on an unreadable or hostile file, an unknown or repeated key, a wrong type or a value out of range.
     """
-    files, given = [] if path is None else [path], overrides or {}
-    leaves, headings = _schema(_named_task(files, given, "override "))
-    return _resolve(leaves, headings, files, given, "override ")
+    entries, given = _entries(path), overrides or {}
+    leaves, headings = _schema(_named_task(entries, given, "override "))
+    return _resolve(leaves, headings, entries, given, "override ")
 
 
 def parse_args(
@@ -68,8 +68,8 @@ def parse_args(
     for flag in ("--config", "--task"):
         first.add_argument(flag, type=expand_home)
     early = first.parse_known_args(argv)[0]
-    named = {} if early.task is None else {"task": early.task}
-    task = _named_task([early.config] if early.config else [], named, "--")
+    entries, named = _entries(early.config), {} if early.task is None else {"task": early.task}
+    task = _named_task(entries, named, "--")
     leaves, headings = _schema(task)
     parser = argparse.ArgumentParser(script, "%(prog)s [--config FILE] [--debug] [--section.key VALUE]...", description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -93,9 +93,9 @@ def parse_args(
         near = f"{script} does not read it" if name in leaves else f"did you mean --{_nearest(name, [*args, 'help'])}?"
         _refuse(f"unknown argument {unknown[0]!r:.80}; {near}")
 
-    files = [args["config"]] * (args["config"] is not None) + [CONFIGS / "debug.yml"] * args["debug"]
+    entries += _entries(CONFIGS / "debug.yml") if args["debug"] else []
     flags = {key: text for key, text in args.items() if key in leaves and key != "debug" and text is not None}
-    cfg = _resolve(leaves, headings, files, flags, "--")
+    cfg = _resolve(leaves, headings, entries, flags, "--")
     if modes and cfg.training.mode not in modes:
         _refuse(f"training.mode {cfg.training.mode} is run by {SCRIPTS[cfg.training.mode]}, not by {script}")
     return cfg, SimpleNamespace(flags=flags, **{name: value for name, value in args.items() if name not in leaves})
@@ -158,15 +158,16 @@ def run_name(cfg: SimpleNamespace, path: Path | str | None, fallback: str) -> st
     return cfg.logging.run_name or (Path(path).stem if path else fallback) + "-debug" * cfg.debug
 
 
-def _resolve(leaves, headings, files, given, label):
-    """Lay files, then `given` ({dotted key: text or Python value}), over the defaults; returns nested namespaces."""
+def _entries(path):
+    """[(path:line: key, dotted key, value)] of a config file; empty for None."""
+    lines = [] if path is None else _walk(path)
+    return [(f"{path}:{line}: {ascii(key)[1:-1]:.80}", key, value) for line, key, value in lines]
+
+
+def _resolve(leaves, headings, entries, given, label):
+    """Lay entries, then `given` ({dotted key: text or Python value}), over the defaults; returns nested namespaces."""
     flat = {key: leaf.default for key, leaf in leaves.items()}
-    entries = [
-        (f"{path}:{line}: {ascii(key)[1:-1]:.80}", key, value)
-        for path in files
-        for line, key, value in _walk(path)
-        if key in leaves or key not in PARTS_OF_OLD
-    ]
+    entries = [entry for entry in entries if entry[1] in leaves or entry[1] not in PARTS_OF_OLD]
     for where, key, value in [*entries, *((label + key, key, value) for key, value in given.items())]:
         if key in leaves:
             flat[key] = _convert(leaves[key], value, where)
@@ -189,10 +190,10 @@ def _resolve(leaves, headings, files, given, label):
     return root
 
 
-def _named_task(files, given, label):
-    """The task that config files or flags name; the last one counts."""
+def _named_task(entries, given, label):
+    """The task that entries of config files or flags name; the last one counts."""
     leaf = _schema()[0]["task"]
-    named = [(f"{path}:{line}: task", value) for path in files for line, key, value in _walk(path) if key == "task"]
+    named = [(where, value) for where, key, value in entries if key == "task"]
     named += [(f"{label}task", given["task"])] if "task" in given else []
     where, task = named[-1] if named else ("task", leaf.default)
     if not isinstance(task, str) or (task not in tasks.NAMES and not task.endswith(".py")):
