@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import math
 import numbers
+import os
 import re
 import sys
 import traceback
@@ -37,9 +38,11 @@ def load(spec: str, key: str) -> Callable:
     path, _, name = spec.rpartition(":")
     if not path:
         raise UserError(f"{key}: {spec}: expected path/to/file.py:name of a file that exists")
-    function = getattr(load_module(path, key), name, None)
+    module = load_module(path, key)
+    function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"{key}: {path} has no function {name!r}")
+        own = [each for each, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        raise UserError(f"{key}: {path} has no function {name!r}; it has {listed(own) or 'none'}")
     return function
 
 
@@ -178,7 +181,15 @@ def event_loop() -> asyncio.AbstractEventLoop:
 
 @contextlib.contextmanager
 def one_line(exited: str, failed: str, ending: str = "") -> Iterator[None]:
-    """Whatever the user's code inside raises, SystemExit too, becomes a UserError of these words; not so Ctrl-C."""
+    """Whatever the user's code inside raises, SystemExit too, becomes a UserError of these words; not so Ctrl-C.
+
+    A user's file that has a model of its own may set the working folder, or torch's gradients, default type or device,
+    for the whole process: they are put back.
+    """
+    import torch
+
+    folder, gradients = os.getcwd(), torch.is_grad_enabled()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     try:
         yield
     except KeyboardInterrupt:
@@ -187,6 +198,12 @@ def one_line(exited: str, failed: str, ending: str = "") -> Iterator[None]:
         raise UserError(f"{exited}: {error.code}" if isinstance(error.code, str) else exited) from error
     except BaseException as error:
         raise UserError(f"{failed}: {type(error).__name__}: {error}{line_of(error)}{ending}") from error
+    finally:
+        os.chdir(folder)
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def line_of(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import random
 import sys
 import types
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +50,12 @@ def call(function, rows=ROWS, texts=("a", "b"), ids=((1,), (2,))):
 def test_user_function(user_file):
     file = user_file("def score(prompt, completion, reference):\n    return float(len(completion))\n")
     assert functions.load(f"{file}:score", KEY)(KIND, "four", None) == 4.0
-    bad = [(f"{file}:absent", "no function"), ("nowhere.py:f", "exists"), ("plain", "expected"), (f"{file}:", "no fun")]
+    bad = [
+        (f"{file}:absent", "no function 'absent'; it has score$"),
+        ("nowhere.py:f", "exists"),
+        ("plain", "expected"),
+        (f"{file}:", "no fun"),
+    ]
     for spec, reason in [*bad, (f"{file.parent}:f", "exists"), (f"{user_file('', 'x.txt')}:f", "exists")]:
         with pytest.raises(UserError, match=reason):
             functions.load(spec, KEY)
@@ -156,6 +162,26 @@ def test_user_function_that_fails_names_the_record():
 
     with pytest.raises(KeyboardInterrupt):  # Ctrl-C is no fault of the function
         call(interrupted)
+
+
+CHANGES = """import os, torch
+def change():
+    os.chdir("/")
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+"""
+
+
+@pytest.mark.parametrize("when", ["change()\n", ""], ids=["when it is imported", "when it is called"])
+def test_what_it_sets_for_the_whole_process_is_put_back(user_file, when):
+    """Else training would have no gradients, other types, and its files in another folder."""
+    body = "def score(prompt, completion, reference):\n    change()\n    return completion == 'a' or 1 / 0\n"
+    here, function = Path.cwd(), functions.load(f"{user_file(CHANGES + when + body)}:score", KEY)
+    with pytest.raises(UserError, match="failed on second: ZeroDivisionError"):
+        call(function)
+    value = torch.ones(1, requires_grad=True) * 2
+    assert (Path.cwd(), value.requires_grad, value.dtype, value.device.type) == (here, True, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("kind", [BaseException, GeneratorExit, StopIteration, asyncio.CancelledError, UserError])
