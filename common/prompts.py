@@ -131,7 +131,7 @@ def best_metric(cfg: Config, val: list[Prompt]) -> tuple[str, int]:
     better = {name: metric.better for name, metric in task.metrics.items() if metric.better} | {"reward": 1}
     better |= {"judge": 1} if judge else {}
     if chosen is None:
-        known = all(prompt.record["reference"] or prompt.record["response"] for prompt in val)
+        known = all(tasks.right_answer(prompt.record) for prompt in val)
         own = [name for name in (task.correct, *task.headline) if known and name in task.metrics and name in better]
         chosen = [*own, "judge" if judge else "reward"][0]
     if chosen not in better:

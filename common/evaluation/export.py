@@ -157,8 +157,7 @@ def questions(records, tokenizer, sizes):
     """{"prompts": ids to be continued, "examples": the data's answers as {"ids", "mask"}, "most": tokens to add}"""
     items, _ = measure.items(records, tokenizer, sizes["row"] - sizes["answer"], sizes["items"], sizes["seed"])
     chosen = [item.record for item in items]
-    answered = [record | {"response": record["reference"] or record["response"]} for record in chosen]
-    examples, _ = data.encode_records(answered, tokenizer, sizes["row"], last_turn_only=True)
+    examples = measure.data_answers(chosen, tokenizer, sizes["row"])
     if not examples:
         raise UserError(f"--export: none of {len(items)} test records has an answer to compare log-probabilities on")
     return {"prompts": [item.ids for item in items], "examples": examples, "most": sizes["answer"]}

@@ -78,7 +78,7 @@ def text_lines(task, items, answers, tokenizer, scorers):
         {
             "id": record["id"],
             "prompt": dialogue(record["prompt"]),
-            "reference": record["reference"] or record["response"],
+            "reference": tasks.right_answer(record),
             "answer": text,
             "tokens": len(ids),
             "stopped": bool(ids) and ids[-1] in chat.STOP_TOKENS,
@@ -145,7 +145,7 @@ def own_answers(items, answers):
 
 def data_answers(records, tokenizer, limit):
     """An example for each record that has an answer: its reference, or else its response."""
-    answered = [record | {"response": record["reference"] or record["response"]} for record in records]
+    answered = [record | {"response": tasks.right_answer(record)} for record in records]
     return data.encode_records(answered, tokenizer, limit, last_turn_only=True)[0]
 
 

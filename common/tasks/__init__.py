@@ -130,7 +130,7 @@ def load(task: str | Task) -> Task:
         return importlib.import_module(f"common.tasks.{task}").TASK
     if not task.endswith(".py"):
         raise UserError(f"task: {task:.80}: expected {', '.join(NAMES)} or the path of a task's .py file{hint(task)}")
-    return _load_file(task)
+    return _task_of(functions.load_module(task, "task"), task)
 
 
 def hint(name: str) -> str:
@@ -139,13 +139,9 @@ def hint(name: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _load_file(path):
-    """The TASK of a user's file, with functions whose faults are one line that names it."""
-    return _task_of(functions.load_module(path, "task"), path)
-
-
 @functools.cache
 def _task_of(module, path):
+    """The TASK of a user's file, with functions whose faults are one line that names it."""
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task):
         raise UserError(f"task: {path}: expected TASK = Task(...) in it; docs/your_task.md shows one")
@@ -208,6 +204,11 @@ def prompt_hash(record: dict) -> str:
     """SHA-256 of a prompt, equal for prompts that differ in case or white space only."""
     text = "\n".join(f"{turn['role']}: {' '.join(turn['content'].lower().split())}" for turn in record["prompt"])
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def right_answer(record: dict) -> str:
+    """What an answer is compared with: the record's reference, else its response."""
+    return record["reference"] or record["response"]
 
 
 def counted(value: float, counts: bool = True) -> tuple[float, float]:

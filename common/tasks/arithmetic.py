@@ -7,7 +7,7 @@ one digit there are only about 150 problems: they recur in every split, in other
 import random
 from collections.abc import Sequence
 
-from common.tasks import Metric, Option, Part, Task, counted, question, split_of
+from common.tasks import Metric, Option, Part, Task, counted, question, right_answer, split_of
 from common.tasks.numbers import final_number, right, vote
 
 LEVELS = (1, 2, 3, 4)
@@ -23,7 +23,7 @@ def reward(prompt: list[dict], completion: str, reference: str) -> dict[str, flo
 
 
 def statistics(record: dict, text: str) -> dict[str, tuple[float, float]]:
-    correct, level = right(text, record["reference"] or record["response"]), record.get("level")
+    correct, level = right(text, right_answer(record)), record.get("level")
     return {"exact": counted(correct)} | {
         f"exact_{digits}": counted(correct, digits == level) for digits in (*LEVELS, LEVELS[-1] + 1)
     }

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 from common.log import UserError
-from common.tasks import File, Metric, Part, Row, Task, counted, generate, question, split_of, text_of
+from common.tasks import File, Metric, Part, Row, Task, counted, generate, question, right_answer, split_of, text_of
 from common.tasks.text import f1, instruction_off, length, overlap, repetition, rouge, words
 
 NEGATIONS = frozenset("no not denies denied without never none negative nor".split())
@@ -60,7 +60,7 @@ def reward(prompt: list[dict], completion: str, reference: str) -> dict[str, flo
 
 
 def statistics(record: dict, text: str) -> dict[str, tuple[float, float]]:
-    right = record["reference"] or record["response"]
+    right = right_answer(record)
     stated = [Counter(re.findall(r"\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", side))) for side in (text, right)]
     denied = [Counter(w for w in words(side) if w in NEGATIONS) for side in (text, right)]
     return {name: counted(value) for name, value in rouge(text, right).items()} | {

@@ -5,7 +5,7 @@ import functools
 import re
 
 from common.log import UserError
-from common.tasks import File, Metric, Part, Row, Task, counted, generate, question, split_of, text_of
+from common.tasks import File, Metric, Part, Row, Task, counted, generate, question, right_answer, split_of, text_of
 from common.tasks.text import instruction_off, repetition
 
 LONGEST_CODE = 5_000  # characters of code that are looked at; CoNaLa's longest snippet has under 500
@@ -83,7 +83,7 @@ def reward(prompt: list[dict], completion: str, reference: str) -> dict[str, flo
 
 def statistics(record: dict, text: str) -> dict[str, tuple[float, ...]]:
     text, fenced = without_fence(text)
-    ours, right = (code_tokens(code, limit=None) for code in (text, record["reference"] or record["response"]))
+    ours, right = (code_tokens(code, limit=None) for code in (text, right_answer(record)))
     return {
         "bleu": bleu_counts(ours, right),
         "exact": counted(ours == right),

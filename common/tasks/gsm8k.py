@@ -3,7 +3,7 @@
 import re
 
 from common.log import UserError
-from common.tasks import File, Metric, Part, Row, Task, counted, generate, question, split_of, text_of
+from common.tasks import File, Metric, Part, Row, Task, counted, generate, question, right_answer, split_of, text_of
 from common.tasks.numbers import right, vote
 
 INSTRUCTION = "Solve this problem step by step. End with #### and the final number."
@@ -25,7 +25,7 @@ def reward(prompt: list[dict], completion: str, reference: str) -> dict[str, flo
 
 def statistics(record: dict, text: str) -> dict[str, tuple[float, float]]:
     return {
-        "exact": counted(right(text, record["reference"] or record["response"])),
+        "exact": counted(right(text, right_answer(record))),
         "formatted": counted(ENDING.search(text) is not None),
     }
 
