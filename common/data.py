@@ -43,12 +43,7 @@ def load(
 
     options: section `task_options` of the config.
     """
-    chosen = tasks.load(task)
-    if folder is None and (debug or not chosen.files):
-        size = (tasks.DEBUG_SIZES if debug else chosen.sizes or tasks.DEBUG_SIZES).get(split, 128)
-        made = tasks.records(chosen, split, size, seed, **vars(options or Config()))
-        return made if chosen.path is None else generated(made, f"task: {chosen.path}: synthetic", split)
-    return load_split(folder or Path(__file__).parents[1] / "data" / chosen.name, split, data_keys)
+    return _load(task, folder, (split,), debug, seed, options, data_keys)[split]
 
 
 def from_config(cfg: Config, split: str) -> list[dict]:
@@ -58,7 +53,8 @@ def from_config(cfg: Config, split: str) -> list[dict]:
 
 def load_train_and_val(cfg: Config) -> dict[str, list[dict]]:
     """{"train": records, "val": records} of a run; warns of rows that are in both."""
-    loaded = {split: from_config(cfg, split) for split in ("train", "val")}
+    splits = ("train", "val")
+    loaded = _load(cfg.task, cfg.dataset_path, splits, cfg.debug, cfg.seed, cfg.task_options, cfg.data_keys)
     held_out = {content_hash(record) for record in loaded["val"]}
     equal = sum(content_hash(record) in held_out for record in loaded["train"])
     if equal:
@@ -73,21 +69,50 @@ def load_split(source: Path | str, split: str, data_keys: str | None = None) -> 
 
     Where there is no val, it is cut from train; from train alone, test too. Says what was read.
     """
+    return _read_splits(source, (split,), data_keys)[split]
+
+
+def _load(task, folder, splits, debug, seed, options, data_keys):
+    """{split: records} of several splits, see load."""
+    chosen = tasks.load(task)
+    if folder is not None or (chosen.files and not debug):
+        return _read_splits(folder or Path(__file__).parents[1] / "data" / chosen.name, splits, data_keys)
+    sizes, made = tasks.DEBUG_SIZES if debug else chosen.sizes or tasks.DEBUG_SIZES, {}
+    for split in splits:
+        made[split] = tasks.records(chosen, split, sizes.get(split, 128), seed, **vars(options or Config()))
+        if chosen.path is not None:
+            made[split] = generated(made[split], f"task: {chosen.path}: synthetic", split)
+    return made
+
+
+def _read_splits(source, splits, data_keys):
+    """{split: records} of several splits, see load_split: train is read once, whatever is cut from it."""
     there = sources.files(source)
     parts = () if "train" not in there or "val" in there else ("val",) if "test" in there else ("val", "test")
-    paths = there.get("train" if split in parts else split)
-    if not paths:
-        raise UserError(
-            f"{source}/{split}.jsonl: no such file; run `python data/download_datasets.py`, name other data "
-            "with --dataset_path, or try --debug, which brings its own data"
-        )
-    rows, shape, left_out = read(paths, data_keys)
-    notes = [f"{count:,} left out: {why}" for why, count in left_out.items()]
-    if parts and split in ("train", *parts):
-        notes.append(f"of {len(rows):,} in train, from which {' and '.join(parts)} are cut by a hash of the prompt")
-        rows = cut(rows, parts, source)[split]
-    say("; ".join([f"read {len(rows):,} rows of {shape} for {split} from {source}", *notes]))
-    return rows
+    loaded, already_read = {}, {}
+    for split in splits:
+        name = "train" if split in parts else split
+        if name not in there:
+            others = [path.name for path in sorted(Path(source).glob("*")) if path.name.endswith(sources.EXTENSIONS)]
+            seen = f" (the folder has {log.listed(others)})" if others else ""
+            raise UserError(
+                f"{source}/{split}.jsonl: no such file; run `python data/download_datasets.py`, name other data "
+                f"with --dataset_path, or try --debug, which brings its own data{seen}"
+            )
+        if name not in already_read:
+            rows, shape, left_out = read(there[name], data_keys)
+            notes = [f"{count:,} left out: {why}" for why, count in left_out.items()]
+            records = {name: rows}
+            if parts and name == "train":
+                notes.append(
+                    f"of {len(rows):,} in train, from which {' and '.join(parts)} are cut by a hash of the prompt"
+                )
+                records = cut(rows, parts, source)
+            already_read[name] = records, shape, notes
+        records, shape, notes = already_read[name]
+        loaded[split] = records[split]
+        say("; ".join([f"read {len(loaded[split]):,} rows of {shape} for {split} from {source}", *notes]))
+    return loaded
 
 
 def encode_dialogues(
@@ -224,7 +249,7 @@ def _sampled_answer(record, sampled, text, tokenizer):
         not all(0 <= token < chat.known_tokens(tokenizer) for token in sampled)
         or chat.decode(tokenizer, sampled) != text
     ):
-        raise UserError(f"{record['id']}: answer_ids do not decode to the answer: they are of another tokenizer")
+        raise UserError(f"{place(record)}: answer_ids do not decode to the answer: they are of another tokenizer")
     prompt = chat.encode_prompt(tokenizer, record["prompt"])
     return [*prompt, *sampled], [0] * len(prompt) + [1] * len(sampled)
 

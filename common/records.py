@@ -6,16 +6,18 @@ All rows of a file have one of the SHAPES, by the keys of the first. Which files
 import hashlib
 import itertools
 import json
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import chat, log
+from common import log
 from common.log import UserError
 from common.runtime import sources
 from common.tasks import prompt_hash
+from common.tasks.text import alternate, hh_turns
 
+ANSWERS = ("response", "rejected")
+HH = "\n\nHuman:"  # the beginning of a dialogue as HH-RLHF writes it
 HELD_OUT = 20  # one prompt of so many is cut from train for val, another for test
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
@@ -39,30 +41,28 @@ def _turn(turn, key):
     role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
     if turn.get("tool_calls") or turn.get("function_call"):
         raise ValueError(f"{key}: a turn calls tools, only turns of text are read")
-    if ROLES.get(str(role)) is None:
+    speaker = ROLES.get(str(role).lower())
+    if speaker is None:
         raise ValueError(f"{key}: the role of a turn is {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{key}: the content of a turn is {str(content)[:40]!r}, only text is read")
-    return {"role": ROLES[role], "content": content}
+    return {"role": speaker, "content": content}
+
+
+def _text(row, key):
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key}: expected text, got {str(row[key])[:40]!r}")
+    return row[key]
 
 
 def _turns(value, key):
-    """Turns of a text (the user's, or a dialogue as HH-RLHF writes it) or of a list of turns."""
-    if isinstance(value, str):
-        return _hh_turns(value) if value.startswith("\n\nHuman:") else [{"role": "user", "content": value}]
+    """Turns of a list, or of a dialogue as HH-RLHF writes it; an empty last answer in that is left out."""
+    if isinstance(value, str) and value.startswith(HH):
+        turns = hh_turns(value)
+        return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{key}: expected a list of turns or text, got {str(value)[:40]!r}")
+        raise ValueError(f"{key}: expected a list of turns, got {str(value)[:40]!r}")
     return [_turn(turn, key) for turn in value]
-
-
-def _hh_turns(text):
-    """Turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; an empty last one, where an answer would begin, is left out."""
-    parts = re.split(r"\n\n(Human|Assistant):", text)
-    turns = [
-        {"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
-        for speaker, said in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def _ends_with_assistant(turns):
@@ -71,8 +71,9 @@ def _ends_with_assistant(turns):
 
 
 def _asked(value, key):
-    """Turns that an answer can follow."""
-    turns = _turns(value, key)
+    """Turns that an answer can follow; plain text is a turn of the user's."""
+    is_text = isinstance(value, str) and not value.startswith(HH)
+    turns = [{"role": "user", "content": value}] if is_text else _turns(value, key)
     if _ends_with_assistant(turns):
         raise ValueError(f"{key}: it ends with a turn of the assistant, and the answer would follow that")
     return turns
@@ -87,8 +88,7 @@ def _parted(turns):
 
 
 def _ours(row):
-    prompt = row["prompt"]
-    return row | {"prompt": _turns(prompt, "prompt") if isinstance(prompt, str) else prompt}
+    return row | {"prompt": _asked(row["prompt"], "prompt")}
 
 
 def _dialogue(row):
@@ -114,7 +114,7 @@ def _preference(row):
     sides = []
     for key in ("chosen", "rejected"):
         value = row[key]
-        answer_alone = isinstance(value, str) and not value.startswith("\n\nHuman:")
+        answer_alone = isinstance(value, str) and not value.startswith(HH)
         sides.append([{"role": "assistant", "content": value}] if answer_alone else _turns(value, key))
     before = []
     if all(side[0]["role"] == "assistant" for side in sides):
@@ -124,8 +124,7 @@ def _preference(row):
     if sides[0][:-1] != sides[1][:-1]:
         return "prompts differ"
     if isinstance(row["chosen"], str) and not before:  # HH-RLHF's text holds labels that nobody spoke
-        roles = [[turn["role"] for turn in side] for side in sides]
-        if any(each != ["user", "assistant"] * (len(each) // 2) for each in roles):
+        if not all(map(alternate, sides)):
             return "roles do not alternate"
     prompt, (chosen, rejected) = before + sides[0][:-1], (side[-1] for side in sides)
     if {chosen["role"], rejected["role"]} != {"assistant"} or not prompt or _ends_with_assistant(prompt):
@@ -134,17 +133,14 @@ def _preference(row):
 
 
 def _instruction(row):
-    text, more = row["instruction"], row.get("input") or ""
-    if not isinstance(text, str) or not isinstance(more, str):
-        raise ValueError(f"instruction, input: expected text, got {str(text)[:40]!r}, {str(more)[:40]!r}")
-    return {
-        "prompt": [{"role": "user", "content": f"{text}\n\n{more}" if more.strip() else text}],
-        "response": row["output"],
-    }
+    text, more = _text(row, "instruction"), _text({"input": row.get("input") or ""}, "input")
+    asked = f"{text}\n\n{more}" if more.strip() else text
+    return {"prompt": [{"role": "user", "content": asked}], "response": _text(row, "output")}
 
 
 def _question(row):
-    return {"prompt": _asked(row["question"], "question"), "response": row["answer"], "reference": row["answer"]}
+    answer = _text(row, "answer")
+    return {"prompt": _asked(row["question"], "question"), "response": answer, "reference": answer}
 
 
 def _prompt_alone(row):
@@ -162,11 +158,6 @@ SHAPES: dict[tuple, Any] = {  # {keys of a row: what makes a record of it}; the 
     ("prompt",): _prompt_alone,
 }
 KEYS = {"id", "reference", "margin", "input", "rejected", *itertools.chain(*SHAPES)}  # what data_keys may name
-
-
-def shape_of(row: dict) -> tuple | None:
-    """The keys of the first shape that the row has."""
-    return next((keys for keys in SHAPES if all(key in row for key in keys)), None)
 
 
 def named_keys(text: str | None) -> dict[str, str]:
@@ -203,25 +194,26 @@ def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], s
     for where, raw in itertools.chain.from_iterable(sources.rows(path) for path in paths):
         bar.update()
         row = _renamed(raw, names, where) if names else raw
-        keys = shape_of(row)
+        keys = next((keys for keys in SHAPES if all(key in row for key in keys)), None)
         shape = shape or keys
         if keys is None or keys != shape:
             why = f"not {'+'.join(shape)} as before" if keys else "no known shape"
             known = ", ".join("+".join(each) for each in SHAPES)
             raise UserError(f"{where}: {why}; keys found: {_listed(row)}; known: {known} (or --data_keys)")
+        is_ours = keys == ("prompt", "response")
         try:
             record = SHAPES[keys](row)
             if isinstance(record, str):
                 left_out[record] += 1
                 continue
-            if keys != ("prompt", "response"):
+            if not is_ours:
                 record = {key: value for key, value in row.items() if _is_column(key, value, keys)} | record
-            record = _checked(record, row.get("id"), keys == ("prompt", "response"))
+            record = _checked(record, row.get("id"), is_ours)
             if record["prompt"][0]["content"] == row.get("prompt"):
                 record["text_prompt"] = True  # see functions.call_trl
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
-        record["id"] = _unique(record["id"], where, places, row, keys)
+        record["id"] = _unique(record["id"], where, places, may_repeat=not is_ours or not row.get("id"))
         records.append(record)
     bar.close()
     if not records:
@@ -240,12 +232,15 @@ def generated(made: list[dict], where: str, split: str) -> list[dict]:
     """Records that a user's task made, checked as those of a file are."""
     if not isinstance(made, list) or not made:
         raise UserError(f"{where} returned {made!r:.40} for {split}, expected a list of records")
-    records = []
+    records, ids = [], set()
     for i, record in enumerate(made):
         try:
             if not isinstance(record, dict) or "prompt" not in record:
                 raise ValueError(f"expected a dict with a prompt, got {record!r:.40}")
             records.append(_checked(_ours(record), record.get("id"), True))
+            if records[-1]["id"] in ids:
+                raise ValueError(f"id: {records[-1]['id']!r:.40} was used before")
+            ids.add(records[-1]["id"])
         except ValueError as error:
             raise UserError(f"{where}: record {i} of {split}: {error}") from error
     return records
@@ -262,28 +257,22 @@ def _checked(record, name, strict):
         raise ValueError(f"margin: expected a number from 0 up, got {str(margin)[:40]!r}")
     answer_ids = record.get("answer_ids", {})
     if not isinstance(answer_ids, dict) or not all(
-        key in ("response", "rejected") and isinstance(ids, list) and all(type(token) is int for token in ids)
+        key in ANSWERS and isinstance(ids, list) and all(type(token) is int for token in ids)
         for key, ids in answer_ids.items()
     ):
         raise ValueError("answer_ids: expected lists of token ids by response and rejected")
-    prompt = record["prompt"]
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"prompt: expected a list of turns or text, got {str(prompt)[:40]!r}")
-    try:
-        chat.normalise(prompt)
-    except ValueError as error:
-        raise ValueError(f"prompt: {error}") from error
-    if _ends_with_assistant(prompt):
-        raise ValueError("prompt: it ends with a turn of the assistant, and the answer would follow that")
+    unfinished = record.get("unfinished", [])
+    if not isinstance(unfinished, list) or not all(key in ANSWERS for key in unfinished):
+        raise ValueError(f"unfinished: expected a list of response and rejected, got {str(unfinished)[:40]!r}")
     if name is not None and not isinstance(name, str) and (strict or type(name) is not int):
         raise ValueError(f"id: expected text, got {str(name)[:40]!r}")
-    record["id"] = content_hash(record)[:16] if name is None else str(name)
+    record["id"] = content_hash(record)[:16] if name in (None, "") else str(name)
     return record
 
 
-def _unique(name, where, places, row, keys):
+def _unique(name, where, places, may_repeat):
     """The id with its place. Equal ids of our own shape are refused; hashes and the ids of others get a number."""
-    if name in places and keys == ("prompt", "response") and "id" in row:
+    if name in places and not may_repeat:
         path, _, line = places[name].rpartition(":")
         earlier = f"line {line}" if where.startswith(f"{path}:") else places[name]
         raise UserError(f"{where}: id {name!r} was used in {earlier}")

@@ -156,26 +156,15 @@ def unpack(path, member):
     return data
 
 
-def json_rows(text, name):
-    """(line, object) of JSON lines or of a JSON list."""
-    for line, row, _ in sources.json_values(text, name, not_json):
-        if not isinstance(row, dict):
-            raise UserError(f"{name}:{line}: expected an object, found {type(row).__name__}")
-        yield line, row
-
-
-def not_json(where, error):
-    return UserError(f"{where}: not JSON ({getattr(error, 'msg', error)})")
-
-
 def csv_rows(text, name):
-    """(line, dict) of a CSV file with a header; the line is the row's first."""
+    """(name:line, dict) of a CSV file with a header; the line is the row's first."""
     reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 2
     try:
         for row in reader:
+            where = f"{name}:{line}"
             if None in row or None in row.values():
-                raise UserError(f"{name}:{line}: another number of cells than the header has")
-            yield line, row
+                raise UserError(f"{where}: another number of cells than the header has")
+            yield where, row
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{name}:{line}: {error}") from error
@@ -189,8 +178,9 @@ def read_rows(task, split, path, member):
     except UnicodeDecodeError as error:
         raise UserError(f"{name}:{data.count(10, 0, error.start) + 1}: byte {error.start} is not UTF-8") from error
     records, dropped, flagged = {}, {}, {}
-    for index, (line, row) in enumerate((csv_rows if task.rows == "csv" else json_rows)(text, name)):
-        parsed = task.read(row, f"{name}:{line}", index)
+    rows = csv_rows(text, name) if task.rows == "csv" else sources.json_rows(text, name)
+    for index, (where, row, *_) in enumerate(rows):
+        parsed = task.read(row, where, index)
         reason = parsed if isinstance(parsed, str) else parsed.flag
         # a flagged row is never trained on; it is kept in test, so that scores compare with others'
         if isinstance(parsed, str) or (reason and split != "test"):
@@ -198,7 +188,7 @@ def read_rows(task, split, path, member):
             continue
         key = f"{task.name}-{split}-{parsed.id}"
         if key in records:
-            raise UserError(f"{name}:{line}:ID: {parsed.id!r} stands twice")
+            raise UserError(f"{where}:ID: {parsed.id!r} stands twice")
         if reason:
             flagged[key] = reason
         records[key] = {"id": key, "prompt": parsed.prompt, "response": parsed.response, "rejected": parsed.rejected}
@@ -286,27 +276,23 @@ def prepare(task, splits, source, output, deadline):
     return report
 
 
-def expanded(path):
-    """`~` in a path is the user's folder, in quotes too."""
-    return Path(path).expanduser()
-
-
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, choices=[*TASKS, "all"])
     parser.add_argument("--splits", default="train,val,test", help="comma-separated, of train, val and test")
     parser.add_argument("--source", help="mirror in place of the publishers: a folder or an http(s) URL prefix")
-    parser.add_argument("--output-dir", type=expanded, default=Path(__file__).resolve().parent)
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parent)
     args = parser.parse_args(argv)
-    splits = args.splits.split(",")
+    output = args.output_dir.expanduser()  # `~` in quotes too
+    splits, source = args.splits.split(","), os.path.expanduser(args.source or "")
     if set(splits) - set(SPLITS):
         raise UserError(f"--splits {args.splits}: expected some of train,val,test")
-    if args.source and not re.match("https?://", args.source) and not Path(args.source).is_dir():
+    if source and not re.match("https?://", source) and not Path(source).is_dir():
         raise UserError(f"--source {args.source}: expected a folder, or an address with http:// or https:// in front")
     deadline, names = time.monotonic() + MAX_SECONDS, [*TASKS] if args.dataset == "all" else [args.dataset]
     try:
-        return {name: prepare(TASKS[name], splits, args.source, args.output_dir, deadline) for name in names}
+        return {name: prepare(TASKS[name], splits, source, output, deadline) for name in names}
     except OSError as error:  # a full disk, a folder that cannot be written
         raise UserError(str(error)) from error
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common import data, records
+from common import config, data, records
 from common.log import UserError
+from common.runtime import sources
 from tests.publishers import pair as hh_pair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ ANSWERED = {  # a row of each shape
     "ours": lambda q, a: {"prompt": [user(q)], "response": a},
     "our keys, text": lambda q, a: {"prompt": q, "response": a, "extra": 1},
     "messages": lambda q, a: {"messages": [user(q), assistant(a)], "prompt": q},
+    "other cases": lambda q, a: {"messages": [{"role": "User", "content": q}, {"role": "ASSISTANT", "content": a}]},
     "gemma's role": lambda q, a: {"messages": [user(q), {"role": "model", "content": a, "tool_calls": None}]},
     "completion": lambda q, a: {"prompt": q, "completion": a},
     "completion, turns": lambda q, a: {"prompt": [user(q)], "completion": [assistant(a)]},
@@ -158,10 +160,13 @@ BAD = {
     ),
     "completion of the user": ({"prompt": "a", "completion": [user("b")]}, "completion: its last turn is not the"),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "chosen: an answer alone needs a prompt"),
-    "a number": ({"question": "a", "answer": 7}, "response: expected text, got '7'"),
-    "input": ({"instruction": "a", "input": ["b"], "output": "c"}, "instruction, input: expected text"),
+    "a number": ({"question": "a", "answer": 7}, "answer: expected text, got '7'"),
+    "input": ({"instruction": "a", "input": ["b"], "output": "c"}, "input: expected text, got \"['b']\""),
+    "null output": ({"instruction": "a", "output": None}, "output: expected text, got 'None'"),
+    "turns as JSON": ({"messages": json.dumps([user("a")])}, "messages: expected a list of turns, got '[{"),
     "unknown": ({"source": "a", "target": "b"}, "no known shape; keys found: source, target; known: prompt+response, "),
     "none": ({}, "no known shape; keys found: none; known: "),
+    "unfinished": ({"prompt": "a", "response": "b", "unfinished": True}, "unfinished: expected a list of response and"),
     "an id": ({"question": "a", "answer": "b", "id": [1]}, "id: expected text"),
 }
 
@@ -181,6 +186,12 @@ def test_mixed_shapes_name_the_first_odd_line(load, tmp_path):
         UserError, match=r"train\.jsonl:3: not question\+answer as before; keys found: messages; known: "
     ):
         load(rows)
+
+
+def test_ids_that_are_empty_are_none(load):
+    rows = [{"id": name, "prompt": "a", "response": "b"} for name in (None, "", None)]
+    ids = [record["id"] for record in load(rows)]
+    assert ids[1:] == [f"{ids[0]}-2", f"{ids[0]}-3"] and len(ids[0]) == 16
 
 
 def test_equal_rows_and_ids_of_others_get_a_number(load):
@@ -252,7 +263,31 @@ def test_few_rows_give_one_at_least_to_each(tmp_path, count):
     assert sum(sizes) == count and min(sizes) >= 1
 
 
+def test_a_folder_without_a_split_s_name_says_what_it_has(tmp_path):
+    for name in ("part-1.jsonl", "part-2.jsonl", "notes.txt"):
+        write(tmp_path / name, [])
+    with pytest.raises(
+        UserError, match=r"/train\.jsonl: no such file; .* \(the folder has part-1\.jsonl, part-2\.jsonl\)$"
+    ):
+        data.load_split(tmp_path, "train")
+
+
 def test_two_rows_are_too_few(tmp_path):
     path = write(tmp_path / "mine.jsonl", [{"question": f"{i}", "answer": "a"} for i in range(2)])
     with pytest.raises(UserError, match=r"mine\.jsonl: 2 prompts are too few to cut val and test from"):
         data.load_split(path, "train")
+
+
+def test_a_run_reads_its_files_once(tmp_path, monkeypatch, capsys):
+    """train and val of a run are what each alone is, whether val is cut from train or a file of its own."""
+    opened = []
+    monkeypatch.setattr(sources, "rows", lambda path, real=sources.rows: opened.append(path.name) or real(path))
+    rows = [{"question": f"{i}", "answer": "a"} for i in range(100)]
+    write(tmp_path / "train.jsonl", rows)
+    for files in (["train.jsonl"], ["train.jsonl", "val.jsonl"]):
+        alone = {split: data.load_split(tmp_path, split) for split in ("train", "val")}
+        said = capsys.readouterr().out
+        opened.clear()
+        assert data.load_train_and_val(config.load_config(None, {"dataset_path": str(tmp_path)})) == alone
+        assert opened == files and capsys.readouterr().out == said
+        write(tmp_path / "val.jsonl", [{"question": "other", "answer": "b"}])

@@ -34,6 +34,7 @@ FORMATS = {
     "zipped.jsonl.gz": gzip.compress(LINES),
     "array.json": json.dumps(ROWS, indent=1).encode(),
     "bom.json": b"\xef\xbb\xbf" + json.dumps(ROWS, ensure_ascii=False).encode(),
+    "array.jsonl": json.dumps(ROWS).encode(),
     "lines.json": LINES,  # what the hub often calls .json
     "table.parquet": table(ROWS),
 }
@@ -54,6 +55,7 @@ FAULTS = {  # {name: (content, the line that is at fault or None, words)}
     "f.jsonl.gz": (gzip.compress(LINES)[:-9], None, "cannot be unpacked"),
     "g.jsonl.gz": (b"no gzip", None, "cannot be unpacked"),
     "h.jsonl.gz": (gzip.compress(LINES + b"[" * (sources.MAX_LINE + 1)), 6, "longer than"),
+    "utf16.jsonl": (LINES.decode().encode("utf-16"), 1, "the file is UTF-16: save it as UTF-8"),
     "i.parquet": (table(ROWS)[:-7], None, "not a readable parquet file"),
     "j.parquet": (b"", None, "not a readable parquet file"),
 }

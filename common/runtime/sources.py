@@ -12,9 +12,8 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from common import log
 from common.log import UserError
@@ -124,7 +123,7 @@ def rows(path: Path) -> Iterator[tuple[str, dict]]:
         return
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            start = file.read(4096) if path.suffix == ".json" else b""
+            start = file.read(4096)
             if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 yield from _items(start + file.read(), path)
                 return
@@ -136,6 +135,8 @@ def rows(path: Path) -> Iterator[tuple[str, dict]]:
                 if len(line) > MAX_LINE:
                     raise UserError(f"{where}: the line is longer than {MAX_LINE} bytes")
                 if number == 1:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise UserError(f"{where}: the file is UTF-16: save it as UTF-8")
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield where, _parsed(line, where)
@@ -174,21 +175,18 @@ def _items(content, path):
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_json(f"{path}:{content.count(10, 0, error.start) + 1}", error) from error
-    for line, row, escaped in json_values(text, path, _not_json):
-        where = f"{path}:{line}"
+    for where, row, escaped in json_rows(text, path):
         try:
             _check_text(row, escaped)
         except (ValueError, RecursionError) as error:
             raise _not_json(where, error) from error
-        yield where, _object(row, where)
+        yield where, row
 
 
-def json_values(
-    text: str, name: Path | str, not_json: Callable[[str, Exception], UserError]
-) -> Iterator[tuple[int, Any, bool]]:
-    """(line, value, is there an escape in it) of JSON lines or of a JSON list, value by value: that keeps the line.
+def json_rows(text: str, name: Path | str) -> Iterator[tuple[str, dict, bool]]:
+    """(name:line, object, is there an escape in it) of JSON lines or of a JSON list, one by one: that keeps the line.
 
-    name: of the file, for messages; not_json(name:line, error) is raised where a value is none.
+    UserError where something is no object.
     """
     position, end = 0, len(text)
     if text.lstrip().startswith("["):
@@ -198,11 +196,12 @@ def json_values(
     decoder, gap, line, start = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
     while (begin := gap.match(text, position).end()) < end:
         line, start = line + text.count("\n", start, begin), begin
+        where = f"{name}:{line}"
         try:
             value, position = decoder.raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
-            raise not_json(f"{name}:{line}", error) from error
-        yield line, value, text.find("\\u", begin, position) >= 0
+            raise _not_json(where, error) from error
+        yield where, _object(value, where), text.find("\\u", begin, position) >= 0
 
 
 def _parquet_rows(path):

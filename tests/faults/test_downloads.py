@@ -474,7 +474,7 @@ BAD = {
     "margin as text": (record(margin="1"), "margin: expected a number"),
     "margin below zero": (record(margin=-1), "margin: expected a number"),
     "margin true": (record(margin=True), "margin: expected a number"),
-    "infinite margin": ('{"id": "a", "prompt": [], "response": "", "margin": 1e400}', "margin: expected a number"),
+    "infinite margin": ('{"id": "a", "prompt": "q", "response": "", "margin": 1e400}', "margin: expected a number"),
     "no prompt": (without("prompt"), "no known shape; keys found: id, reference, rejected, response; known: prompt+re"),
     "a number as prompt": (record() | {"prompt": 5}, "prompt: expected a list"),
     "the assistant speaks last": (record(prompt=[user("a"), assistant("b")]), "ends with a turn of the assistant"),
@@ -484,8 +484,8 @@ BAD = {
         "ends with a turn of the assi",
     ),
     "empty prompt": (record(prompt=[]), "prompt: expected a list"),
-    "a role": (record(prompt=[{"role": "human", "content": "x"}]), "prompt: a turn is"),
-    "no content": (record(prompt=[{"role": "user"}]), "prompt: a turn is"),
+    "a role": (record(prompt=[{"role": "narrator", "content": "x"}]), "prompt: the role of a turn is"),
+    "no content": (record(prompt=[{"role": "user"}]), "prompt: the content of a turn is"),
     "too long": (record(response="x" * (sources.MAX_LINE + 1)), "longer than"),
 }
 
