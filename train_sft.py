@@ -73,8 +73,9 @@ def main(argv=None):
     for split, records in data.load_train_and_val(cfg).items():
         examples[split], counts = data.encode_records(records, tokenizer, length, training.last_turn_only)
         say_counts(split, counts, length)
-        if not any(record["response"] for record in records):
-            raise UserError(f"{split}: no record has a response to train on; prompts alone are for ppo and grpo")
+        if not examples[split] and not counts["no_target"]:
+            why = "no record has a user's turn and a response to train on; prompts alone are for ppo and grpo"
+            raise UserError(f"{split}: {why}")
         if not examples[split]:
             raise UserError(f"{split}: training.max_seq_length {length} leaves no example a token to train on")
     train, val = examples["train"], examples["val"]

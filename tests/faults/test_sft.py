@@ -338,8 +338,11 @@ def test_R17_rows_without_a_target_are_counted_and_never_trained(tmp_path, setti
         assert words in line, line
     values = [value for line in lines(tmp_path / "run") for value in line.values()]
     assert None not in values and all(math.isfinite(value) for value in values if not isinstance(value, str))
-    (source / "train.jsonl").write_text("".join(json.dumps(row | {"response": " "}) + "\n" for row in rows))
-    refused(tmp_path, settings(tmp_path / "none", *flags), "train", "leaves no example a token to train on")
+    nobody = {"prompt": [{"role": "system", "content": "Be kind."}]}
+    reason = "no record has a user's turn and a response to train on"
+    for change, words in (({"response": " "}, reason), (nobody, reason), (long, "leaves no example a token to train")):
+        (source / "train.jsonl").write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+        refused(tmp_path, settings(tmp_path / "none", *flags), "train: ", words)
 
 
 def test_R17_a_batch_without_a_label_has_loss_0_and_no_gradient(tiny_model):
