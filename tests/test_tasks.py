@@ -212,6 +212,43 @@ def test_a_file_that_is_no_task_is_one_line(tmp_path, text, words):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('name="mine"', 'name="my task"', "name: expected one word .*, got 'my task'"),
+        ('{"exact": Part(1.0, "equal")}', '{"exact": 1.0}', "parts: expected {WORD: Part.*got {'exact': 1.0}"),
+        ('{"exact": Part(1.0, "equal")}', '{"an exact one": Part(1.0, "equal")}', "parts: expected {WORD: Part"),
+        ("reward=reward", "reward='exact'", "reward: expected a function, got 'exact'"),
+        ('Metric("share that is equal", 1, "rate")', '"share that is equal"', "metrics: expected {WORD: Metric"),
+        ('1, "rate")', '1, "rates")', "metrics: expected .* kind mean, rate, ratio or corpus, got "),
+        ('1, "rate")', '"up", "rate")', "metrics: expected .* better 1, 0 or -1"),
+        ('headline=("right",)', 'headline=("right")', "headline: expected a tuple of names of metrics, got 'right'"),
+        (
+            "synthetic=synthetic",
+            "synthetic=synthetic, correct='write'",
+            "correct: expected the name of a metric of kind",
+        ),
+        ("synthetic=synthetic", "synthetic=synthetic, options={'level': 3}", "options: expected {WORD: Option"),
+        (
+            "synthetic=synthetic",
+            "synthetic=synthetic, sizes={'train': 'many'}",
+            "sizes: expected {split: number of rec",
+        ),
+        ("synthetic=synthetic", "synthetic=synthetic, pair_rules=[len]", "pair_rules: expected {rule: function}"),
+        ("synthetic=synthetic", "synthetic=synthetic, floors=['x']", r"floors: expected a function, got \['x'\]"),
+    ],
+)
+def test_a_field_that_breaks_the_contract_is_named(tmp_path, old, new, words):
+    path = write(tmp_path, old, new)
+    with pytest.raises(UserError, match=f"^task: {path}: {words}"):
+        tasks.load(path)
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_built_in_tasks_keep_the_contract(name):
+    assert [field for field in tasks.CONTRACT if not tasks._keeps_contract(TASKS[name], field)] == []
+
+
 EXACT = 'return {"exact": float(completion == reference)}'
 RIGHT = 'return {"right": counted(text == record["reference"])}'
 

@@ -86,8 +86,13 @@ def test_the_weights_and_the_help_know_its_parts(tmp_path, page, capsys):
             "    return [{'id': 'a', 'prompt': 7, 'response': 'x', 'reference': 'x'}]",
             ("synthetic: record 0 of train: prompt: expected a list",),
         ),
+        (
+            '    return generate(draw, "mine", split, count, seed)',
+            "    return [{'id': 'a', 'prompt': w, 'response': 'x', 'reference': 'x'} for w in ('a', 'b')]",
+            ("synthetic: record 1 of train: id: 'a' was used before",),
+        ),
     ],
-    ids=["no TASK", "exits", "2", "no records", "no list", "arguments", "bad record"],
+    ids=["no TASK", "exits", "2", "no records", "no list", "arguments", "bad record", "an id twice"],
 )
 def test_a_whole_command_refuses_in_one_line(tmp_path, old, new, words):
     path = write(tmp_path, old, new)

@@ -22,6 +22,7 @@ from common.log import UserError
 NAMES = ("safety", "clinical", "conala", "gsm8k", "arithmetic", "dialogue")
 SPLITS = ("train", "val", "test")
 DEBUG_SIZES = {"train": 512, "val": 128, "test": 128}  # generated records
+KINDS = ("mean", "rate", "ratio", "corpus")  # of a metric
 MAX_TEXT_CHARS = 1_000_000  # of one text in a publisher's row
 
 
@@ -122,6 +123,28 @@ class Task:
         return {name: part.weight for name, part in self.parts.items()}
 
 
+CONTRACT = {  # {field: what it is}, in the order in which a user's file is checked
+    "name": "one word of letters, digits, _ and -",
+    "parts": "{WORD: Part(weight, what it is)}",
+    "metrics": "{WORD: Metric(what it is, better, kind)}, better 1, 0 or -1, kind mean, rate, ratio or corpus",
+    "options": "{WORD: Option(default, rule, what it is)}",
+    "files": "{split: File(address)}",
+    "sizes": "{split: number of records}",
+    "pair_rules": "{rule: function}",
+    "headline": "a tuple of names of metrics",
+    "correct": "the name of a metric of kind rate",
+    **dict.fromkeys(("reward", "statistics", "vote", "floors", "synthetic", "read", "rank", "plain"), "a function"),
+}
+ROWS: dict[str, Callable] = {  # {field: is this one of its rows?}
+    "parts": lambda row: isinstance(row, Part),
+    "metrics": lambda row: isinstance(row, Metric) and row.better in (-1, 0, 1) and row.kind in KINDS,
+    "options": lambda row: isinstance(row, Option) and isinstance(row.rule, str),
+    "files": lambda row: isinstance(row, File),
+    "sizes": lambda row: type(row) is int and row > 0,
+    "pair_rules": callable,
+}
+
+
 def load(task: str | Task) -> Task:
     """The task of that name, or that a file of the user's defines. UserError, naming the file, where it is none."""
     if isinstance(task, Task):
@@ -145,10 +168,28 @@ def _task_of(module, path):
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task):
         raise UserError(f"task: {path}: expected TASK = Task(...) in it; docs/your_task.md shows one")
+    for name, expected in CONTRACT.items():
+        if not _keeps_contract(task, name):
+            raise UserError(f"task: {path}: {name}: expected {expected}, got {getattr(task, name)!r:.80}")
     own = {entry.name: getattr(task, entry.name) for entry in fields(task)}
     guarded = {name: _guarded(path, name, function) for name, function in own.items() if callable(function)}
     rules = {rule: _guarded(path, rule, score) for rule, score in task.pair_rules.items()}
     return replace(task, path=path, pair_rules=rules, **guarded)
+
+
+def _keeps_contract(task, name):
+    """Is the task's field `name` what CONTRACT says?"""
+    value = getattr(task, name)
+    if name == "name":
+        return isinstance(value, str) and re.fullmatch(r"\w[\w-]*", value)
+    if name == "headline":
+        return isinstance(value, tuple | list) and all(isinstance(metric, str) for metric in value)
+    if name == "correct":
+        return value is None or (value in task.metrics and task.metrics[value].kind == "rate")
+    if name in ROWS:
+        is_table = isinstance(value, dict) and all(str(key).isidentifier() or name == "pair_rules" for key in value)
+        return is_table and all(map(ROWS[name], value.values()))
+    return callable(value) or (value is None and name != "reward")
 
 
 def _guarded(path, name, function):
