@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import train_rl
 import train_sft
@@ -52,8 +52,8 @@ def settings(few, micro_folder):
 
 def count_reads(folder, main, argv):
     """`processes.call`, with a file in `folder` that says how often a tokenizer was read."""
-    read, reads = bases.PreTrainedTokenizerFast.from_pretrained, []
-    bases.PreTrainedTokenizerFast.from_pretrained = lambda *a, **options: reads.append(a) or read(*a, **options)
+    read, reads = PreTrainedTokenizerFast.from_pretrained, []
+    PreTrainedTokenizerFast.from_pretrained = lambda *a, **options: reads.append(a) or read(*a, **options)
     bases._load_tokenizer.cache_clear()
     processes.call(main, argv)
     (folder / "reads").write_text(str(len(reads)))

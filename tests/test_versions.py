@@ -1,17 +1,20 @@
 """Libraries with known holes are refused by every script, before a model is opened."""
 
 import pytest
+import torch
+import transformers
 
 import evaluate
 import train_reward
 import train_rl
 import train_sft
 import train_staged
-from common import log, model
+from common import log
 from common.log import UserError
-from common.runtime import base, versions
+from common.runtime import tiny, versions
 from tests import processes
 
+LIBRARIES = {"torch": torch, "transformers": transformers}
 OLD = {"torch": ("2.9.1+cu128", "CVE-2026-24747"), "transformers": ("5.2.0", "CVE-2026-4372")}
 TRAINERS = {"sft": train_sft, "reward": train_reward, "rl": train_rl, "staged": train_staged}
 JOBS = [*((script.main, ("--training.mode", mode)) for mode, script in TRAINERS.items())]
@@ -25,8 +28,8 @@ def test_old_libraries_are_refused_before_a_model_is_opened(tmp_path, name, job)
     main, more = JOBS[job]
 
     def body(main, argv):
-        getattr(versions, name).__version__ = old
-        model.Gemma3ForCausalLM.from_pretrained = base.tiny.ensure = None  # whoever calls them ends with a traceback
+        LIBRARIES[name].__version__ = old
+        transformers.Gemma3ForCausalLM.from_pretrained = tiny.ensure = None  # who calls them ends with a traceback
         processes.call(main, argv)
 
     argv = ["--debug", "--logging.output_dir", tmp_path / "out", *more]
@@ -52,7 +55,7 @@ def test_old_libraries_are_refused_before_a_model_is_opened(tmp_path, name, job)
     ],
 )
 def test_the_order_of_versions(monkeypatch, library, version, fine):
-    monkeypatch.setattr(getattr(versions, library), "__version__", version)
+    monkeypatch.setattr(LIBRARIES[library], "__version__", version)
     if fine:
         versions.check()
     else:
