@@ -18,6 +18,7 @@ import torch
 from common import config, log
 
 config.load_config()  # every child would read configs/defaults.yml anew, which is a third of a short one's time
+_doors = []
 
 
 def call(main, argv):
@@ -110,9 +111,12 @@ def train_ranks(main, folder, argv):
 
 
 def free_port():
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        return door.getsockname()[1]
+    """A port that no other process is given as long as this one lives; its children may listen on it."""
+    door = socket.socket()
+    door.bind(("127.0.0.1", 0))
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # listeners with the same option share it
+    _doors.append(door)
+    return door.getsockname()[1]
 
 
 def terminate():
