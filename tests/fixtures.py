@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests import processes
 from tests.bases import folder, no_network, refused  # noqa: F401
 from tests.faults.children import fresh  # noqa: F401
 from tests.publishers import go, script, server  # noqa: F401
@@ -18,7 +19,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def tiny_folder():
     from common.runtime import base
 
-    return base.resolve("tiny")
+    return processes.keep(base.resolve("tiny"))
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,6 @@ def micro_folder(tmp_path_factory, tiny_folder):
     """A base for runs that only have to run: the tokenizer of the tiny one, two small layers, random weights."""
     from transformers import Gemma3ForCausalLM
 
-    from common import model
     from common.runtime import tiny
 
     target = tmp_path_factory.mktemp("micro") / "base"
@@ -41,8 +41,7 @@ def micro_folder(tmp_path_factory, tiny_folder):
     config.save_pretrained(target)
     weights = {name: p.detach() for name, p in net.named_parameters()}  # the tied head is listed once
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    model.load(target, torch.device("cpu"), torch.float32)  # with tables that every forked child would make anew
-    return target
+    return processes.keep(target)
 
 
 @pytest.fixture

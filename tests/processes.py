@@ -4,7 +4,9 @@ Every run is a forked child of the warmed parent: locks, signal handlers and pat
 does is a body(main, argv), `call` if nothing is to go wrong; `main` is a script's.
 """
 
+import functools
 import gc
+import importlib.metadata
 import json
 import os
 import re
@@ -14,15 +16,31 @@ import sys
 import traceback
 
 import torch
+import yaml
 
-from common import config, log
+from common import config, log, model
 
 config.load_config()  # every child would read configs/defaults.yml anew, which is a third of a short one's time
-_doors = []
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+log.versions()  # and these files
+_doors, _load = [], model.load
+bases = {}  # by folder, (model, tokenizer) as `model.load` gives them: a third of a short run is to load a base
 
 
 def call(main, argv):
     print("RESULT " + json.dumps(main([str(word) for word in argv])))
+
+
+def keep(folder):
+    """Load a base for all children -> its folder."""
+    bases[str(folder)] = _load(str(folder), torch.device("cpu"), torch.float32)
+    return folder
+
+
+def load(checkpoint, device, dtype, quantize=False):
+    """model.load of a child: it has the first copy of each of `bases` from its parent."""
+    kept = device.type == "cpu" and dtype == torch.float32 and not quantize and bases.pop(str(checkpoint), None)
+    return kept or _load(checkpoint, device, dtype, quantize)
 
 
 def start(main, folder, argv, body=call, environment=(), pictures=False):
@@ -30,8 +48,12 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
 
     Pictures are drawn only with `pictures`: they take longer than a short run.
     """
+    import rouge_score.rouge_scorer  # noqa: F401  # once, for all children: scripts import these late
+    import scipy.stats  # noqa: F401
+    from transformers import Gemma3ForCausalLM  # noqa: F401
+
     if pictures:
-        import matplotlib.figure  # noqa: F401  # once, for all children
+        import matplotlib.figure  # noqa: F401
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -41,6 +63,10 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
                 os.dup2(os.open(folder / f"{name}-{os.getpid()}", os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             gc.freeze()  # what the parent holds is not the child's to look through
+            model.load = load
+            yaml.SafeLoader = yaml.CSafeLoader  # a stage's config is read many times
+            traceback.format_stack = list  # torch.manual_seed keeps three of them, for devices that are not there
+            os.fsync = lambda number: None  # it waits for the disk, and a child that dies loses nothing it wrote
             torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
             os.environ.update(environment)
             if not pictures:

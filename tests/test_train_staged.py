@@ -55,6 +55,7 @@ def count_reads(folder, main, argv):
     read, reads = PreTrainedTokenizerFast.from_pretrained, []
     PreTrainedTokenizerFast.from_pretrained = lambda *a, **options: reads.append(a) or read(*a, **options)
     bases._load_tokenizer.cache_clear()
+    processes.bases.clear()
     processes.call(main, argv)
     (folder / "reads").write_text(str(len(reads)))
 
