@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of neighbours t
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 # Longest first: two processes that take a file at a time then end together. The second to the fifth need no base:
 # where the tiny one is not built yet, the first file builds it, and nobody waits.
-LONGEST = """test_train_online test_platforms test_checkpoints test_report test_pictures test_online_stops
+LONGEST = """test_train_online test_checkpoints test_analysis test_report test_pictures test_online_stops
     test_train_staged test_rollouts test_train_rl test_explain test_dist test_adapter_base test_train_sft test_serve
     test_pages test_engine test_sft test_online_values test_export test_dpo test_run test_train_reward test_tiny
     test_evaluate test_reward test_ranks test_staged""".split()
