@@ -66,6 +66,16 @@ def test_auto_is_cuda_or_cpu_and_mps_only_by_name(monkeypatch, capsys):
     assert capsys.readouterr().out.count("warning: device mps is untried") == 1
 
 
+def test_kernels_on_cuda_repeat_or_end_the_run():
+    """With warn_only, torch would take a backward of attention that does not repeat."""
+    out = child(
+        "import torch; from common.runtime import resume\n"
+        "resume.prepare(torch.device('cuda'))\n"
+        "print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())"
+    )
+    assert out.split() == ["True", "False"]
+
+
 def test_the_downloader_needs_the_standard_library_only():
     """Its help, and its refusals, come before anything is installed, and at once."""
     out = child(

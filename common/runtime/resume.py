@@ -50,15 +50,18 @@ UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the 
 def prepare(device: torch.device) -> None:
     """What has to be set before the first product of a run.
 
-    On CUDA, kernels that repeat to the bit (torch warns where it knows none); those of the CPU do already. On CPU,
-    oneDNN keeps a kernel for each of the last 1,024 shapes, and every batch brings new ones: 512 take 0.15 GB less on
-    the 270M; 64, less than the shapes of one step of pairs, would cost 17 % of the time.
+    On CUDA, kernels that repeat to the bit; an operation that has none ends the run (with warn_only, the backward of
+    attention would take one that does not repeat). Those of the CPU do already. On CPU, oneDNN keeps a kernel for each
+    of the last 1,024 shapes, and every batch brings new ones: 512 take 0.15 GB less on the 270M; 64, less than the
+    shapes of one step of pairs, would cost 17 % of the time.
     """
     if device.type == "cpu":
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
+        # it would fill each new tensor, the logits too
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
