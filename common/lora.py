@@ -115,9 +115,9 @@ def inject(
     for module_name, module in lora_modules(model).items():
         if module_name.rsplit(".", 1)[-1] in targets:
             device = module.base.weight.device
-            a = torch.empty(rank, module.base.in_features, device=device)
+            a = torch.empty(rank, module.base.in_features, device="cpu")  # drawn there: the same on every device
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            module.lora_A[name] = nn.Parameter(a)
+            module.lora_A[name] = nn.Parameter(a.to(device))
             module.lora_B[name] = nn.Parameter(torch.zeros(module.base.out_features, rank, device=device))
             module.scale[name] = alpha / rank
             module.dropout[name] = dropout

@@ -37,6 +37,18 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_trains():
     assert len(trainable) == 2 * 7 * 6 and all("lora_" in name for name in trainable)
 
 
+def test_the_start_is_drawn_by_the_cpu_on_every_device():
+    """So a run begins with the same adapter on a GPU; here on a device that has no generator."""
+    after = []
+    for device in ("cpu", "meta"):
+        net = random_gemma().to(device)
+        torch.manual_seed(0)
+        lora.inject(net, "policy", 4, 8)
+        after.append(torch.rand(3))
+    torch.manual_seed(0)
+    assert torch.equal(*after) and not torch.equal(after[0], torch.rand(3))
+
+
 def test_forward_and_gradients_equal_the_formula():
     torch.manual_seed(0)
     base, x = nn.Linear(10, 6, bias=False), torch.randn(3, 5, 10, requires_grad=True)
