@@ -9,6 +9,7 @@ their input instead of fp32 intermediates for the backward. Weights are read fro
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ def hidden_states(model: Gemma, tokens: Tensor, lengths: list[int], parents: lis
     parents = parents or [None] * len(lengths)
     starts = [0 if parent is None else lengths[parent] for parent in parents]
     body, config = model.model, model.config
+    layout = (lengths, parents)
+    if tokens.device.type != "cpu":
+        layout = _padded(lengths, parents, {None, config.sliding_window}, tokens.device)
     positions = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths)]).to(tokens.device)
     rotations = {kind: _rotation(body.rotary_emb, positions, kind) for kind in set(config.layer_types)}
     x = body.embed_tokens(tokens)
@@ -37,7 +41,7 @@ def hidden_states(model: Gemma, tokens: Tensor, lengths: list[int], parents: lis
     for layer, kind in zip(body.layers, config.layer_types):
         window = config.sliding_window if kind == "sliding_attention" else None
         h = norm(x, layer.input_layernorm)
-        h = attention(h, layer.self_attn, rotations[kind], (lengths, parents), window)
+        h = attention(h, layer.self_attn, rotations[kind], layout, window)
         x = x + norm(h, layer.post_attention_layernorm)
         h = norm(x, layer.pre_feedforward_layernorm)
         h = _GatedGelu.apply(layer.mlp.gate_proj(h), layer.mlp.up_proj(h))
@@ -46,9 +50,12 @@ def hidden_states(model: Gemma, tokens: Tensor, lengths: list[int], parents: lis
 
 
 def attention(
-    h: Tensor, module: Any, rotation: tuple[Tensor, Tensor], layout: tuple[list, list], window: int | None
+    h: Tensor, module: Any, rotation: tuple[Tensor, Tensor], layout: "tuple[list, list] | Padded", window: int | None
 ) -> Tensor:
-    """Grouped-query causal attention inside each sequence of (N, d) -> (N, d); `window` tokens back, or all if None."""
+    """Grouped-query causal attention inside each sequence of (N, d) -> (N, d); `window` tokens back, or all if None.
+
+    layout: (lengths, parents) of hidden_states; Padded where not on a CPU.
+    """
     heads, groups, dim = module.config.num_attention_heads, module.config.num_key_value_heads, module.head_dim
     q = _NormRotate.apply(module.q_proj(h).view(-1, heads, dim), module.q_norm.weight, *rotation, module.q_norm.eps)
     k = _NormRotate.apply(module.k_proj(h).view(-1, groups, dim), module.k_norm.weight, *rotation, module.k_norm.eps)
@@ -68,22 +75,36 @@ def _attend_each(q, k, v, layout, scale, window):
     return torch.cat(out)
 
 
-def _attend_padded(q, k, v, layout, scale, window):
-    """The same in one sdpa call: right-padded to (B, heads, L, dim), so a causal mask already hides every pad.
+@dataclass
+class Padded:
+    """Sequences as rows of one sdpa call: each with its parent in front, right-padded to the longest, L tokens."""
 
-    A row is a sequence with its parent in front, whose outputs are thrown away.
-    """
-    lengths, parents = layout
+    index: Tensor  # (B, L): which token stands there, 0 after the end
+    places: Tensor  # (N,): where each token's own output lies among the B * L
+    masks: dict  # {window: (L, L) bool, or None where a causal mask does}
+
+
+def _padded(lengths, parents, windows, device):
+    """The layout that _attend_padded takes. A causal mask already hides every pad."""
     starts = [0, *itertools.accumulate(lengths)]
     whole = [[*range(starts[i], starts[i + 1])] for i in range(len(lengths))]
     rows = [(whole[p] if p is not None else []) + own for p, own in zip(parents, whole)]
     longest = max(map(len, rows))
-    index = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=q.device)  # (B, L)
-    at = torch.arange(longest, device=q.device)
-    ends = torch.tensor([len(row) for row in rows], device=q.device)[:, None]
-    own = (at < ends) & (at >= ends - torch.tensor(lengths, device=q.device)[:, None])
-    padded = [t[index] for t in (q, k, v)]
-    mask = None if window is None or longest <= window else (at[:, None] >= at) & (at[:, None] - at < window)
+    index = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+    ends = [i * longest + len(row) for i, row in enumerate(rows)]
+    places = torch.tensor([place for end, n in zip(ends, lengths) for place in range(end - n, end)], device=device)
+    at = torch.arange(longest, device=device)
+    masks = {
+        window: (at[:, None] >= at) & (at[:, None] - at < window) if window and longest > window else None
+        for window in windows
+    }
+    return Padded(index, places, masks)
+
+
+def _attend_padded(q, k, v, layout, scale, window):
+    """The same in one sdpa call; what a parent's copy puts out is thrown away."""
+    mask = layout.masks[window]
+    padded = [t[layout.index] for t in (q, k, v)]
     if mask is not None:  # GPU kernels that take a mask do not share keys among heads
         padded[1:] = [t.repeat_interleave(q.shape[1] // k.shape[1], 2) for t in padded[1:]]
     q, k, v = (t.transpose(1, 2) for t in padded)
@@ -96,7 +117,7 @@ def _attend_padded(q, k, v, layout, scale, window):
         scale=scale,
         enable_gqa=mask is None,
     )
-    return out.transpose(1, 2)[own]
+    return out.transpose(1, 2).flatten(0, 1)[layout.places]
 
 
 class _CausalAttention(torch.autograd.Function):

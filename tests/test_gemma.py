@@ -74,8 +74,9 @@ def test_the_padded_path_equals_the_other():
     for window, parents in ((None, alone), (16, alone), (None, families), (16, families)):
         q, k, v = (torch.randn(sum(LENGTHS), h, 8, generator=generator).requires_grad_() for h in (4, 2, 2))
         outs, grads = [], []
-        for attend in (gemma._attend_each, gemma._attend_padded):
-            out = attend(q, k, v, (LENGTHS, parents), 0.3, window)
+        padded = gemma._padded(LENGTHS, parents, {None, 16}, "cpu")
+        for attend, layout in ((gemma._attend_each, (LENGTHS, parents)), (gemma._attend_padded, padded)):
+            out = attend(q, k, v, layout, 0.3, window)
             outs.append(out)
             grads.append(torch.autograd.grad((out * torch.arange(8)).sum(), (q, k, v)))
         assert (outs[0] - outs[1]).abs().max() < 1e-5
