@@ -29,6 +29,8 @@ def gae(
     A masked token inside a sequence (a tool's text) is stepped over: A and V carry on undiscounted.
     """
     assert token_rewards.shape == values.shape == mask.shape, (token_rewards.shape, values.shape, mask.shape)
+    device = values.device  # a GPU would start eight small kernels for each token
+    token_rewards, values, mask = token_rewards.cpu(), values.cpu(), mask.cpu()
     advantages = torch.zeros_like(token_rewards)
     advantage = next_value = torch.zeros_like(token_rewards[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -37,7 +39,7 @@ def gae(
         advantage = torch.where(here, delta + gamma * lam * advantage, advantage)
         next_value = torch.where(here, values[:, t], next_value)
         advantages[:, t] = torch.where(here, advantage, 0)
-    return advantages, torch.where(mask.bool(), advantages + values, 0)
+    return advantages.to(device), torch.where(mask.bool(), advantages + values, 0).to(device)
 
 
 @torch.no_grad()

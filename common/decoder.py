@@ -81,7 +81,8 @@ class Decoder:
         hidden = self._run(tokens, positions, attend)[torch.tensor(lengths, device=device).cumsum(0) - 1]
         self.lengths += [length for length, n in zip(lengths, copies) for _ in range(n)]
         self.names += [name for name, n in zip(adapters, copies) for _ in range(n)]
-        return hidden.repeat_interleave(torch.tensor(copies, device=device), 0)
+        repeats = torch.tensor(copies, device=device)
+        return hidden.repeat_interleave(repeats, 0, output_size=sum(copies))
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -174,7 +175,8 @@ class Decoder:
         slots = slice(low, max(lengths) + 1)
         if min(lengths) == max(lengths):
             return slots, None
-        slot, at = (torch.tensor(some, device=self.head.device) for some in (range(slots.start, slots.stop), lengths))
+        slot = torch.arange(slots.start, slots.stop, device=self.head.device)
+        at = torch.tensor(lengths, device=self.head.device)
         mask = slot <= at[:, None]
         if window is not None:
             mask &= slot > at[:, None] - window

@@ -214,7 +214,7 @@ def minibatches(
     makes the same minibatches. One without a row that has_gradient (B,) bool on any rank is left out. row_divisor (B,):
     of loss_weights. budget: tokens of a micro-batch, in which a prompt counts once for its neighbours.
     """
-    row_tokens = [int(n) for n in rollout.row_tokens.tolist()]
+    row_tokens, has_gradient = [int(n) for n in rollout.row_tokens.tolist()], has_gradient.tolist()
     prompt_tokens = [n - int(m) for n, m in zip(row_tokens, rollout.completion_tokens.tolist(), strict=True)]
     shared = list(zip(rollout.prompt_numbers, prompt_tokens, strict=True))
     dealt = []
@@ -271,7 +271,8 @@ def values(net: Gemma, head: Parameter, rollout: Rollout, micro_batch_rows: list
 def check_finite(rollout: Rollout, step: int) -> None:
     """UserError on all ranks where log-probs or values of a row are not finite, before they reach other rows."""
     made = [t for t in (rollout.old_logprobs, rollout.ref_logprobs, rollout.values) if t is not None]
-    ids = [name for row, name in enumerate(rollout.ids) if not all(t[row].isfinite().all() for t in made)]
+    finite = [t.isfinite().all(1).tolist() for t in made]
+    ids = [name for row, name in enumerate(rollout.ids) if not all(of_rows[row] for of_rows in finite)]
     ids = dist.gather_rows(ids)
     if ids:
         raise UserError(f"step {step}: log-probs or values are not finite; not updated; of {listed(ids)}")
@@ -358,13 +359,14 @@ def step_flops(models: Roles, rollout: Rollout, dealt: list[Minibatch], updates:
     dealt: the minibatches, of which the first have made `updates`.
     """
     net, full, size = models.net.config, models.adapter is None, models.adapter_size
+    row_tokens = rollout.row_tokens.tolist()
 
     def spans_and_tokens(rows):
         groups: dict[int, list[int]] = {}
         for row in rows:
             groups.setdefault(rollout.prompt_numbers[row], []).append(row)
         answers = [[len(rollout.completions[row]) for row in group] for group in groups.values()]
-        lengths = [int(rollout.row_tokens[group[0]]) - a[0] for group, a in zip(groups.values(), answers, strict=True)]
+        lengths = [row_tokens[group[0]] - a[0] for group, a in zip(groups.values(), answers, strict=True)]
         spans = [flops.shared_prompt(prompt, a) for prompt, a in zip(lengths, answers, strict=True)]
         return [span for part in spans for span in part], sum(map(sum, answers))
 

@@ -62,7 +62,7 @@ def sample(
     decoder = Decoder(model, min(rows, 64 if device.type == "cpu" else 256), slots, merge)
     choose = functools.partial(draw, temperature=temperature, greedy=greedy, top_k=top_k, top_p=top_p)
     with torch.autocast(device.type, enabled=False):
-        completions, logprobs = _generate(decoder, prompts, uniforms.to(device), set(stop), choose)
+        completions, logprobs = _generate(decoder, prompts, uniforms.cpu(), set(stop), choose)
     every = [prompt for prompt in prompts for _ in range(group_size)]
     return {
         **{name: tensor.to(device) for name, tensor in _batch(every, completions, logprobs).items()},
@@ -98,11 +98,12 @@ def _generate(decoder, prompts, uniforms, stop, choose):
             hidden, running = torch.cat([hidden, *_prefill(decoder, prompts, group, enter)]), running + enter
         at = [len(completions[row]) for row in running]
         many = ROWS if hidden.device.type == "cpu" else len(hidden)
-        pairs = zip(hidden.split(many), uniforms[running, at].split(many))
+        pairs = zip(hidden.split(many), uniforms[running, at].to(hidden.device).split(many))
         drawn = [choose(decoder.logits(some), u) for some, u in pairs]
         tokens, token_logprobs = (torch.cat(column) for column in zip(*drawn))
-        for row, token, logprob in zip(running, tokens.tolist(), token_logprobs.tolist()):
-            completions[row].append(token)
+        both = torch.stack([tokens.double(), token_logprobs.double()]).tolist()  # one transfer; both are exact
+        for row, token, logprob in zip(running, *both):
+            completions[row].append(int(token))
             logprobs[row].append(logprob)
         done = [completions[row][-1] in stop or len(completions[row]) == limit for row in running]
         alive = [i for i, ended in enumerate(done) if not ended]

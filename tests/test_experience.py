@@ -25,7 +25,7 @@ def rollout_of(prompt_numbers, group_size=2, seed=0):
 
 
 def deal(rollout, has_gradient, *sizes):
-    return experience.minibatches(rollout, has_gradient, torch.ones(len(has_gradient)), *sizes)
+    return experience.minibatches(rollout, torch.tensor(has_gradient), torch.ones(len(has_gradient)), *sizes)
 
 
 def test_minibatches_deal_whole_groups_once_a_pass():
