@@ -106,6 +106,7 @@ def test_tokenizer_files_are_in_the_words_of_transformers_4(folder, tmp_path, ch
     assert base.tokenizer_fingerprint(tmp_path / "once") == base.tokenizer_fingerprint(folder)
 
 
+@pytest.mark.cuda
 @CUDA
 @pytest.mark.parametrize("trainable", [False, True])
 def test_token_logprobs_on_cuda(trainable):
@@ -118,6 +119,7 @@ def test_token_logprobs_on_cuda(trainable):
     assert relative(moved.grad.cpu(), grad) < 1e-3
 
 
+@pytest.mark.cuda
 @CUDA
 @pytest.mark.parametrize("window", [16, 512])
 def test_forward_and_gradients_on_cuda_equal_the_cpu(window):
