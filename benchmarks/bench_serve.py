@@ -118,6 +118,7 @@ def plain(checkpoint, dtype):
 def start(args, dtype):
     """(process, port) of a server that is ready."""
     words = [sys.executable, "serve.py", "--checkpoint", args.checkpoint, "--port", "0", "--model.dtype", dtype]
+    words += ["--device", args.device]
     server = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     port = None
     for line in server.stdout:
@@ -158,6 +159,7 @@ def measure(args, dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a fine-tuned 270M: adapter, folder or .gguf")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=32, help="in a round of all clients")

@@ -10,6 +10,7 @@ so an interrupted grid goes on where it was. Written to benchmarks/memory.md.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -121,9 +122,8 @@ def write_bases(tokenizer):
     """{size: folder} of the two random bases."""
     found = {}
     for size, shape in shapes().items():
-        step_1b.SHAPE.update(shape)
-        target = cache.root() / f"random-{size}"
-        found[size] = str(cache.build_once(target, lambda folder: step_1b.write_random(folder, tokenizer)))
+        write = functools.partial(step_1b.write_random, tokenizer=tokenizer, shape=shape)
+        found[size] = str(cache.build_once(cache.root() / f"random-{size}", write))
     return found
 
 

@@ -29,14 +29,14 @@ SHAPE = {"vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "
          "query_pre_attn_scalar": 256, "max_position_embeddings": 32768}  # fmt: skip
 
 
-def write_random(folder, tokenizer):
+def write_random(folder, tokenizer, shape=SHAPE, device="cpu"):
     torch.manual_seed(0)
-    config = Gemma3TextConfig(**SHAPE, architectures=["Gemma3ForCausalLM"], dtype="bfloat16")
+    config = Gemma3TextConfig(**shape, architectures=["Gemma3ForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
         model = Gemma3ForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model = model.to(torch.bfloat16).to_empty(device=device)
     for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02)
+        parameter.data.normal_(0, shape["hidden_size"] ** -0.5)
     model.tie_weights()
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
