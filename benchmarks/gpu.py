@@ -62,7 +62,7 @@ SIZES = {
 }
 SMALL = {name: (2, 48, 8 if name in ("grpo", "ppo") else 0, 2, 128) for name in ALGORITHMS}
 # largest difference from the CPU's fp32 of a loss in its first three steps, and of log-probs (mean of a token's)
-LOSS_BOUND = {"float32": 1e-4, "bfloat16": 0.05}
+LOSS_BOUND = {"float32": 1e-4, "bfloat16": 0.1}
 LOGPROB_BOUND = {"float32": 1e-4, "bfloat16": 0.05}
 GRADIENT_BOUND = {"float32": 1e-3, "bfloat16": 0.1}  # of its norm
 SAMPLER_BOUND = {"float32": 1e-4, "bfloat16": 0.05}
@@ -527,6 +527,7 @@ def in_child(setting, name, function, args, limit, apart=False):
                 os.setpgid(0, 0)
             for number in (1, 2):
                 os.dup2(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             resume.prepare(torch.device(setting.device))
             with result.open("w") as file:
                 for line in function(*args):
