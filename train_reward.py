@@ -35,7 +35,7 @@ from common import chat, data, dist, log, lora, losses, model, optim, preference
 from common import rewards as heuristics
 from common.log import UserError, command, say, say_counts
 from common.run import Run
-from common.runtime import explain, flops, resume
+from common.runtime import explain, flops, recompute, resume
 
 ADAPTER = "reward"  # its name in the model
 SAMPLED = "/sample"  # ends the id of a pair whose better answer is a sample, not a reference
@@ -231,6 +231,7 @@ def main(argv=None):
     lengths = [data.pair_tokens(pair) for pair in train]
     batches = data.EpochBatches(lengths, training.batch_size, cfg.seed)
     steps = training.epochs * batches.per_epoch if training.max_steps is None else training.max_steps
+    recompute.choose(training, net, parameters, lengths, batches.tokens_per_step, logits=False)
     if job.explain:
         first = [train[i][side] for i in batches[0] for side in ("chosen", "rejected")]
         explain.show(first, tokenizer, net, named, training.micro_batch_tokens, logits=False)

@@ -58,7 +58,7 @@ from common.evaluation.metrics import task_values
 from common.log import UserError, command, say
 from common.optim import Update, optimizer_step
 from common.run import Run
-from common.runtime import explain, resume, watch
+from common.runtime import explain, recompute, resume, watch
 
 DPO_METRICS = ("margin", "accuracy", "chosen_logprob", "rejected_logprob", "chosen_change", "rejected_change")
 
@@ -296,6 +296,8 @@ def train_on_prompts(run, models, records, score, explained):
     expected = optim.expected_steps(0, expected, 0, training.budget_flops, tokens_per_step * flops_per_token)
     if algorithm["critic"] and rl.critic_warmup >= expected:
         raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {expected} steps to the policy")
+    row_lengths = [len(prompt.ids) + rl.max_new_tokens for prompt in dataset.train]
+    choose_recompute(run, models, row_lengths, explain.rollout_sizes(dataset, rl, cfg.evaluation)["total"])
     if explained:
         few = dataclasses.replace(dataset, size=max(dist.world_size(), min(explain.PROMPTS, len(dataset.train))))
         shown = prompts.shown_by_explain(sample_and_score(run, models, few, score, 0))
@@ -408,6 +410,7 @@ def train_on_pairs(run, models, records, score, explained):
     dataset = pairs.encode(records, models.tokenizer, training.max_seq_length, training.batch_size, cfg.seed)
     batches = dataset.batches
     steps = number_of_steps(cfg, batches.per_epoch)
+    choose_recompute(run, models, batches.lengths, batches.tokens_per_step)
     if explained:
         show(run, models, pairs.shown_by_explain(dataset), total=round(batches.tokens_per_step))
     pairs.add_reference_logprobs(run, models.frozen, dataset, steps)
@@ -458,6 +461,12 @@ def number_of_steps(cfg, per_epoch):
     """rl.max_steps, else training.max_steps, else whole epochs."""
     max_steps = cfg.training.max_steps if cfg.rl.max_steps is None else cfg.rl.max_steps
     return cfg.training.epochs * per_epoch if max_steps is None else max_steps
+
+
+def choose_recompute(run, models, lengths, tokens_per_step):
+    """training.recompute, for rows of so many tokens."""
+    with run.autocast:
+        recompute.choose(run.training, models.net, [*models.named.values()], lengths, tokens_per_step)
 
 
 def show(run, models, examples, **sizes):

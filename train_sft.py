@@ -29,7 +29,7 @@ import torch
 from common import data, dist, model, optim, roles
 from common.log import UserError, command, say, say_counts
 from common.run import Run
-from common.runtime import explain, flops, resume
+from common.runtime import explain, flops, recompute, resume
 
 PANELS = (
     ("loss (nats per token)", ("loss", "eval/loss")),
@@ -86,6 +86,8 @@ def main(argv=None):
     row_lengths = [sum(lengths[i] for i in row) for row in rows]
     batches = data.EpochBatches(row_lengths, training.batch_size, cfg.seed)
     steps = training.epochs * batches.per_epoch if training.max_steps is None else training.max_steps
+    with run.autocast:
+        recompute.choose(training, net, parameters, row_lengths, batches.tokens_per_step)
     if job.explain:
         first = [train[i] for row in batches[0] for i in rows[row]]
         with run.autocast:

@@ -3,7 +3,7 @@
     python benchmarks/step_1b.py --tokenizer FOLDER_OF_A_REAL_GEMMA_3 [--peft_type qlora]
 
 Writes the random model once (2 GB, bf16) beside the converted bases in the cache, then runs train_sft.py on synthetic
-dialogues of the safety task, 4 rows of up to 512 tokens.
+dialogues of the safety task: 4 rows of up to 512 tokens, or as --rows and --length say.
 """
 
 import argparse
@@ -48,17 +48,23 @@ def main():
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--peft_type", default="lora", choices=("lora", "qlora"))
     parser.add_argument("--steps", default=1, type=int)
+    parser.add_argument("--rows", default=4, type=int, help="of a step")
+    parser.add_argument("--length", default=512, type=int, help="tokens of a row, at most")
+    parser.add_argument("--recompute", default="auto", choices=("auto", "always", "never"))
     args = parser.parse_args()
     folder = cache.build_once(cache.root() / "random-1b", lambda target: write_random(target, args.tokenizer))
     with tempfile.TemporaryDirectory() as work:
-        for split, count in (("train", 4 * args.steps), ("val", 2)):
-            rows = tasks.records("safety", split, 40 * count)
-            text = [" ".join(r["response"] for r in rows[40 * i : 40 * i + 40]) for i in range(count)]
-            lines = [json.dumps(rows[40 * i] | {"response": text[i]}) for i in range(count)]
+        for split, count in (("train", args.rows * args.steps), ("val", 2)):
+            many = 40 * args.length // 512 if split == "train" else 40  # answers that fill a row
+            rows = tasks.records("safety", split, many * count)
+            text = [" ".join(r["response"] for r in rows[many * i : many * (i + 1)]) for i in range(count)]
+            lines = [json.dumps(rows[many * i] | {"response": text[i]}) for i in range(count)]
             Path(work, f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         last = train_sft.main([
             "--model.base_checkpoint", str(folder), "--model.peft_type", args.peft_type, "--dataset_path", work,
-            "--training.max_steps", str(args.steps), "--training.batch_size", "4", "--logging.output_dir", work,
+            "--training.max_steps", str(args.steps), "--training.batch_size", str(args.rows),
+            "--logging.output_dir", work,
+            "--training.max_seq_length", str(args.length), "--training.recompute", args.recompute,
         ])  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"{args.peft_type}: {args.steps} steps, peak memory {peak:.2f} GB, loss after {last['eval/loss']:.3f}")

@@ -8,6 +8,7 @@ attention runs inside each sequence, so neighbours cannot see each other; and no
 their input instead of fp32 intermediates for the backward. Weights are read from the model, nothing is patched.
 """
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from common import lora
 from common.runtime.types import Gemma
 
 
@@ -38,15 +41,33 @@ def hidden_states(model: Gemma, tokens: Tensor, lengths: list[int], parents: lis
     x = body.embed_tokens(tokens)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    run_layer = recomputed_layer if body.gradient_checkpointing and torch.is_grad_enabled() else transformer_layer
     for layer, kind in zip(body.layers, config.layer_types):
         window = config.sliding_window if kind == "sliding_attention" else None
-        h = norm(x, layer.input_layernorm)
-        h = attention(h, layer.self_attn, rotations[kind], layout, window)
-        x = x + norm(h, layer.post_attention_layernorm)
-        h = norm(x, layer.pre_feedforward_layernorm)
-        h = _GatedGelu.apply(layer.mlp.gate_proj(h), layer.mlp.up_proj(h))
-        x = x + norm(layer.mlp.down_proj(h), layer.post_feedforward_layernorm)
+        x = run_layer(x, layer, rotations[kind], layout, window)
     return norm(x, body.norm)
+
+
+def transformer_layer(
+    x: Tensor, layer: Any, rotation: tuple[Tensor, Tensor], layout: "tuple[list, list] | Padded", window: int | None
+) -> Tensor:
+    """One layer of (N, d) -> (N, d)."""
+    h = norm(x, layer.input_layernorm)
+    h = attention(h, layer.self_attn, rotation, layout, window)
+    x = x + norm(h, layer.post_attention_layernorm)
+    h = norm(x, layer.pre_feedforward_layernorm)
+    h = _GatedGelu.apply(layer.mlp.gate_proj(h), layer.mlp.up_proj(h))
+    return x + norm(layer.mlp.down_proj(h), layer.post_feedforward_layernorm)
+
+
+def recomputed_layer(x: Tensor, layer: Any, *arguments: Any) -> Tensor:
+    """transformer_layer that keeps only x, and runs again in the backward with the adapter that is active now."""
+    adapter = lora.active(layer)
+
+    def contexts():
+        return contextlib.nullcontext(), lora.using(layer, adapter)  # of the forward, of its repetition
+
+    return checkpoint(transformer_layer, x, layer, *arguments, use_reentrant=False, context_fn=contexts)
 
 
 def attention(

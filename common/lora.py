@@ -138,6 +138,11 @@ def use(model: nn.Module, name: str | None) -> None:
         module.active = name
 
 
+def active(model: nn.Module) -> str | None:
+    """The adapter that is active in `model`, or in a part of it."""
+    return next((module.active for module in lora_modules(model).values()), None)
+
+
 @contextlib.contextmanager
 def using(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
     """`with using(model, "reference"):` switches for one block; run forward and backward of an adapter inside one."""

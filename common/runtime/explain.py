@@ -59,8 +59,10 @@ def check_example(example: dict) -> list[str]:
     return wrong
 
 
-def activation_bytes_per_token(config: GemmaConfig, bytes_per_value: int, length: int, full: bool = False) -> float:
-    """What the backward keeps of one token in all layers, in a sequence of `length` tokens (see common/gemma.py).
+def activation_bytes_per_token(
+    config: GemmaConfig, bytes_per_value: int, length: int, full: bool = False
+) -> list[float]:
+    """What the backward keeps of one token in each layer, in a sequence of `length` tokens (see common/gemma.py).
 
     full: the norms are trained as well, and transformers' own keep their input and what they normalised in fp32.
     """
@@ -71,17 +73,17 @@ def activation_bytes_per_token(config: GemmaConfig, bytes_per_value: int, length
     attention = (heads + groups) + (heads + 2 * groups) + heads  # before and after norm and rotation; the output
     mlp = 4 * config.intermediate_size  # gate, up, the activation, and the input of down's adapter
     each = norms + (inputs + attention + mlp) * bytes_per_value
-    weights = config.num_attention_heads * _keys(config, length)  # softmax
-    return config.num_hidden_layers * each + weights * bytes_per_value
+    softmax = [config.num_attention_heads * keys * bytes_per_value for keys in _keys(config, length)]
+    return [each + weights for weights in softmax]
 
 
 def _keys(config, length):
-    """Keys that a token of a sequence of `length` is multiplied with, on average, summed over the layers.
+    """For each layer, the keys that a token of a sequence of `length` is multiplied with, on average.
 
     Queries go in blocks of 128 (gemma.py): the half of the square that no query sees is left out but for the blocks.
     """
     reach = {"full_attention": length, "sliding_attention": config.sliding_window + 127}
-    return sum(min(length, length / 2 + 64, reach[kind]) for kind in config.layer_types)
+    return [min(length, length / 2 + 64, reach[kind]) for kind in config.layer_types]
 
 
 def memory_plan(
@@ -109,8 +111,13 @@ def memory_plan(
     update += [("one chunk of logits", config.vocab_size * (rows * width + copied * 4))] if logits else []
     update += [("the head's gradient and one chunk's part of it", head.numel() * (4 + width))] if full else []
     update += [("weights cast to bf16", (body + head.numel()) * 2)] if cast else []
-    activations = tokens * activation_bytes_per_token(config, width, batch[1], full)
-    update += [(f"activations of {tokens} tokens", activations)]
+    kept = activation_bytes_per_token(config, width, batch[1], full)
+    if net.model.gradient_checkpointing:  # the inputs of all layers, and one layer's activations
+        update += [
+            (f"inputs of the layers, {tokens} tokens", tokens * config.num_hidden_layers * config.hidden_size * width)
+        ]
+        kept = [max(kept)]
+    update += [(f"activations of {tokens} tokens", tokens * sum(kept))]
     update += [("the layer at work", tokens * 4 * config.intermediate_size * width)]
     plan = {"always": _held(net, frozen, body), "loading": _loading(net, body) if cpu else [], "update": update}
     if full:

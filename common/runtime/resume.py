@@ -28,7 +28,10 @@ from common.runtime import checkpoint
 # These settings do not change an update, so they are free.
 FREE_TO_CHANGE = (
     *(f"training.{key}" for key in "epochs max_steps eval_interval save_interval keep_last patience timeout".split()),
-    *(f"training.{key}" for key in "budget_tokens budget_flops resume resume_changed micro_batch_tokens".split()),
+    *(
+        f"training.{key}"
+        for key in "budget_tokens budget_flops resume resume_changed micro_batch_tokens recompute".split()
+    ),
     *("rl.max_steps", "logging.", "evaluation.reward_checkpoint"),
     *("evaluation.samples", "evaluation.metric", "evaluation.split", "evaluation.drift", "evaluation.other_tasks"),
     "reward.ensemble",
