@@ -27,31 +27,29 @@ PRIOR = 0.5  # wins added each way to every pair of systems: Jeffreys' prior whe
 def analyse(key, ratings, draws=2000, seed=0):
     """What the ratings say, as a dict that JSON can hold (None: not defined, with a reason beside it).
 
-    key: study.read_key's; ratings: read_ratings' with that key. A rater's later rating of an item replaces the earlier.
-    Raters who preferred the shuffled answer in more than MAX_FAILED checks, alone or in a tie, are left out of
-    everything but the table of raters. Checks never count; of a duplicated item only its first showing does. Strengths
-    are fitted with PRIOR; where the raters' data alone would make one infinite they have no interval. UserError if no
-    rating is left, or if one is of an item that the key lacks.
+    key: study.read_key's; ratings: read_ratings' with that key. Raters who preferred the shuffled answer in more than
+    MAX_FAILED checks, alone or in a tie, are left out of everything but the table of raters. Strengths are fitted with
+    PRIOR; where the raters' data alone would make one infinite they have no interval. UserError if no rating is left,
+    or if one is of an item that the key lacks.
     """
-    rated, skipped = _latest(key, ratings)
-    raters = _raters(key, rated, skipped)
-    counted = _counted(key, rated, raters)
+    counted, raters = _counted(key, ratings)
+    trusted = [row for row in raters if row["failed"] <= MAX_FAILED]
     if not counted:
-        excluded = sum(row["failed"] > MAX_FAILED for row in raters)
-        raise UserError(f"no rating is left to analyse: {len(ratings)} read, {excluded} raters excluded")
+        left_out = f"{len(raters) - len(trusted)} of {len(raters)} raters failed more than {MAX_FAILED} check"
+        raise UserError(f"no rating is left to analyse: {len(ratings)} were read, and {left_out}")
     systems = sorted({name for entry in key.values() for name in entry["systems"].values()})
     items = {item: i for i, item in enumerate(sorted({rating["item_id"] for rating in counted}))}
     chosen = [(items[rating["item_id"]], _preferred(key, rating)) for rating in counted]
     weights = np.random.default_rng(seed).multinomial(len(items), np.full(len(items), 1 / len(items)), size=draws)
-    trusted = [row for row in raters if row["failed"] <= MAX_FAILED]
+    answered = [(rating["rater_id"], rating["item_id"]) for rating in ratings if rating["preferred"] is not None]
     return {
         "systems": systems,
         "items": len(items),
         "ratings": len(counted),
-        "replaced": sum(rating["preferred"] is not None for rating in ratings) - len(rated),
-        "skipped": len(skipped),
+        "replaced": len(answered) - len(set(answered)),
+        "skipped": sum(row["skipped"] for row in raters),
         "raters": raters,
-        "excluded": [row["rater_id"] for row in raters if row["failed"] > MAX_FAILED],
+        "excluded": [row["rater_id"] for row in raters if row not in trusted],
         "self_consistency": _share(sum(row["same"] for row in trusted), sum(row["twice"] for row in trusted)),
         **_strengths(chosen, systems, len(items), weights),
         "agreement": _agreement(chosen, {rating["rater_id"] for rating in counted}, weights),
@@ -62,40 +60,31 @@ def analyse(key, ratings, draws=2000, seed=0):
     }
 
 
-def _latest(key, ratings):
-    """({(rater, item): the last rating}, (rater, item) of those that were only skipped); UserError for an item that the
-    key lacks."""
+def _counted(key, ratings):
+    """(the ratings that count, a row of numbers for each rater): each rater's last rating of an item, no checks or
+    duplicates, by raters who failed at most MAX_FAILED checks. UserError for an item that the key lacks."""
     stray = next((rating["item_id"] for rating in ratings if rating["item_id"] not in key), None)
     if stray is not None:
         raise UserError(f"item_id {stray!r:.80} is not in the key: analyse ratings with the key of their own study")
-    rated = {(r["rater_id"], r["item_id"]): r for r in ratings if r["preferred"] is not None}
-    return rated, {(r["rater_id"], r["item_id"]) for r in ratings} - rated.keys()
-
-
-def _raters(key, rated, skipped):
-    """One row a rater: items, those skipped, checks and how many failed, duplicates rated twice and how many alike."""
-    names = sorted({rater for rater, _ in [*rated, *skipped]})
+    last = {(r["rater_id"], r["item_id"]): r for r in ratings if r["preferred"] is not None}
     counts = ("items", "skipped", "checks", "failed", "twice", "same")
-    rows = {rater: {"rater_id": rater, **dict.fromkeys(counts, 0)} for rater in names}
-    for rater, _ in skipped:
-        rows[rater]["skipped"] += 1
-    for (rater, item), rating in rated.items():
-        row, entry = rows[rater], key[item]
-        if entry["kind"] == "check":
-            row["checks"] += 1
-            row["failed"] += entry["trap"] in rating["preferred"]
+    names = sorted({rating["rater_id"] for rating in ratings})
+    rows = {name: {"rater_id": name, **dict.fromkeys(counts, 0)} for name in names}
+    for rater, item in {(rating["rater_id"], rating["item_id"]) for rating in ratings}:
+        row, entry, rating = rows[rater], key[item], last.get((rater, item))
+        first = last.get((rater, entry["original"]))
+        if rating is None:
+            row["skipped"] += 1
         elif entry["kind"] == "item":
             row["items"] += 1
-        elif (first := rated.get((rater, entry["original"]))) is not None:
+        elif entry["kind"] == "check":
+            row["checks"] += 1
+            row["failed"] += entry["trap"] in rating["preferred"]
+        elif first is not None:
             row["twice"] += 1
             row["same"] += _preferred(key, first) == _preferred(key, rating)
-    return list(rows.values())
-
-
-def _counted(key, rated, raters):
-    """The ratings that count: of items, no checks or duplicates, by raters who read."""
-    excluded = {row["rater_id"] for row in raters if row["failed"] > MAX_FAILED}
-    return [r for r in rated.values() if r["rater_id"] not in excluded and key[r["item_id"]]["kind"] == "item"]
+    of_items = [rating for (_, item), rating in last.items() if key[item]["kind"] == "item"]
+    return [rating for rating in of_items if rows[rating["rater_id"]]["failed"] <= MAX_FAILED], list(rows.values())
 
 
 def _preferred(key, rating):
@@ -251,17 +240,15 @@ def _length_bias(key, ratings):
 
 def _scores(key, ratings):
     """{system: {column: {"mean", "n"}}} over the ratings that preferred that one answer, which the scores speak of."""
-    scores = {}
-    for rating in ratings:
-        if len(rating["preferred"]) == 1:
+    given = {}
+    for rating, column in itertools.product(ratings, SCORES):
+        if len(rating["preferred"]) == 1 and rating[column] is not None:
             name = key[rating["item_id"]]["systems"][rating["preferred"][0]]
-            for column in SCORES:
-                if rating[column] is not None:
-                    scores.setdefault(name, {}).setdefault(column, []).append(rating[column])
-    return {
-        name: {column: {"mean": sum(values) / len(values), "n": len(values)} for column, values in columns.items()}
-        for name, columns in sorted(scores.items())
-    }
+            given.setdefault((name, column), []).append(rating[column])
+    scores = {name: {} for name, _ in sorted(given)}
+    for (name, column), values in given.items():
+        scores[name][column] = {"mean": sum(values) / len(values), "n": len(values)}
+    return scores
 
 
 # ---------------------------------------------------------------- training pairs
@@ -275,9 +262,9 @@ def training_pairs(key, items, ratings):
     minus the share who preferred the other, so 1 where all agree (as in Touvron et al. 2023, section 3.2.2); a tie is
     neither. UserError if a text is not the one that was rated.
     """
-    rated, skipped = _latest(key, ratings)
+    counted, _ = _counted(key, ratings)
     votes = {}  # {(item, slot, slot): [1 | 0 | -1 of each rater: the first is better, they tie, the second]}
-    for rating in _counted(key, rated, _raters(key, rated, skipped)):
+    for rating in counted:
         item, preferred = rating["item_id"], _preferred(key, rating)
         is_preferred = {slot: name in preferred for slot, name in key[item]["systems"].items()}
         for a, b in itertools.combinations(is_preferred, 2):
