@@ -1,8 +1,10 @@
 """Ratings: read from both kinds of file, refused by line, and never taken for those of another study."""
 
 import csv
+import errno
 import io
 import json
+import os
 
 import pytest
 
@@ -182,3 +184,17 @@ def test_saved_ratings_of_another_study_are_refused_and_kept(tmp_path):
     flags = ["--checkpoint", "tiny", "--port", NO_PORT, "--human_eval", second / "human_eval.csv"]
     processes.refused(serve.main, tmp_path, flags, "human_eval.ratings.jsonl, line 1: item_id")
     assert saved.read_bytes() == before
+
+
+def test_ratings_are_kept_where_a_disk_has_no_fsync(tmp_path, monkeypatch):
+    """As some network disks answer, D14: the study is written, and its ratings are saved."""
+
+    def refuse(number):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    first, _ = two_studies(tmp_path)
+    items = study.read_manifest(first / "human_eval.csv")
+    row = {"rater_id": "ann", "item_id": next(iter(items)), "preferred": "A"}
+    ratings.append(tmp_path / "a.jsonl", row)
+    assert [rating["preferred"] for rating in ratings.reopen(tmp_path / "a.jsonl", items)] == [("A",)]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import serve
-from common import chat, lora, model, rollouts
+from common import chat, log, lora, model, rollouts
 from common.human import ratings, study
 from common.serving import engine
 from tests import inputs, processes
@@ -696,7 +696,7 @@ def test_a_rating_that_cannot_be_written_is_not_confirmed(tmp_path, blind, micro
         def full(fd):
             raise OSError(28, "No space left on device")
 
-        serve.ratings.os = SimpleNamespace(**{**vars(os), "fsync": full})
+        serve.ratings.log = SimpleNamespace(**{**vars(log), "fsync": full})
 
     with serving(tmp_path, "--checkpoint", micro_folder, "--human_eval", blind, change=change) as one:
         rating = {"rater_id": "ann", "item_id": next(iter(study.read_manifest(blind))), "preferred": "A"}

@@ -23,7 +23,6 @@ from common.human import study
 from common.log import UserError, say, warn
 from common.runtime import checkpoint
 
-OWN_KEY = "read this file with the key of the study that it rates"
 SCORES = ("harmless_1_5", "helpful_1_5", "faithful_1_5")
 COLUMNS = ("rater_id", "item_id", "preferred", "order", *SCORES, "comment", "seconds")
 
@@ -32,22 +31,19 @@ class ForeignItem(ValueError):
     """A rating of an item of another study."""
 
 
-def read_ratings(paths, entries, remedy=OWN_KEY):
+def read_ratings(paths, entries, remedy="read this file with the key of the study that it rates"):
     """All ratings of the files, in order, as `parse_rating` gives them; entries: read_key's or read_manifest's.
 
-    `preferred` is None where an item was skipped. A rater's later rating of an item is kept beside the earlier one:
-    `analyse` takes the last and counts the others. UserError names file and line. remedy: what the user should do where
-    an item is of another study.
+    `preferred` is None where an item was skipped. All that a rater said of an item is kept: `analyse` takes the last.
+    UserError names file and line. remedy: what the user should do where an item is of another study.
     """
     ratings = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         ending = Path(path).suffix.lower()
-        if ending in (".csv", ".tsv"):
-            ratings += _parse_rows(path, _csv_rows(path), entries, remedy, may_skip=True)
-        elif ending == ".jsonl":
-            ratings += _parse_rows(path, _json_rows(path, study.text_of(path)), entries, remedy)
-        else:
+        if ending not in (".csv", ".tsv", ".jsonl"):
             raise UserError(f"{path}: ratings are a .csv or a .jsonl file")
+        rows = _json_rows(path, study.text_of(path)) if ending == ".jsonl" else _csv_rows(path)
+        ratings += _parse_rows(path, rows, entries, remedy, may_skip=ending != ".jsonl")
     names = {}
     for name in sorted({rating["rater_id"] for rating in ratings}):
         names.setdefault(name.casefold(), []).append(name)
@@ -87,20 +83,18 @@ def _parse_rows(path, rows, entries, remedy, may_skip=False):
     """The ratings in the rows [(line, {column: value})] of a file."""
     ratings = []
     for line, row in rows:
-        skipped = may_skip and not row["preferred"].strip()
         try:
-            rating = parse_rating(row | {"preferred": "none"} if skipped else row, entries)
-            ratings.append(rating | {"preferred": None} if skipped else rating)
+            ratings.append(parse_rating(row, entries, may_skip))
         except ValueError as error:
             hint = f": {remedy}" if isinstance(error, ForeignItem) else ""
             raise UserError(f"{path}, line {line}: {error}{hint}") from error
     return ratings
 
 
-def parse_rating(row, entries):
+def parse_rating(row, entries, may_skip=False):
     """A rating {column: value} as sent or read -> all columns: `preferred` and `order` tuples of slots (`order` None if
     not given), scores int or None, `seconds` float or None. ValueError names the column and what was expected; it is a
-    ForeignItem where the item is of another study."""
+    ForeignItem where the item is of another study. may_skip: an empty `preferred` is None."""
     if not isinstance(row, dict):
         raise ValueError("a rating is an object of " + ", ".join(COLUMNS))
     if unknown := sorted(set(row) - set(COLUMNS)):
@@ -113,8 +107,11 @@ def parse_rating(row, entries):
     if row["item_id"] not in entries:
         raise _unknown_item(row["item_id"], entries)
     slots = entries[row["item_id"]]["slots"]
-    none = row["preferred"].strip().lower() == "none"
-    preferred = () if none else _slots(row, "preferred", slots)
+    said = row["preferred"].strip().lower()
+    if may_skip and not said:
+        preferred = None
+    else:
+        preferred = () if said == "none" else tuple(sorted(_slots(row, "preferred", slots)))
     order = _slots(row, "order", slots) if row["order"].strip() else None
     if order and len(order) != len(slots):
         raise ValueError(f"order {row['order']!r}: all of {'/'.join(slots)} in the order shown")
@@ -125,7 +122,7 @@ def parse_rating(row, entries):
         seconds = -1.0
     if seconds is not None and not 0 <= seconds < math.inf:
         raise ValueError(f"seconds {row['seconds']!r}: a number from 0")
-    return row | scores | {"preferred": tuple(sorted(preferred)), "order": order, "seconds": seconds}
+    return row | scores | {"preferred": preferred, "order": order, "seconds": seconds}
 
 
 def _unknown_item(item_id, entries):
@@ -165,7 +162,7 @@ def append(path, row):
         try:
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
+            log.fsync(file.fileno())
         except OSError:
             file.truncate(size)
             raise

@@ -9,13 +9,12 @@ Key NAME.key.csv beside it, never for the raters, a line for each item and slot:
 Ratings: see ratings.py. The server keeps its own in NAME.ratings.jsonl.
 
 An item_id is MARK-item-NUMBER, such as 3fa09c-item-01. The mark is the first 6 hex digits of the SHA-256 of all that
-the study is made of, seed included. So a rating that is read with the key of another study is refused. Files that were
+the study is made of, seed included: a rating that is read with the key of another study is refused. Files that were
 written before there were marks can still be read.
 
-CSV is UTF-8 with a BOM (Excel takes it for another encoding without), all cells quoted, texts exactly as given. A text
-that a spreadsheet could run gets an apostrophe in front (OWASP, CSV injection), which reading takes off: its first
-character after spaces and control characters is = + - @ or a Unicode form of them, or it starts with a tab, a line end
-or an apostrophe. The blinding is for honest raters: a text may still give its writer away.
+CSV is UTF-8 with a BOM (Excel takes it for another encoding without), all cells quoted, texts exactly as given, but for
+an apostrophe in front of what a spreadsheet could run, which reading takes off (OWASP, CSV injection). The blinding is
+for honest raters: a text may still give its writer away.
 """
 
 import csv
@@ -34,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import log
 from common.log import UserError, say
 from common.runtime import checkpoint
 
@@ -79,8 +79,9 @@ def write(items, systems, path, num_samples=200, seed=None, limit=None):
     path = Path(path)
     check_free(path)
     _check_texts(path, items, systems)
-    if num_samples < 1 or (limit is not None and limit < 1):
-        raise UserError(f"{path}: num_samples and limit must be at least 1, not {num_samples} and {limit}")
+    for name, number in (("num_samples", num_samples), ("limit", limit)):
+        if number is not None and number < 1:
+            raise UserError(f"{path}: {name} must be at least 1, not {number}")
     seed = secrets.randbits(48) if seed is None else seed
     count = min(num_samples, len(items))
     rows = _plan(systems, count, np.random.default_rng(seed))
@@ -127,7 +128,8 @@ def check_free(path):
 def _check_texts(path, items, systems):
     """UserError unless there are two to four systems with one text an item, and all texts can be written."""
     if not items or not 2 <= len(systems) <= len(SLOTS) or "" in systems:
-        raise UserError(f"{path}: needs items and two to four named systems, not {len(items)} and {list(systems)}")
+        given = f"{len(items)} items and the systems {', '.join(map(repr, systems))}"
+        raise UserError(f"{path}: a study needs items and two to four named systems, these are {given}")
     texts = {"prompt": [item.get("prompt") for item in items]}
     texts |= {column: [item.get(column) or "" for item in items] for column in ("reference", "task")}
     for name, values in systems.items():
@@ -264,7 +266,7 @@ def read_key(path):
         are_numbers = row["source"].isdecimal() and row["characters"].isdecimal()
         fits = entry | facts == entry and SLOTS.startswith(entry["slots"]) and not (row["trap"] and entry["trap"])
         if not (is_whole and are_numbers and fits):
-            raise UserError(f"{path}, line {line}: damaged, or not in its place: {', '.join(row.values())}")
+            raise UserError(f"{path}, line {line}: damaged, or moved from another line: {', '.join(row.values())}")
         entry["trap"] = slot if row["trap"] else entry["trap"]
         entry["systems"][slot], entry["digests"][slot] = row["system"], row["digest"]
         entry["characters"][slot] = int(row["characters"])
@@ -273,7 +275,7 @@ def read_key(path):
         fits = (entry["kind"] == "check") == (entry["trap"] is not None)
         if not fits or entry["slots"] not in WIDTHS or (entry["kind"] == "duplicate") != (first == "item"):
             facts = ", ".join(f"{name} {entry[name]!r}" for name in ("slots", "kind", "trap", "original"))
-            raise UserError(f"{path}: {item} is damaged: {facts}")
+            raise UserError(f"{path}: item {item} is damaged: {facts}")
         entry["source"] = int(entry["source"])
     _check_marks(path, entries)
     return entries
@@ -317,6 +319,8 @@ def restore(cell):
 
 
 def _risky(text):
+    """Does it start with a tab, a line end or an apostrophe, or is its first character after spaces and control
+    characters = + - @ or a Unicode form of them?"""
     if text.startswith(("'", "\t", "\r", "\n")):
         return True
     first = next((c for c in text if unicodedata.category(c)[0] not in "ZC"), "")  # separators, control and format
@@ -333,7 +337,7 @@ def save(files):
                 writer = csv.writer(file, quoting=csv.QUOTE_ALL)
                 writer.writerows([neutralise(text) for text in row] for row in files[target])
                 file.flush()
-                os.fsync(file.fileno())
+                log.fsync(file.fileno())
         for target, draft in drafts.items():
             os.replace(draft, target)
             placed.append(target)
@@ -370,7 +374,7 @@ def read_csv(path, from_spreadsheet=False):
     separator = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows, columns, line = [], None, 1
-    limit = csv.field_size_limit(LONGEST_CELL)
+    csv.field_size_limit(LONGEST_CELL)
     try:
         for row in reader:
             filled = next((i for i in range(len(row), 0, -1) if row[i - 1].strip()), 0)  # cells up to the last text
@@ -388,8 +392,6 @@ def read_csv(path, from_spreadsheet=False):
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: no valid CSV: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
     if columns is None:
         raise UserError(f"{path}, line 1: empty, a header is needed")
     return columns, rows
