@@ -6,8 +6,8 @@
     GET  /        chat page                                      GET  /rate: blind rating page (--human_eval)
 
 Requests of all clients share each step of serving/engine.py; a prompt is one user turn in Gemma's chat format. Left out
-compared with vLLM: paged cache, prefix cache, parts of a long prompt between tokens, tools, log-probs. What an address
-other than loopback needs is a token. Prompts and answers are never logged.
+compared with vLLM: paged cache, prefix cache, parts of a long prompt between tokens, tools, log-probs. An address other
+than loopback needs a token. Prompts and answers are never logged.
 
     python serve.py --checkpoint outputs/RUN/final                                    one run, adapter or whole model
     python serve.py --checkpoint base=google/gemma-3-270m-it sft=outputs/a/final rl=outputs/b/final   over one base
@@ -22,14 +22,11 @@ import difflib
 import errno
 import hashlib
 import ipaddress
-import json
 import os
 import secrets
 import signal
 import socket
-import sys
 import time
-import traceback
 import urllib.parse
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -52,20 +49,20 @@ if __name__ == "__main__":
     config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
 
 from common import chat, lora, model
-from common.human import ratings, study
+from common.human import ratings
 from common.log import UserError, command, say
 from common.runtime import base
 from common.serving import fields, httpd
-from common.serving.engine import Busy, Engine, Request, Stopped
+from common.serving.engine import Engine, requests_of, texts_of, whole_texts
 from common.serving.httpd import Refused
 
-# >>> edit here: what clients may take (and common/serving/httpd.py: bytes of a request)
-CONNECTIONS, READ_SECONDS, GENERATE_SECONDS, DRAIN_SECONDS = 256, 10, 600, 30  # a process has 1,024 files by default
-PROMPTS = 32  # of a batch
+# >>> edit here: what clients may take, as in common/serving/httpd.py (bytes, connections) and engine.py (seconds)
+DRAIN_SECONDS, PROMPTS = 30, 32  # PROMPTS: of a batch
 STARTED = int(time.time())
 
 WEB = Path(__file__).resolve().parent / "web"
 PAGES = {"/": "chat.html", "/rate": "rate.html"} | {f"/{n}": n for n in ("style.css", "page.js", "chat.js", "rate.js")}
+READ = ("GET", "HEAD")
 KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript; charset=utf-8"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -73,32 +70,18 @@ POLICY = (
 )
 
 
-class Study:
-    """A blind file that raters see, and the ratings of it that there are, as the page gets them back."""
-
-    def __init__(self, path):
-        self.path, self.items = Path(path), study.read_manifest(path)
-        if self.path.suffix == ".csv" and os.access(study.key_path(self.path), os.R_OK):
-            study.check_pair(self.path, self.items)
-        self.file = self.path.with_suffix(".ratings.jsonl")
-        self.rated = [shown(row) for row in ratings.reopen(self.file, self.items)]
-        say(f"{len(self.items)} items to rate at /rate, {len(self.rated)} ratings in {self.file}")
-
-
 @dataclass
 class App:
     """What all connections share."""
 
     sources: dict  # {name of a model: its checkpoint}
-    base_checkpoint: str | None  # in place of the base that adapters name
     token: str
     names: set  # hosts that are this server
-    context: int
-    study: Study | None
+    sheet: ratings.Sheet | None  # what raters see at /rate
     engine: Engine | None = None  # None while loading
     tokenizers: dict = field(default_factory=dict)
     requests: Counter = field(default_factory=Counter)  # {(path, status): how many}
-    stopping: bool = False
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
     connections: int = 0
     active: int = 0  # requests that are being answered
     first_tokens: int = 0
@@ -107,183 +90,47 @@ class App:
     def status(self):
         return "loading" if self.engine is None else "ok" if self.engine.alive else "failed"
 
+    def route_of(self, path):
+        """The one of ROUTES that answers a path, "other" where none does."""
+        route = "/v1/models" if path.startswith("/v1/models/") else path
+        return route if route in ROUTES else "other"
 
-# ---------------------------------------------------------------- one connection, its requests
-
-
-async def connection(app, reader, writer):
-    """Answer one request after the other, until the client has no more or one was not clear."""
-    writer.transport.set_write_buffer_limits(high=0)  # what is written has been taken by the system
-    app.connections += 1
-    full = app.connections > CONNECTIONS
-    call = httpd.Call(reader, writer, app.connections <= CONNECTIONS // 2)  # where it is crowded, nobody stays
-    try:
-        while full or await call.begins(READ_SECONDS):
-            await answer(app, call, full)
-            if full or app.stopping or not (call.keep and call.may_stay):
-                break
-            call = httpd.Call(reader, writer, app.connections <= CONNECTIONS // 2)
-    finally:
-        await call.hang_up(0 if full or app.stopping else 1)
-        app.connections -= 1
-
-
-async def answer(app, call, full):
-    """Read a request within READ_SECONDS, answer it, log one line."""
-    try:
-        if full:
-            raise Refused(503, "too many connections", Retry_After=1)
-        async with asyncio.timeout(READ_SECONDS):
-            await call.read_head()
-            handler = handler_of(app, call)
-            if call.method == "POST":
-                call.body = fields.parse(await call.read_body())
-        app.active += 1
-        try:
-            await handler(app, call)
-        finally:
-            app.active -= 1
-    except (ConnectionError, EOFError, asyncio.CancelledError):
-        call.status, call.keep = call.status or 499, False  # the client has left
-    except Exception as error:
-        await fail(call, error)
-    with contextlib.suppress(OSError):  # the log's disk may be full
-        note(app, call)
-
-
-def handler_of(app, call):
-    """The function that answers; Refused where there is none, or this client may not ask."""
-    handlers = dict(ROUTES.get(route_of(call), {}))
-    if "GET" in handlers:
-        handlers["HEAD"] = handlers["GET"]
-    health, public = call.path == "/health", call.method in ("GET", "HEAD") and call.path in ("/health", *PAGES)
-    if not app.token and not health:  # no page can make a browser send a token, behind a proxy or a rebound name
-        httpd.check_origin(call.headers, app.names)
-    if not public:
-        httpd.check_token(call.headers, app.token)
-    if not handlers:
-        near = difflib.get_close_matches(call.path[:80], ROUTES, 1)
-        raise Refused(404, f"there is no {call.path[:80]}" + "".join(f"; did you mean {path}?" for path in near))
-    if call.method not in handlers:
-        raise Refused(405, f"{call.path} answers {', '.join(handlers)}", Allow=", ".join(handlers))
-    if app.stopping and not health:
-        raise Refused(503, "the server is shutting down", Retry_After=5)
-    return handlers[call.method]
-
-
-def route_of(call):
-    route = "/v1/models" if call.path.startswith("/v1/models/") else call.path
-    return route if route in ROUTES else "other"
-
-
-async def fail(call, error):
-    """Tell the client what went wrong, without a traceback; into the stream if it has begun."""
-    if isinstance(error, Busy):
-        error = Refused(429, "too many requests wait", Retry_After=error.args[0])
-    if isinstance(error, asyncio.LimitOverrunError):
-        error = Refused(400, "a line is too long")
-    if isinstance(error, Stopped):
-        error = Refused(503, "the generation worker has stopped", Retry_After=30)
-    if isinstance(error, TimeoutError):
-        error = Refused(408, "reading took too long") if call.body is None else Refused(504, "answering took too long")
-    if not isinstance(error, Refused):
-        with contextlib.suppress(OSError):
-            print(f"request {call.id} failed:", file=sys.stderr)
-            traceback.print_exception(error)
-        error = Refused(500, f"internal error, request {call.id}")
-    with contextlib.suppress(OSError):
-        if call.status:
-            await send_event(call, error.body)
-            await call.send_part(b"")
-            call.status, call.keep = error.status, False
-        else:
-            await call.respond(error.status, error.body, headers=error.headers)
-
-
-def note(app, call):
-    """Count a request and write its line, in which nothing that a client sent can end a line or move a cursor."""
-    app.requests[route_of(call), call.status] += 1
-    line = f"{call.id} {call.method} {json.dumps(call.path[:100])} {call.status}"
-    print(f"{line} {time.monotonic() - call.began:.3f} s {call.tokens} tokens", file=sys.stderr, flush=True)
+    def handler_of(self, call):
+        """The function that answers; Refused where there is none, or this client may not ask."""
+        handlers, health = ROUTES.get(self.route_of(call.path), {}), call.path == "/health"
+        if not self.token and not health:  # no page can make a browser send a token, behind a proxy or a rebound name
+            httpd.check_origin(call.headers, self.names)
+        if call.method not in READ or call.path not in ("/health", *PAGES):
+            httpd.check_token(call.headers, self.token)
+        if not handlers:
+            near = difflib.get_close_matches(call.path[:80], ROUTES, 1)
+            raise Refused(404, f"there is no {call.path[:80]}" + "".join(f"; did you mean {path}?" for path in near))
+        if call.method not in handlers:
+            raise Refused(405, f"{call.path} answers {', '.join(handlers)}", Allow=", ".join(handlers))
+        if self.stopping.is_set() and not health:
+            raise Refused(503, "the server is shutting down", Retry_After=5)
+        handler = handlers[call.method]
+        if handler in (rating_items, rate) and not self.sheet:
+            raise Refused(404, "nothing to rate: start serve.py with --human_eval FILE.csv")
+        return handler
 
 
 # ---------------------------------------------------------------- generation
 
 
-async def requests_of(app, dialogues, asked, param):
-    """One engine request for each dialogue (a list of turns), tokenised outside the loop; all or none."""
-    if app.status() != "ok":
-        raise Refused(503, f"the model is {app.status()}", Retry_After=5)
-    app.engine.check_room(len(dialogues))  # before the work of tokenising
-    tokenizer, context, requests = app.tokenizers[asked["model"]], app.context, []
-    names = [param] if len(dialogues) == 1 else [f"{param}[{i}]" for i in range(len(dialogues))]
-    for where, turns in zip(names, dialogues, strict=True):
-        if len(turns) > context:
-            raise too_long(f"{where} has {len(turns)} turns, too many for {context} tokens", where)
-    try:
-        prompts = await asyncio.to_thread(lambda: [chat.encode_prompt(tokenizer, turns) for turns in dialogues])
-    except ValueError as error:
-        raise Refused(400, f"{param}: {str(error)[:200]}", param) from None
-    for where, ids in zip(names, prompts, strict=True):
-        wanted = asked["max_tokens"] or max(1, context - len(ids))
-        if len(ids) + wanted > context:
-            numbers = f"{where} has {len(ids)} tokens and max_tokens is {wanted}"
-            raise too_long(f"{numbers}: together more than the context of {context}", where)
-        requests.append(Request(ids, **asked | {"max_tokens": wanted}))
-    return requests
-
-
-def too_long(message, param):
-    return Refused(400, message, param, "context_length_exceeded")
-
-
-async def texts_of(app, call, requests, stops=()):
-    """Yields (number of the request, new text, finish) as text becomes certain, until all are finished, a stop text
-    came or the client has left; what is left then is cancelled. Only a single request may have stop texts."""
-    pushes = [chat.streamer(app.tokenizers[request.model], stops) for request in requests]
-    inbox, loop, left = asyncio.Queue(), asyncio.get_running_loop(), len(requests)
-
-    def emit(*event):
-        loop.call_soon_threadsafe(inbox.put_nowait, event)
-
-    for request in requests:
-        request.emit = emit
-    app.engine.submit(requests)
-    watching = asyncio.create_task(call.left())
-    watching.add_done_callback(lambda _: inbox.put_nowait((None, None, ConnectionResetError())))
-    try:
-        while left:
-            seconds = max(0.0, call.began + GENERATE_SECONDS - time.monotonic())
-            request, token, finish = await asyncio.wait_for(inbox.get(), seconds)
-            if isinstance(finish, Exception):
-                raise finish
-            if call.tokens == 0:
-                app.first_seconds += time.monotonic() - call.began
-                app.first_tokens += 1
-            call.tokens += 1
-            number = requests.index(request)
-            text, stopped = pushes[number](token, finish is not None)
-            left -= stopped or finish is not None
-            yield number, text, "stop" if stopped else finish
-    finally:
-        app.engine.cancel([request for request in requests if not request.done])
-        watching.cancel()
-        await asyncio.wait({watching})
-
-
-async def whole_texts(app, call, requests, stops=()):
-    texts, finishes = [""] * len(requests), [None] * len(requests)
-    async for number, text, finish in texts_of(app, call, requests, stops):
-        texts[number], finishes[number] = texts[number] + text, finish
-    return texts, finishes
+async def answers_to(app, call, prompts):
+    """The texts that answer {name of a field: its prompt}, each one user turn, by the settings beside them."""
+    dialogues = {name: [{"role": "user", "content": fields.text_of(text, name)}] for name, text in prompts.items()}
+    requests = await requests_of(app, dialogues, fields.settings(call.body, app.sources))
+    texts, _ = await whole_texts(app, call, requests)
+    return texts
 
 
 async def generate(app, call):
     fields.check_known(call.body, {"prompt", "model", *fields.NUMBERS})
-    turns = [{"role": "user", "content": fields.text_of(call.body.get("prompt"), "prompt")}]
-    requests = await requests_of(app, [turns], fields.settings(call.body, app.sources), "prompt")
-    texts, _ = await whole_texts(app, call, requests)
-    await call.respond(200, {"generated_text": texts[0], "prompt": call.body["prompt"]})
+    prompt = call.body.get("prompt")
+    (text,) = await answers_to(app, call, {"prompt": prompt})
+    await call.respond(200, {"generated_text": text, "prompt": prompt})
 
 
 async def batch_generate(app, call):
@@ -292,9 +139,7 @@ async def batch_generate(app, call):
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= PROMPTS:
         many = f", not {len(prompts)}" if isinstance(prompts, list) else ""
         raise Refused(400, f"prompts must be a list of 1 to {PROMPTS} texts{many}", "prompts")
-    dialogues = [[{"role": "user", "content": fields.text_of(p, f"prompts[{i}]")}] for i, p in enumerate(prompts)]
-    requests = await requests_of(app, dialogues, fields.settings(call.body, app.sources), "prompts")
-    texts, _ = await whole_texts(app, call, requests)
+    texts = await answers_to(app, call, {f"prompts[{i}]": prompt for i, prompt in enumerate(prompts)})
     results = [{"prompt": prompt, "generated_text": text} for prompt, text in zip(prompts, texts, strict=True)]
     await call.respond(200, {"results": results})
 
@@ -306,16 +151,16 @@ async def chat_completions(app, call):
     turns, length = fields.turns_of(body.get("messages")), body.get("max_completion_tokens", body.get("max_tokens"))
     body = body if length is None else body | {"max_tokens": length}
     asked = fields.settings(body, app.sources, max_tokens=None, temperature=1, top_p=1)
-    requests = await requests_of(app, [turns], asked, "messages")
+    requests = await requests_of(app, {"messages": turns}, asked)
     kind = "chat.completion.chunk" if stream else "chat.completion"
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
     head["model"] = asked["model"]
     if stream:
         await stream_chat(app, call, requests, stops, head, with_usage)
         return
-    texts, finishes = await whole_texts(app, call, requests, stops)
-    message = {"role": "assistant", "content": texts[0], "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": finishes[0], "logprobs": None}
+    (text,), finish = await whole_texts(app, call, requests, stops)
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
     await call.respond(200, head | {"choices": [choice], "usage": usage(requests[0], call)})
 
 
@@ -324,16 +169,12 @@ def usage(request, call):
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-async def send_event(call, content):
-    await call.send_part(f"data: {json.dumps(content)}\n\n".encode())
-
-
 async def stream_chat(app, call, requests, stops, head, with_usage):
     """Server-sent events: a chunk whenever text becomes certain, then [DONE]. The status waits for the first token."""
     head = head | ({"usage": None} if with_usage else {})
 
     async def send(delta, finish=None):
-        await send_event(call, head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+        await call.send_event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
 
     async with contextlib.aclosing(texts_of(app, call, requests, stops)) as texts:
         async for _, text, finish in texts:
@@ -345,7 +186,7 @@ async def stream_chat(app, call, requests, stops, head, with_usage):
             if finish:
                 await send({}, finish)
     if with_usage:
-        await send_event(call, head | {"choices": [], "usage": usage(requests[0], call)})
+        await call.send_event(head | {"choices": [], "usage": usage(requests[0], call)})
     await call.send_part(b"data: [DONE]\n\n")
     await call.send_part(b"")
 
@@ -356,7 +197,7 @@ async def stream_chat(app, call, requests, stops, head, with_usage):
 async def page(app, call):
     file = WEB / PAGES[call.path]
     data = file.read_bytes()
-    if app.study:
+    if app.sheet:
         data = data.replace(b'<a href="/rate" hidden>', b'<a href="/rate">')
     await call.respond(200, data, KINDS[file.suffix], {"Content-Security-Policy": POLICY})
 
@@ -386,8 +227,8 @@ async def metrics(app, call):
         "first_token_seconds_sum counter": app.first_seconds,
         "first_token_seconds_count counter": app.first_tokens,
     }
-    counts = app.engine.counts if app.engine else {}
-    numbers |= {f"engine_{name}_total counter": value for name, value in counts.items()}
+    if app.engine:
+        numbers |= {f"engine_{name}_total counter": value for name, value in app.engine.counts.items()}
     lines = ["# TYPE gemma_requests_total counter"]
     lines += [f'gemma_requests_total{{path="{p}",status="{s}"}} {n}' for (p, s), n in sorted(app.requests.items())]
     for name, value in numbers.items():
@@ -398,42 +239,33 @@ async def metrics(app, call):
 # ---------------------------------------------------------------- ratings
 
 
-def study_of(app):
-    if not app.study:
-        raise Refused(404, "nothing to rate: start serve.py with --human_eval FILE.csv")
-    return app.study
-
-
 async def rating_items(app, call):
     """What one rater sees: every item of the blind file, its answers in an order of the rater's own."""
-    study, rater = study_of(app), check_rater(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
+    sheet, rater = app.sheet, check_rater(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
     items = []
-    for name, item in study.items.items():
+    for name, item in sheet.items.items():
         order = sorted(item["slots"], key=lambda slot: hashlib.sha256(f"{rater}/{name}/{slot}".encode()).digest())
         texts = {key: item[key] for key in ("task", "prompt", "reference") if key in item}
         items.append({"item_id": name, **texts, "answers": [{"slot": s, "text": item["answers"][s]} for s in order]})
-    rated = {row["item_id"]: row for row in study.rated if row["rater_id"] == rater}  # the last of each item
-    await call.respond(200, {"file": study.path.name, "total": len(items), "items": items, "rated": rated})
+    rated = sheet.rated.get(rater, {})
+    await call.respond(200, {"file": sheet.path.name, "total": len(items), "items": items, "rated": rated})
 
 
 async def rate(app, call):
     """Keep a rating: 200 only when it is on the disk."""
-    study = study_of(app)
     fields.check_flat(call.body)
     row = call.body | {"rater_id": check_rater(call.body.get("rater_id"))}
     try:
-        rating = ratings.parse_rating(row, study.items)
+        rating = ratings.parse_rating(row, app.sheet.items)
+        await asyncio.to_thread(ratings.append, app.sheet.file, row)
     except ratings.ForeignItem as error:  # a page that was open before the server got another blind file
         raise Refused(409, f"{error}: reload the page to rate the items of this study", "item_id") from None
     except ValueError as error:
         raise Refused(400, str(error)[:300], str(error).partition(" ")[0]) from None
-    try:
-        await asyncio.to_thread(ratings.append, study.file, row)
     except OSError as error:
         raise Refused(507, f"the rating was not saved: {error.strerror}") from None
-    study.rated.append(shown(rating))
-    done = {other["item_id"] for other in study.rated if other["rater_id"] == row["rater_id"]}
-    await call.respond(200, {"saved": True, "rated": len(done), "total": len(study.items)})
+    done = app.sheet.add(rating)
+    await call.respond(200, {"saved": True, "rated": done, "total": len(app.sheet.items)})
 
 
 def check_rater(name):
@@ -442,21 +274,16 @@ def check_rater(name):
     return " ".join(name.split())  # as ratings.py writes names
 
 
-def shown(rating):
-    """A rating of parse_rating as the page gets it back."""
-    kept = {name: rating[name] for name in ("rater_id", "item_id", *ratings.SCORES, "comment")}
-    return kept | {"preferred": "/".join(rating["preferred"]) or "none"}
-
-
-ROUTES = {path: {"GET": page} for path in PAGES} | {
-    "/health": {"GET": health},
-    "/metrics": {"GET": metrics},
+PAGE = dict.fromkeys(READ, page)
+ROUTES = dict.fromkeys(PAGES, PAGE) | {
+    "/health": dict.fromkeys(READ, health),
+    "/metrics": dict.fromkeys(READ, metrics),
     "/generate": {"POST": generate},
     "/batch_generate": {"POST": batch_generate},
-    "/v1/models": {"GET": models},
+    "/v1/models": dict.fromkeys(READ, models),
     "/v1/chat/completions": {"POST": chat_completions},
-    "/rate/items": {"GET": rating_items},
-    "/rate": {"GET": page, "POST": rate},
+    "/rate/items": dict.fromkeys(READ, rating_items),
+    "/rate": PAGE | {"POST": rate},
 }
 
 
@@ -503,16 +330,15 @@ def load(sources, device, dtype, given=None):
 
 async def serve(app, job, device, dtype):
     """Listen, load, answer until SIGTERM or SIGINT, then finish what is in flight; a second signal ends at once."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
 
     def on_signal(number):
-        if app.stopping:
+        if app.stopping.is_set():
             os._exit(128 + number)
-        app.stopping = True
-        stop.set()
+        app.stopping.set()
 
     def start():
-        models, app.tokenizers = load(app.sources, device, dtype, app.base_checkpoint)
+        models, app.tokenizers = load(app.sources, device, dtype, job.flags.get("model.base_checkpoint"))
         app.engine = Engine(models, job.rows, job.context, job.queue)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -520,7 +346,7 @@ async def serve(app, job, device, dtype):
     loop.set_default_executor(ThreadPoolExecutor(2))  # loads, tokenises, and writes ratings
     try:
         server = await asyncio.start_server(
-            lambda *ends: connection(app, *ends), job.host, job.port, limit=httpd.HEAD_BYTES, backlog=128
+            lambda *ends: httpd.connection(app, *ends), job.host, job.port, limit=httpd.HEAD_BYTES, backlog=128
         )
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno) if getattr(error, "errno", 0) > 0 else error
@@ -528,7 +354,7 @@ async def serve(app, job, device, dtype):
         raise UserError(f"--host {job.host} --port {job.port}: {reason}{taken}") from error
     host, port = server.sockets[0].getsockname()[:2]
     say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, loading {', '.join(app.sources)}")
-    loading, stopped = loop.run_in_executor(None, start), asyncio.create_task(stop.wait())
+    loading, stopped = loop.run_in_executor(None, start), asyncio.create_task(app.stopping.wait())
     await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if loading.done():
         loading.result()
@@ -559,8 +385,8 @@ def main(argv=None):
     if token and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
         raise UserError("GEMMA_ALIGNMENT_TOKEN: 16 or more printable ASCII characters without spaces are needed")
     names = {"localhost", job.host.lower(), socket.gethostname().lower()}
-    study = Study(job.human_eval) if job.human_eval else None
-    app = App(sources, job.flags.get("model.base_checkpoint"), token, names, job.context, study)
+    sheet = ratings.Sheet(job.human_eval) if job.human_eval else None
+    app = App(sources, token, names, sheet)
     device = model.pick_device(cfg.device)
     asyncio.run(serve(app, job, device, model.pick_dtype(cfg.model.dtype, device)))
 

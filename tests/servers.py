@@ -16,7 +16,7 @@ import torch
 import serve
 from common import chat
 from common.decoder import Decoder
-from common.serving import engine
+from common.serving import engine, httpd
 from tests import processes
 
 WAIT = 60
@@ -32,7 +32,7 @@ def serving(folder, *flags, change=None, environment=(), ready=True):
     """A server in a forked child, with what change() patches there; yields where it is, stops it with SIGTERM."""
 
     def body(main, argv):
-        serve.READ_SECONDS = READ_SECONDS
+        httpd.READ_SECONDS = READ_SECONDS
         if change:
             change()
         main([str(word) for word in argv])

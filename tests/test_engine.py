@@ -209,7 +209,7 @@ def test_an_engine_that_only_fails_gives_up_and_says_so(tokenizer, start, monkey
     assert ends == [ZeroDivisionError] * engine.PATIENCE + [engine.Stopped] * 2
     machine.thread.join(WAIT)
     assert not machine.alive and machine.in_flight() == (0, 0)
-    with pytest.raises(RuntimeError, match="stopped"):
+    with pytest.raises(engine.Stopped, match="stopped"):
         ask(machine, [job])
 
 

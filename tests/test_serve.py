@@ -19,7 +19,7 @@ import torch
 import serve
 from common import chat, log, lora, model, rollouts
 from common.human import ratings, study
-from common.serving import engine
+from common.serving import engine, httpd
 from tests import inputs, processes
 from tests.servers import (
     LONG,
@@ -312,7 +312,7 @@ def test_H2_dripping_clients_are_cut_off(tmp_path, micro_folder):
         generate(one, max_tokens=4)
         rss, threads, files = process(one.pid)
         closed, _ = drip(one, 100, 0.2)
-        assert len(closed) == 100 and max(closed) < serve.READ_SECONDS, sorted(closed)[-5:]
+        assert len(closed) == 100 and max(closed) < httpd.READ_SECONDS, sorted(closed)[-5:]
         now = process(one.pid)
         assert now[0] - rss < 50e6 and now[1] <= threads + 1 and now[2] <= files + 3, (rss, threads, files, now)
 
@@ -321,7 +321,7 @@ def test_H2_connections_beyond_the_limit_are_not_held(tmp_path, micro_folder):
     """400 come within a second where 40 may, and stay: each above 40 is told so and closed at once."""
 
     def change():
-        serve.CONNECTIONS = 40
+        httpd.CONNECTIONS = 40
 
     with serving(tmp_path, "--checkpoint", micro_folder, change=change) as one, contextlib.ExitStack() as held:
         most, lines = 0, []
@@ -585,7 +585,7 @@ def test_H11_nothing_leaks(tmp_path, micro_folder):
 
 def test_H11_a_log_that_cannot_be_written_harms_nobody(tmp_path, micro_folder):
     def change():
-        serve.sys = SimpleNamespace(stderr=open("/dev/full", "w"))
+        httpd.sys = SimpleNamespace(stderr=open("/dev/full", "w"))
         real = serve.health
         serve.ROUTES["/health"] = {"GET": lambda app, call: real(app if call.query != "fail" else None, call)}
 

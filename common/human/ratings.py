@@ -154,6 +154,27 @@ def _score(row, column):
 # ---------------------------------------------------------------- the file that the server keeps
 
 
+class Sheet:
+    """A blind file that raters see on a page, and its ratings: {rater: {item: the last one as the page gets it}}."""
+
+    def __init__(self, path):
+        self.path, self.items, self.rated = Path(path), study.read_manifest(path), {}
+        if self.path.suffix == ".csv" and os.access(study.key_path(self.path), os.R_OK):
+            study.check_pair(self.path, self.items)
+        self.file = self.path.with_suffix(".ratings.jsonl")
+        saved = reopen(self.file, self.items)
+        for rating in saved:
+            self.add(rating)
+        say(f"{len(self.items)} items to rate at /rate, {len(saved)} ratings in {self.file}")
+
+    def add(self, rating):
+        """Take a rating of parse_rating in place of an earlier one -> how many items its rater has rated."""
+        shown = {name: rating[name] for name in ("rater_id", "item_id", *SCORES, "comment")}
+        mine = self.rated.setdefault(rating["rater_id"], {})
+        mine[rating["item_id"]] = shown | {"preferred": "/".join(rating["preferred"]) or "none"}
+        return len(mine)
+
+
 def append(path, row):
     """Add a rating to a .jsonl file as one line and wait until the disk has it; after OSError the file is as before."""
     data, new = json.dumps(row, ensure_ascii=False).encode() + b"\n", not Path(path).exists()

@@ -7,8 +7,10 @@ request's text depends on its own seed and not on its neighbours, up to the roun
 al. 2022, "Orca": scheduling by iteration; draws as in common/rollouts.py).
 """
 
+import asyncio
 import contextlib
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -18,17 +20,25 @@ from torch import Tensor
 
 from common import chat, lora, rollouts
 from common.decoder import Decoder
+from common.serving.httpd import Refused
 
 PREFILL = 512  # prompt tokens computed between two tokens of the others, a longer prompt apart
 PATIENCE = 3  # steps in a row that may fail before the engine gives up
+GENERATE_SECONDS = 600  # of an answer
 
 
-class Busy(Exception):
-    """No room in the queue; its argument: seconds after which to come again, if an answer took one."""
+class Busy(Refused):
+    """No room in the queue."""
+
+    def __init__(self, seconds):
+        super().__init__(429, "too many requests wait", Retry_After=seconds)
 
 
-class Stopped(RuntimeError):
+class Stopped(Refused):
     """The engine's thread has ended: nothing is decoded any more."""
+
+    def __init__(self):
+        super().__init__(503, "the generation worker has stopped", Retry_After=30)
 
 
 @dataclass(eq=False)
@@ -104,7 +114,7 @@ class Engine:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens, more than {self.slots}")
         with self.lock:
             if not self.alive or self.closed:
-                raise Stopped("the engine has stopped")
+                raise Stopped
             self.check_room(len(requests))
             self.queue.extend(requests)
             self.lock.notify()
@@ -113,7 +123,7 @@ class Engine:
         """Busy if `count` requests more would not be taken now."""
         rows, (running, waiting) = sum(group.rows for group in self.groups), self.in_flight()
         if running + waiting + count > self.limit + rows:
-            raise Busy(1 + waiting // max(1, rows))
+            raise Busy(1 + waiting // rows)  # seconds, if an answer took one
 
     def cancel(self, requests):
         """Stop these at the next token; nothing is emitted for them any more."""
@@ -153,7 +163,7 @@ class Engine:
                 left = [*self.queue, *(request for group in self.groups for request in group.members())]
                 self.queue, self.groups = deque(), []
             for request in left:
-                request.tell(None, Stopped("the engine has stopped"))
+                request.tell(None, Stopped())
 
     def _next(self, group):
         """Take out of the queue what may enter this group now, in the order of arrival."""
@@ -225,3 +235,72 @@ def _draw(logits, requests):
         how = {"temperature": temperature, "top_p": top_p} if temperature else {"greedy": True}
         tokens[rows], _ = rollouts.draw(own_logits, uniforms[rows], **how)
     return tokens
+
+
+# ---------------------------------------------------------------- requests of serve.py, whose App is `app`
+
+
+async def requests_of(app, dialogues, asked):
+    """One engine request for each of {name of a field: the turns in it}, tokenised outside the loop; all or none."""
+    if app.status() != "ok":
+        raise Refused(503, f"the model is {app.status()}", Retry_After=5)
+    app.engine.check_room(len(dialogues))  # before the work of tokenising
+    tokenizer, context, requests = app.tokenizers[asked["model"]], app.engine.slots, []
+    for name, turns in dialogues.items():
+        if len(turns) > context:
+            raise too_long(f"{name} has {len(turns)} turns, too many for {context} tokens", name)
+        try:
+            ids = await asyncio.to_thread(chat.encode_prompt, tokenizer, turns)
+        except ValueError as error:
+            raise Refused(400, f"{name}: {str(error)[:200]}", name) from None
+        wanted = asked["max_tokens"] or max(1, context - len(ids))
+        if len(ids) + wanted > context:
+            numbers = f"{name} has {len(ids)} tokens and max_tokens is {wanted}"
+            raise too_long(f"{numbers}: together more than the context of {context}", name)
+        requests.append(Request(ids, **asked | {"max_tokens": wanted}))
+    return requests
+
+
+def too_long(message, param):
+    return Refused(400, message, param, "context_length_exceeded")
+
+
+async def texts_of(app, call, requests, stops=()):
+    """Yields (request, new text, finish) as text becomes certain, until all are finished, a stop text came or the
+    client has left; what is left then is cancelled. Only a single request may have stop texts."""
+    pushes = {request: chat.streamer(app.tokenizers[request.model], stops) for request in requests}
+    inbox, loop, left = asyncio.Queue(), asyncio.get_running_loop(), len(requests)
+
+    def emit(*event):
+        loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+    for request in requests:
+        request.emit = emit
+    app.engine.submit(requests)
+    watching = asyncio.create_task(call.left())
+    watching.add_done_callback(lambda _: inbox.put_nowait((None, None, ConnectionResetError())))
+    try:
+        while left:
+            seconds = max(0.0, call.began + GENERATE_SECONDS - time.monotonic())
+            request, token, finish = await asyncio.wait_for(inbox.get(), seconds)
+            if isinstance(finish, Exception):
+                raise finish
+            if call.tokens == 0:
+                app.first_seconds += time.monotonic() - call.began
+                app.first_tokens += 1
+            call.tokens += 1
+            text, stopped = pushes[request](token, finish is not None)
+            left -= stopped or finish is not None
+            yield request, text, "stop" if stopped else finish
+    finally:
+        app.engine.cancel([request for request in requests if not request.done])
+        watching.cancel()
+        await asyncio.wait({watching})
+
+
+async def whole_texts(app, call, requests, stops=()):
+    """(the whole text of each request, why the last one to end has ended)"""
+    texts, finish = dict.fromkeys(requests, ""), None
+    async for request, text, finish in texts_of(app, call, requests, stops):  # noqa: B007 - the last one is returned
+        texts[request] += text
+    return list(texts.values()), finish

@@ -39,26 +39,6 @@ OWN = {"messages", "model", "stream", "stream_options", "stop", "max_completion_
 CHAT_FIELDS = {*NUMBERS, *NEUTRAL, *LABELS, *OWN}
 
 
-def parse(data):
-    """A JSON object without duplicate keys, NaN or numbers beyond reason; Refused otherwise."""
-
-    def once(pairs):
-        if len({key for key, _ in pairs}) < len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    def constant(name):
-        raise ValueError(f"{name} is no JSON")
-
-    try:
-        body = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is no valid JSON: {str(error)[:100]}") from None
-    if not isinstance(body, dict):
-        raise Refused(400, "the body must be a JSON object")
-    return {key: value for key, value in body.items() if value is not None}
-
-
 def check_known(body, known):
     for key in body:
         if key not in known:

@@ -1,8 +1,8 @@
 """HTTP/1.1 for a demo server: strictly framed requests on asyncio's streams, nothing else installed.
 
-Python's http.server guesses where RFC 9112 leaves no room for it (lengths such as +3 or 1_0, two of them, chunks that
-it does not read), waits for ever and takes megabytes of head. Here a request that is not exactly one is refused, and
-size and time are bounded before anything is kept. A connection stays only after a request that was read whole.
+Python's http.server guesses where RFC 9112 leaves no room for it (lengths such as +3 or 1_0, two of them), reads no
+chunks, waits for ever and takes megabytes of head. Here a request that is not exactly one is refused, and size and time
+are bounded before anything is kept. A connection stays only after a request that was read whole.
 """
 
 import asyncio
@@ -13,9 +13,13 @@ import ipaddress
 import json
 import re
 import secrets
+import sys
 import time
+import traceback
 
-HEAD_BYTES, BODY_BYTES, CHUNKS, WRITE_SECONDS = 16 * 1024, 1024 * 1024, 16 * 1024, 30
+# >>> edit here: what clients may take
+CONNECTIONS, READ_SECONDS, WRITE_SECONDS = 256, 10, 30  # a process has 1,024 files by default
+HEAD_BYTES, BODY_BYTES, CHUNKS, TRAILERS = 16 * 1024, 1024 * 1024, 16 * 1024, 64
 ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
@@ -54,7 +58,13 @@ class Call:
 
     async def read_head(self):
         """Method, path, query and headers; Refused for whatever HTTP/1.1 (RFC 9112) leaves open to a guess."""
-        start, *lines = await self._lines(self.begin)
+        try:
+            head = self.begin + await self.reader.readuntil(b"\r\n\r\n")
+        except asyncio.LimitOverrunError as error:
+            begun = await self.reader.readexactly(error.consumed)
+            status = 431 if b"\r\n" in begun[:HEAD_BYTES] else 414  # 414: the first line alone is too long
+            raise Refused(status, f"the head of a request may have {HEAD_BYTES} bytes") from None
+        start, *lines = head[:-4].decode("latin-1").split("\r\n")
         parts = re.fullmatch(r"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.([01])", start)
         if not parts:
             raise Refused(400, "expected METHOD /path HTTP/1.1")
@@ -94,44 +104,38 @@ class Call:
         self.read_whole = True
         return data
 
-    async def _lines(self, begin=b""):
-        """The lines before an empty one: a head, whose first bytes are `begin`, or what follows the last chunk."""
-        lines, size = [], len(begin)
-        while not lines or lines[-1]:
-            try:
-                line = await self.reader.readuntil(b"\n")
-            except asyncio.LimitOverrunError:
-                line = b" " * (HEAD_BYTES + 1)
-            size += len(line)
-            if size > HEAD_BYTES:
-                raise Refused(431 if lines else 414, f"the head of a request may have {HEAD_BYTES} bytes")
-            if not line.endswith(b"\r\n"):
-                raise Refused(400, "lines of the head end with CR LF")
-            lines.append(line[:-2].decode("latin-1"))
-        return [begin.decode("latin-1") + lines[0], *lines[1:-1]]
-
     async def _chunks(self):
         data = bytearray()
         for _ in range(CHUNKS):
-            line = CHUNK.fullmatch(await self.reader.readuntil(b"\n"))
+            line = CHUNK.fullmatch(await self.reader.readuntil(b"\r\n"))
             if not line:
                 raise Refused(400, "a chunk begins with its size and CR LF")
             size = int(line[1], 16)
             if len(data) + size > BODY_BYTES:
                 break
             if size == 0:
-                await self._lines()
+                await self._trailer()
                 return bytes(data)
             data += await self.reader.readexactly(size)
             if await self.reader.readexactly(2) != b"\r\n":
                 raise Refused(400, "a chunk is longer than its size")
         raise Refused(413, f"a body may have {BODY_BYTES} bytes in {CHUNKS} chunks")
 
+    async def _trailer(self):
+        """Headers after the last chunk, up to an empty line: read for their end, not for what they say."""
+        for _ in range(TRAILERS):
+            line = await self.reader.readuntil(b"\r\n")
+            if line == b"\r\n":
+                return
+            if not HEADER.fullmatch(line[:-2].decode("latin-1")):
+                break
+        raise Refused(400, f"after the last chunk there may be {TRAILERS} headers and an empty line")
+
     async def left(self):
         """Returns when the client has closed its end; one that sends more before its answer gets no answer to that."""
         with contextlib.suppress(OSError):
             while await self.reader.read(64 * 1024):
-                self.may_stay = False
+                self.may_stay = self.keep = False
 
     # ---------------------------------------------------------------- the answer
 
@@ -153,6 +157,10 @@ class Call:
 
     async def send_part(self, data):
         await self._write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+
+    async def send_event(self, content):
+        """One of server-sent events."""
+        await self.send_part(f"data: {json.dumps(content)}\n\n".encode())
 
     def _head(self, status, headers):
         """Also decides whether the connection stays."""
@@ -180,6 +188,100 @@ class Call:
                     if not await self.reader.read(64 * 1024):
                         break
         self.writer.transport.abort()
+
+
+# ---------------------------------------------------------------- one connection, its requests
+
+
+def parse(data):
+    """A JSON object without duplicate keys, NaN or numbers beyond reason; Refused otherwise."""
+
+    def once(pairs):
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    def constant(name):
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        body = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is no valid JSON: {str(error)[:100]}") from None
+    if not isinstance(body, dict):
+        raise Refused(400, "the body must be a JSON object")
+    return {key: value for key, value in body.items() if value is not None}
+
+
+async def connection(app, reader, writer):
+    """Answer one request after the other, until the client has no more or one was not clear.
+
+    app: counts `connections`, `active` and `requests`; `stopping` is an event; app.handler_of(call) gives the
+    function(app, call) that answers, or raises Refused.
+    """
+    writer.transport.set_write_buffer_limits(high=0)  # what is written has been taken by the system
+    app.connections += 1
+    full, stays = app.connections > CONNECTIONS, True
+    try:
+        while stays:
+            call = Call(reader, writer, app.connections <= CONNECTIONS // 2)  # where it is crowded, nobody stays
+            if not full and not await call.begins(READ_SECONDS):
+                break
+            await answer(app, call, full)
+            stays = call.keep and not full and not app.stopping.is_set()
+    finally:
+        await call.hang_up(0 if full or app.stopping.is_set() else 1)
+        app.connections -= 1
+
+
+async def answer(app, call, full):
+    """Read a request within READ_SECONDS, answer it, log one line."""
+    try:
+        if full:
+            raise Refused(503, "too many connections", Retry_After=1)
+        async with asyncio.timeout(READ_SECONDS):
+            await call.read_head()
+            handler = app.handler_of(call)
+            if call.method == "POST":
+                call.body = parse(await call.read_body())
+        app.active += 1
+        try:
+            await handler(app, call)
+        finally:
+            app.active -= 1
+    except (ConnectionError, EOFError, asyncio.CancelledError):
+        call.status, call.keep = call.status or 499, False  # the client has left
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            await refuse(call, error)
+    with contextlib.suppress(OSError):  # the log's disk may be full
+        note(app, call)
+
+
+async def refuse(call, error):
+    """Tell the client what went wrong, without a traceback; into the stream if it has begun."""
+    if isinstance(error, asyncio.LimitOverrunError):
+        error = Refused(400, "a line is too long")
+    elif isinstance(error, TimeoutError):
+        error = Refused(408, "reading took too long") if call.body is None else Refused(504, "answering took too long")
+    elif not isinstance(error, Refused):
+        with contextlib.suppress(OSError):
+            print(f"request {call.id} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+        error = Refused(500, f"internal error, request {call.id}")
+    if not call.status:
+        await call.respond(error.status, error.body, headers=error.headers)
+        return
+    await call.send_event(error.body)
+    await call.send_part(b"")
+    call.status, call.keep = error.status, False
+
+
+def note(app, call):
+    """Count a request and write its line, in which nothing that a client sent can end a line or move a cursor."""
+    app.requests[app.route_of(call.path), call.status] += 1
+    line = f"{call.id} {call.method} {json.dumps(call.path[:100])} {call.status}"
+    print(f"{line} {time.monotonic() - call.began:.3f} s {call.tokens} tokens", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- who may ask
