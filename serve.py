@@ -109,10 +109,7 @@ class App:
             raise Refused(405, f"{call.path} answers {', '.join(handlers)}", Allow=", ".join(handlers))
         if self.stopping.is_set() and not health:
             raise Refused(503, "the server is shutting down", Retry_After=5)
-        handler = handlers[call.method]
-        if handler in (rating_items, rate) and not self.sheet:
-            raise Refused(404, "nothing to rate: start serve.py with --human_eval FILE.csv")
-        return handler
+        return handlers[call.method]
 
 
 # ---------------------------------------------------------------- generation
@@ -239,9 +236,15 @@ async def metrics(app, call):
 # ---------------------------------------------------------------- ratings
 
 
+def sheet_of(app):
+    if not app.sheet:
+        raise Refused(404, "nothing to rate: start serve.py with --human_eval FILE.csv")
+    return app.sheet
+
+
 async def rating_items(app, call):
     """What one rater sees: every item of the blind file, its answers in an order of the rater's own."""
-    sheet, rater = app.sheet, check_rater(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
+    sheet, rater = sheet_of(app), check_rater(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
     items = []
     for name, item in sheet.items.items():
         order = sorted(item["slots"], key=lambda slot: hashlib.sha256(f"{rater}/{name}/{slot}".encode()).digest())
@@ -253,19 +256,20 @@ async def rating_items(app, call):
 
 async def rate(app, call):
     """Keep a rating: 200 only when it is on the disk."""
+    sheet = sheet_of(app)
     fields.check_flat(call.body)
     row = call.body | {"rater_id": check_rater(call.body.get("rater_id"))}
     try:
-        rating = ratings.parse_rating(row, app.sheet.items)
-        await asyncio.to_thread(ratings.append, app.sheet.file, row)
+        rating = ratings.parse_rating(row, sheet.items)
+        await asyncio.to_thread(ratings.append, sheet.file, row)
     except ratings.ForeignItem as error:  # a page that was open before the server got another blind file
         raise Refused(409, f"{error}: reload the page to rate the items of this study", "item_id") from None
     except ValueError as error:
         raise Refused(400, str(error)[:300], str(error).partition(" ")[0]) from None
     except OSError as error:
         raise Refused(507, f"the rating was not saved: {error.strerror}") from None
-    done = app.sheet.add(rating)
-    await call.respond(200, {"saved": True, "rated": done, "total": len(app.sheet.items)})
+    done = sheet.add(rating)
+    await call.respond(200, {"saved": True, "rated": done, "total": len(sheet.items)})
 
 
 def check_rater(name):
