@@ -299,10 +299,7 @@ def parse_models(arguments):
     checkpoints = {}
     for argument in arguments:
         name, source = config.named_checkpoint(argument)
-        if not name:
-            path = Path(source)
-            path = path.absolute().parent if path.name in ("final", "best") else path
-            name = path.name.removesuffix(".gguf")
+        name = name or base.name_of(source)
         if not source or checkpoints.setdefault(name, source) != source:
             wrong = f"--checkpoint {argument!r:.80} names nothing, or {name!r} stands twice"
             raise UserError(f"{wrong}: expected NAME=CHECKPOINT; {config.NAME_RULE}")

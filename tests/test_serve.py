@@ -754,6 +754,8 @@ def test_names_of_checkpoints(tmp_path):
         "name": "org/name",
     }
     assert list(serve.parse_models(["outputs/kl0.05/final", "org/gemma-3.1b"])) == ["kl0.05", "gemma-3.1b"]
+    scaled = [str(run), f"{run}@0.5", f"{run.parent}@2", "half=a/final@0.5"]
+    assert list(serve.parse_models(scaled)) == ["sft_lora_270m", "sft_lora_270m@0.5", "sft_lora_270m@2", "half"]
     assert serve.parse_models(["sft-v1.2=a", "./lr=0.1/final"]) == {"sft-v1.2": "a", "lr=0.1": "./lr=0.1/final"}
 
 

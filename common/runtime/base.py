@@ -127,6 +127,13 @@ def split_scale(source: Path | str) -> tuple[Path, float]:
     return path.with_name(name), scale
 
 
+def name_of(source: Path | str) -> str:
+    """What a checkpoint is called that has no NAME in front: as its run's folder or its file, with the @ of a scale."""
+    path, scale = split_scale(source)
+    named = path.absolute().parent if path.name in ("final", "best") else path
+    return named.name.removesuffix(".gguf") + (f"@{scale:g}" if scale != 1 else "")
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, or of its stages, the likeliest first: for a folder named in their place."""
     steps = sorted(folder.glob("step-*"), reverse=True)
