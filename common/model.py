@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common import chat, config, data, dist, gemma, lora, losses
 from common.log import UserError, say, warn
-from common.runtime import base, checkpoint
+from common.runtime import base, checkpoint, resume
 from common.runtime.types import Gemma, Tokenizer
 
 OF_VERSION_5 = ("backend", "is_local", "local_files_only")  # keys of its tokenizer_config.json
@@ -362,6 +362,15 @@ def adapter_fingerprint(folder: Path | str | None) -> list | None:
     folder, scale = base.split_scale(folder)
     hashes = [checkpoint.sha256(folder / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
     return hashes if scale == 1 else [*hashes, scale]
+
+
+def adapter_effect(folder: Path | str | None) -> list | None:
+    """As adapter_fingerprint, wherever the adapter's base lies: without its place, which adapter_config.json names."""
+    if not folder:
+        return None
+    tensors, _, *scale = adapter_fingerprint(folder)
+    path = base.split_scale(folder)[0] / "adapter_config.json"
+    return [tensors, resume.fingerprint(json.loads(path.read_text()) | {"base_model_name_or_path": None}), *scale]
 
 
 def save(model: Gemma, tokenizer: Tokenizer, folder: Path | str, adapter: str | None, base_name: str) -> None:

@@ -114,6 +114,7 @@ class Run:
             "tokenizer": base.tokenizer_fingerprint(self.base_folder),
             "model": self.base_fingerprint,
             "start": model.adapter_fingerprint(self.cfg.model.adapter),
+            "adapter": model.adapter_effect(self.cfg.model.adapter),
             **facts,
         }
         self._lock()  # a new folder appears only when everything before was in order

@@ -46,6 +46,7 @@ CONTENTS = {
     **{"dataset_path": "data", "model.base_checkpoint": "model", "model.adapter": "start"},
     **{"reward.checkpoint": "score", "reward.ensemble": "score", "reward.function": "score"},
     "evaluation.reward_checkpoint": "judge",
+    "start": "adapter",  # the base's place is in the one, not in the other
 }
 UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 
@@ -215,8 +216,9 @@ def refuse_changes(
             f"{folder} was trained with other settings: {show(kept)}; add --training.resume_changed true to go on with "
             "the new ones, or choose another --logging.run_name"
         )
-    if changed:
-        say(f"resuming with changed settings: {show(changed)}")
+    told = [key for key in changed if key not in CONTENTS.values() and key != "start"]
+    if told:
+        say(f"resuming with changed settings: {show(told)}")
 
 
 def finished(saved: dict, now: dict, steps: int) -> bool:
