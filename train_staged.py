@@ -31,61 +31,32 @@ Run the same command again to resume: finished stages are skipped, an unfinished
 
 import contextlib
 import copy
-import difflib
-import functools
 import gc
-import hashlib
 import io
-import itertools
-import json
-import math
 import os
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace as Config
 
 from common import config
 
 SECTIONS = ("model", "training", "rl", "reward", "evaluation", "logging")
-ALGORITHMS = ("dpo", "grpo", "ppo")
-PARADIGMS = ("base", "sft", "rft", *ALGORITHMS, "rl", "staged", "half")  # in the order in which they are trained
-JOBS = (
-    (
-        "--paradigms",
-        {"metavar": "A,B", "help": f"train these arms at equal cost and compare them: {', '.join(PARADIGMS)}"},
-    ),
-    config.SEEDS,
-)
+ARMS = f"train these arms at equal cost and compare them: {', '.join(config.PARADIGMS)}"
+JOBS = (("--paradigms", {"metavar": "A,B", "help": ARMS}), config.SEEDS)
 FLAGS = dict(script="train_staged.py", description=__doc__, sections=SECTIONS, modes=(), jobs=JOBS)
 if __name__ == "__main__":
     config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
-
-import torch
 
 import evaluate
 import train_reward
 import train_rl
 import train_sft
-from common import (
-    advantages,
-    chat,
-    data,
-    dist,
-    experience,
-    log,
-    lora,
-    model,
-    prompts,
-    rewards,
-    roles,
-    rollouts,
-    tasks,
-)
+from common import data, dist, log, model, rewards, tasks
 from common.evaluation import measure, metrics
+from common.evaluation.answers import Answers
 from common.log import UserError, command, say
-from common.runtime import base, checkpoint, explain, resume, sources
+from common.runtime import base, checkpoint, rejection
+from common.runtime.stages import Stage, Study, check_arms, sampling_keys, say_plan
 
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "rl": train_rl}
 PURPOSES = {  # of a stage, by its name
@@ -108,7 +79,6 @@ EARLIER = {  # {flag: the file by which one sees that an earlier stage left what
     "dataset_path": "train.jsonl",
 }
 ENDLESS = 10**6  # epochs: the budget ends the run
-SHOWN_TOKENS, SHOWN_CHARACTERS = 48, 200  # of the answers before and after a stage
 
 
 def scores_samples(cfg, arm):
@@ -118,373 +88,99 @@ def scores_samples(cfg, arm):
 
 
 def stages(cfg, arms, out, judge=None):
-    """The runs in order: [(name, mode, {flag: value})], in folders out/name; without `arms` those of training.mode.
+    """The stages in order, in folders out/name: those of `arms`, or without them of training.mode.
 
     judge: folder of the second reward model, where another seed has trained it.
     """
     mode, full = cfg.training.mode, cfg.model.peft_type == "none"
+
+    def halved(name):
+        return {"dataset_path": out / f"pairs-{name}", "data_keys": "null"}  # records as stages.write_halves makes them
+
+    def after(name):
+        return {"model.base_checkpoint" if full else "model.adapter": out / name / "final"}
+
+    # --- reward models: one that the policy is trained by, and in a comparison a second one to judge by
     rewarded = any(scores_samples(cfg, arm) for arm in arms or [mode]) and rewards.wants_model(cfg.reward)
     rewarded = rewarded and cfg.reward.checkpoint is None
     judged = bool(arms) and tasks.load(cfg.task).has_pairs and cfg.evaluation.reward_checkpoint is None
     pairs = dict.fromkeys(("training.budget_tokens", "training.budget_flops"), "null")
-    pairs |= {"model.peft_type": "lora"} if full else {}
-
-    def halved(name):
-        return {"dataset_path": out / f"pairs-{name}", "data_keys": "null"}  # records as write_halves makes them
-
-    reward = [("reward", "reward", pairs | (halved("reward") if judged else {}))] * rewarded
-    second = [("judge", "reward", pairs | halved("judge") | {"seed": cfg.seed + 1})] * (judged and judge is None)
+    if full:
+        pairs["model.peft_type"] = "lora"
+    first = []
+    if rewarded:
+        first.append(Stage("reward", "reward", pairs | (halved("reward") if judged else {})))
+    if judged and judge is None:
+        first.append(Stage("judge", "reward", pairs | halved("judge") | {"seed": cfg.seed + 1}))
     scorer = {"reward.checkpoint": out / "reward" / "final"} if rewarded else {}
+
+    # --- half of the budget, for arms of two stages
     half = {}
     if cfg.training.budget_tokens is not None:
         half["training.budget_tokens"] = max(1, cfg.training.budget_tokens // 2)
     if cfg.training.budget_flops is not None:
         half["training.budget_flops"] = cfg.training.budget_flops / 2
 
-    def after(name):
-        return {"model.base_checkpoint" if full else "model.adapter": out / name / "final"}
+    # --- without arms: training.mode
+    if not arms and mode == "rl":
+        return [*first, Stage("rl", "rl", scorer)]
+    if not arms and mode == "staged":
+        for stage in first:
+            stage.flags.update(after("sft") if full else {})
+        return [Stage("sft", "sft", half), *first, Stage("rl", "rl", half | scorer | after("sft"))]
+    if not arms:
+        return [Stage(mode, mode, {})]
 
-    if arms:
-        whole = dict.fromkeys(("training.max_steps", "rl.max_steps", "training.patience"), "null")
-        whole["training.epochs"] = ENDLESS
-        rl = whole | scorer
-        samples = {"dataset_path": out / "rft-samples", "data_keys": "null"}
-        runs = {
-            "base": [],
-            "sft": [("sft", "sft", whole)],
-            "rft": [("rft-samples", "samples", rl | half), ("rft", "sft", whole | half | samples)],
-            **{name: [(name, "rl", rl | {"rl.algorithm": name})] for name in ALGORITHMS},
-            "rl": [("rl", "rl", rl)],
-            "half": [],
-            "staged": [("staged-sft", "sft", whole | half), ("staged-rl", "rl", rl | half | after("staged-sft"))],
-        }
-        if judged and cfg.rl.pairs == "data":
-            runs["dpo"][0][2].update(halved("reward"))
-        return [*reward, *second, *(stage for arm in PARADIGMS if arm in arms for stage in runs[arm])]
-    if mode == "staged":
-        started = [(name, stage, flags | (after("sft") if full else {})) for name, stage, flags in reward]
-        return [("sft", "sft", half), *started, ("rl", "rl", half | scorer | after("sft"))]
-    return [*reward, ("rl", "rl", scorer)] if mode == "rl" else [(mode, mode, {})]
-
-
-def write_halves(cfg, out):
-    """Cut the pairs of train and val in two by a hash of their first turn: out/pairs-reward and out/pairs-judge."""
-    for split in ("train", "val"):
-        halves = {"reward": [], "judge": []}
-        for record in data.from_config(cfg, split):
-            first = record["prompt"][0]["content"].strip().lower()
-            odd = hashlib.sha256(f"half/{first}".encode()).digest()[0] % 2
-            halves["judge" if odd else "reward"].append(record)
-        for name, records in halves.items():
-            if not records:
-                raise UserError(f"{split}: no pair left for the half of the {name} model; more of them are needed")
-            path = out / f"pairs-{name}" / f"{split}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            log.replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def settings(cfg, flags, fingerprint):
-    """What decides the outcome of a stage: its resolved config, the base, the hashes of its data."""
-    outside = ("evaluation.", "logging.", "training.resume_changed")
-    kept = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(outside)}
-    kept |= {key: str(value) for key, value in flags.items()}
-    task = tasks.load(cfg.task)
-    own = None if cfg.debug or not task.files else Path(__file__).parent / "data" / task.name
-    folder = kept.get("dataset_path") or own
-    by_split = sources.files(folder) if folder else {}
-    hashes = [checkpoint.sha256(path) for split in ("train", "val") for path in by_split.get(split, ())]
-    folders = [
-        path for path in config.paths(kept["reward.checkpoint"]) if (Path(path) / "adapter_config.json").is_file()
-    ]
-    score = [model.adapter_fingerprint(folder) for folder in folders]
-    return kept | {"base": fingerprint, "data": hashes, "score": score[0] if len(score) == 1 else score or None}
-
-
-def check_arms(cfg, arms, text):
-    """UserError for --paradigms that cannot be compared."""
-    if arms is not None:
-        unknown = [arm for arm in arms if arm not in PARADIGMS]
-        if unknown or len(set(arms)) != len(arms):
-            near = difflib.get_close_matches(unknown[0][:40], PARADIGMS, 1) if unknown else []
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--paradigms: expected some of {','.join(PARADIGMS)}, each once, got {text!r:.80}{hint}")
-        if "rl" in arms and cfg.rl.algorithm in arms:
-            raise UserError(f"--paradigms: rl is {cfg.rl.algorithm} here (rl.algorithm): name one of the two")
-        if "half" in arms and cfg.model.peft_type == "none":
-            raise UserError("--paradigms half: only adapters have a scale, and model.peft_type is none")
-        if "rft" in arms and cfg.rl.group_size < 2:
-            raise UserError("rl.group_size: rft takes the best of so many samples, 2 or more")
-        if "dpo" in arms and cfg.rl.pairs == "data":  # before hours of other arms
-            if all(record["rejected"] is None for record in data.from_config(cfg, "train")):
-                raise UserError("--paradigms dpo: the data has no rejected answers: set --rl.pairs sampled")
-        if cfg.training.budget_tokens is None and cfg.training.budget_flops is None:
-            raise UserError(
-                "--paradigms compares at equal cost: set --training.budget_tokens, the tokens of each arm, or "
-                "--training.budget_flops"
-            )
-        if cfg.model.adapter:
-            raise UserError("model.adapter: all arms start from the base; leave it out, or merge it into a base first")
-        if cfg.model.peft_type == "none" and "staged" in arms and rewards.wants_model(cfg.reward):
-            raise UserError(
-                "model.peft_type none: after full SFT the reward model's base is gone; compare with "
-                "lora or qlora, or with --reward.type heuristic"
-            )
-
-
-class Answers:
-    """What each checkpoint answers, greedily, to the first prompt of val that may be shown."""
-
-    def __init__(self, cfg, base_folder):
-        self.cfg, self.known, self.tokenizer = cfg, {}, base.load_tokenizer(base_folder)
-        records = data.from_config(cfg, "val")
-        encoded, _ = prompts.encode_prompts(records, self.tokenizer, cfg.training.max_seq_length)
-        plain = tasks.load(cfg.task).plain
-        self.prompts = [prompt for prompt in encoded if plain and plain(prompt.record["prompt"])] or encoded
-
-    def by(self, source):
-        """The answer of a base, or of the policy in the final/ of a run."""
-        if source not in self.known:
-            folder, adapter = base.locate(source)
-            device = model.pick_device(self.cfg.device)
-            dtype = model.pick_dtype(self.cfg.model.dtype, device)
-            net, _ = model.load(folder, device, dtype, quantize=self.cfg.model.peft_type == "qlora")
-            if adapter:
-                model.load_adapter(net, "policy", adapter, trainable=False)
-            draws = torch.zeros(1, SHOWN_TOKENS, dtype=torch.float64)
-            answer = rollouts.sample(net, [self.prompts[0].ids], 1, SHOWN_TOKENS, uniforms=draws, greedy=True)
-            self.known[source] = chat.decode(self.tokenizer, answer["completions"][0])
-        return self.known[source]
-
-    def show(self, before, after):
-        if self.prompts:
-            prompt = measure.dialogue(self.prompts[0].record["prompt"])
-            answers = {"before": self.by(before), "after": self.by(after)}
-            if answers["before"] == answers["after"]:
-                answers = {"before, after": answers["after"]}
-            for name, text in {"val prompt": prompt, **answers}.items():
-                line = " ".join(text.split())
-                cut = line[:SHOWN_CHARACTERS] + "..." * (len(line) > SHOWN_CHARACTERS)
-                say(f"  {name + ':':16} {cut or '(nothing)'}")
-
-
-def load_prompts(cfg, tokenizer):
-    """(records by split, the prompts that rft samples answers to, by pass)"""
-    records, longest = data.load_train_and_val(cfg), cfg.training.max_seq_length - cfg.rl.max_new_tokens
-    return records, prompts.encode(records, tokenizer, longest, cfg.rl.rollout_size, None, cfg.seed)
-
-
-def sample_passes(cfg, folder, key):
-    """rft: rl.group_size samples of the base for rl.rollout_size prompts a pass, until the budget of tokens is spent.
-
-    folder gets samples.jsonl, every sample with its reward, and metrics.jsonl, a record for each pass -> its records.
-    Sampled as train_rl.py samples in a step: a pass is a function of (seed, number), so it resumes after the last whole
-    one. key: of what decides the samples.
-    """
-    device = model.pick_device(cfg.device)
-    resume.prepare(device)
-    rl, base_folder = cfg.rl, base.resolve(cfg.model.base_checkpoint)
-    dtype = model.pick_dtype(cfg.model.dtype, device)
-    net, tokenizer = model.load(base_folder, device, dtype, quantize=cfg.model.peft_type == "qlora")
-    lora.wrap(net)
-    lora.use(net, None)
-    models = roles.Roles(net.eval(), net, tokenizer, None, False)
-    trained = rewards.needs_model(cfg.reward)
-    score = roles.load_scorers(models, cfg, base.fingerprint(base_folder), trained, False)
-    _, dataset = load_prompts(cfg, tokenizer)
-
-    # --- resume after the last whole pass
-    if dist.is_main():
-        log.on_exit(checkpoint.lock_run(folder).release)
-        known = folder / "run.json"
-        if known.is_file() and json.loads(known.read_text())["key"] != key:
-            raise UserError(f"{folder} was sampled with other settings or data: choose another --logging.run_name")
-        log.write_json(known, log.provenance(key=key))
-        log.replace(folder / "config.yml", config.dump(cfg))
-        checkpoint.truncate_log(folder / "metrics.jsonl", 10**9)  # a torn line
-    dist.barrier()
-    metrics = folder / "metrics.jsonl"
-    passes = log.read_records(metrics) if metrics.exists() else []
-    if dist.is_main():
-        checkpoint.truncate_log(folder / "samples.jsonl", len(passes) - 1)
-    seen, cost = (passes[-1]["tokens_seen"], passes[-1]["flops_seen"]) if passes else (0, 0.0)
-
-    # --- sample and score
-    sizes = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
-    budgets = cfg.training.budget_tokens or math.inf, cfg.training.budget_flops or math.inf
-    bar = log.progress(None, len(passes), unit="pass")
-    for step in itertools.count(len(passes)):
-        if seen >= budgets[0] or cost >= budgets[1]:
-            break
-        started, mine = time.perf_counter(), experience.share(dataset.batch(step))
-        rollout = experience.collect(net, mine, score, cfg.seed, f"rft/{step}", **sizes)
-        rollout.rewards = advantages.missing_stop(rollout.rewards, rollout.stopped, rl.missing_stop_penalty)
-        rollout.correct = tasks.load(cfg.task).correct
-        log.write_records(folder / "samples.jsonl", experience.lines(rollout, tokenizer, step))
-        seen, cost = seen + rollout.sampled_tokens, cost + experience.step_flops(models, rollout, [], [])
-        record = {"step": step} | experience.summary(rollout) | experience.group_metrics(rollout)
-        record |= {"tokens_seen": seen, "flops_seen": cost, "seconds": time.perf_counter() - started}
-        passes.append(record)
-        log.write_records(metrics, [record])
-        bar.update()
-    bar.close()
-    return passes
-
-
-def write_best_samples(cfg, folder, key):
-    """Rejection sampling: sample_passes, then train.jsonl and val.jsonl in folder, whole or not at all, for SFT.
-
-    Of each prompt the sample of the highest reward is kept, if it stops by itself and is not known to be wrong. val is
-    that of the data, or a tenth of what is kept where the data has prompts alone. UserError on all ranks where none is.
-    """
-    sample_passes(cfg, folder, key)
-    task, n, failure = tasks.load(cfg.task), cfg.rl.group_size, None
-    records, dataset = load_prompts(cfg, base.load_tokenizer(base.resolve(cfg.model.base_checkpoint)))
-    if dist.is_main():
-        kept, groups = best_of_groups(log.read_records(folder / "samples.jsonl"), n, dataset, task.correct)
-        answered = any(record["response"] for record in records["val"])
-        val, train = (records["val"], kept) if answered else (kept[::10], [kept[i] for i in range(len(kept)) if i % 10])
-        if train:
-            for split, rows in (("val", val), ("train", train)):
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                log.replace(folder / f"{split}.jsonl", text)
-            mean = sum(row["reward"] for row in kept) / len(kept)
-            say(f"kept the best of {n} samples for {len(kept)} of {groups} prompts, their mean reward is {mean:.3f}")
-        else:
-            wanted = "stops by itself and is right" if task.correct else "stops by itself"
-            failure = UserError(f"rft: of {groups} prompts, no best sample {wanted}: there is nothing to learn from")
-    log.refuse_together(failure, "rft")
-
-
-def best_of_groups(lines, group_size, dataset, correct):
-    """([the record of each prompt with its best sample as the response], number of groups) of lines of samples.jsonl.
-
-    correct: the part of the reward that is 1 for a right answer, or None.
-    """
-    groups: dict[tuple, list] = {}
-    for line in lines:
-        groups.setdefault((line["step"], line["row"] // group_size), []).append(line)
-    kept = []
-    for (step, number), group in groups.items():
-        best = max(group, key=lambda line: -float("inf") if line["reward"] is None else line["reward"])
-        right = best["parts"].get(correct, 1) == 1 and best["reward"] is not None
-        if best["stopped"] and right and best["completion"].strip():
-            record = dataset.batch(step)[number].record
-            answer = {"id": f"{record['id']}/{step}", "response": best["completion"], "rejected": None}
-            kept.append(record | answer | {"reward": best["reward"]})
-    return kept, len(groups)
-
-
-def compare(cfg, arms, plan, folders, out):
-    """The base, floors and all policies that were trained, by evaluate.py on the same test prompts.
-
-    folders: of each seed's stages; what judges is that of the first.
-    """
-    say("\ncomparison: the base and what was trained, on the same test prompts")
-    trained, full, mode = [name for name, _, _ in plan], cfg.model.peft_type == "none", cfg.training.mode
-    last = {"sft": "sft", "staged": "rl"} if mode == "staged" else {mode: mode}
-    if arms:
-        last = {arm: "staged-rl" if arm == "staged" else arm for arm in arms if arm not in ("base", "half")}
-    systems = [f"base={cfg.model.base_checkpoint}"]
-    systems += [f"{name}={folder / stage / 'final'}" for name, stage in last.items() for folder in folders]
-    if arms and "half" in arms:
-        systems += [f"{name}-half={folder / stage / 'final'}@0.5" for name, stage in last.items() for folder in folders]
-    flags = {"logging.output_dir": out, "logging.run_name": "comparison"}
-    if "reward" in trained and (arms or not full or mode == "rl"):  # after full SFT it belongs to another base
-        flags["reward.checkpoint"] = folders[0] / "reward" / "final"
-    if "judge" in trained:
-        flags["evaluation.reward_checkpoint"] = folders[0] / "judge" / "final"
-    return evaluate.main(["--config", str(out / "config.yml"), "--checkpoints", *systems, *arguments(flags)])
-
-
-def arguments(flags):
-    """{key: value} as a command line."""
-    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-
-
-@dataclass
-class Study:
-    """The stages of one seed: their config, plan and folder."""
-
-    cfg: Config
-    plan: list  # of stages
-    folder: Path
-    fingerprint: str  # of the base
-
-    @property
-    def draft(self):
-        """The config that all stages read; config.yml stays until no stage refuses the new one."""
-        return self.folder / ".tmp-config.yml"
-
-    def flags(self, stage):
-        """What a stage's script is given beside the config."""
-        name, mode, changes = stage
-        alone = {} if mode == "sft" else {"training.packing": "false", "training.last_turn_only": "false"}
-        where = {"logging.output_dir": self.folder, "logging.run_name": name}
-        return {"training.mode": "rl" if mode == "samples" else mode} | alone | changes | where
-
-    def finished(self, stage):
-        """Was this stage finished with these settings?"""
-        name, mode, _ = stage
-        try:
-            done = json.loads((self.folder / "stages.json").read_text()).get(name)
-        except (OSError, ValueError):  # none yet, or damaged: each script then sees for itself that it is done
-            return False
-        if done != settings(self.cfg, self.flags(stage), self.fingerprint):
-            return False
-        final = self.folder / name / "final"
-        if mode == "samples":
-            return (self.folder / name / "train.jsonl").is_file()
-        return final.is_dir() and bool(checkpoint.verify(final))
-
-
-def prepare(study):
-    """Lock the study's folder, and write the config and the data that its stages read."""
-    if dist.is_main():
-        log.on_exit(checkpoint.lock_run(study.folder).release)
-        if any("pairs-" in str(changes.get("dataset_path")) for _, _, changes in study.plan):
-            write_halves(study.cfg, study.folder)
-        log.on_exit(functools.partial(study.draft.unlink, missing_ok=True))
-        log.replace(study.draft, config.dump(study.cfg))
-        if not (study.folder / "config.yml").exists():
-            log.replace(study.folder / "config.yml", config.dump(study.cfg))
-    dist.barrier()
+    # --- arms: only the budget ends a run
+    sft = dict.fromkeys(("training.max_steps", "rl.max_steps", "training.patience"), "null")
+    sft["training.epochs"] = ENDLESS
+    rl = sft | scorer
+    samples = {"dataset_path": out / "rft-samples", "data_keys": "null"}
+    dpo = halved("reward") if judged and cfg.rl.pairs == "data" else {}
+    runs = {
+        "base": [],
+        "sft": [Stage("sft", "sft", sft)],
+        "rft": [Stage("rft-samples", "samples", rl | half), Stage("rft", "sft", sft | half | samples)],
+        "dpo": [Stage("dpo", "rl", rl | dpo | {"rl.algorithm": "dpo"})],
+        "grpo": [Stage("grpo", "rl", rl | {"rl.algorithm": "grpo"})],
+        "ppo": [Stage("ppo", "rl", rl | {"rl.algorithm": "ppo"})],
+        "rl": [Stage("rl", "rl", rl)],
+        "staged": [Stage("staged-sft", "sft", sft | half), Stage("staged-rl", "rl", rl | half | after("staged-sft"))],
+        "half": [],
+    }
+    return [*first, *(stage for arm in config.PARADIGMS if arm in arms for stage in runs[arm])]
 
 
 def run_stages(study):
     """Train all stages but those that are finished; returns the result of the last one, where it was not skipped."""
-    cfg, out, result = study.cfg, study.folder, None
-    answers = Answers(cfg, base.resolve(cfg.model.base_checkpoint))
+    cfg, result = study.cfg, None
+    answers = Answers(cfg)
     for number, stage in enumerate(study.plan, 1):
-        name, mode, changes = stage
         if dist.any_rank(dist.is_main() and study.finished(stage)):
-            say(f"stage {number} of {len(study.plan)}: {name}, finished before")
+            say(f"stage {number} of {len(study.plan)}: {stage.name}, finished before")
             continue
-        say(f"\nstage {number} of {len(study.plan)}: {name}, {PURPOSES[name]}")
+        say(f"\nstage {number} of {len(study.plan)}: {stage.name}, {PURPOSES[stage.name]}")
         log.reset_peak_memory()
-        flags = study.flags(stage)
-        decisive = json.loads(json.dumps(settings(cfg, flags, study.fingerprint), default=str))
-        if mode == "samples":
-            key = {name: value for name, value in decisive.items() if not name.startswith("training.budget_")}
-            write_best_samples(config.load_config(study.draft, flags), out / name, resume.fingerprint(key))
+        flags, settings, folder = study.flags(stage), study.settings(stage), study.folder / stage.name
+        if stage.mode == "samples":
+            rejection.write_best_samples(config.load_config(study.draft, flags), folder, sampling_keys(settings))
         else:
-            result = run_script(mode, study.draft, flags)
+            result = run_script(stage.mode, study.draft, flags)
         gc.collect()
         model.trim_memory(model.pick_device(cfg.device))
         if dist.is_main():
-            try:
-                done = json.loads((out / "stages.json").read_text())
-            except (OSError, ValueError):
-                done = {}
-            log.write_json(out / "stages.json", done | {name: decisive})
-            if mode == "sft":  # the others end with a report of their own
-                losses = [r["eval/loss"] for r in log.read_records(out / name / "metrics.jsonl") if "eval/loss" in r]
-                say(f"{name}: its loss on val answers went from {losses[0]:.2f} to {losses[-1]:.2f} nats per token")
-            if mode in ("sft", "rl"):
-                start = changes.get("model.adapter") or changes.get("model.base_checkpoint") or cfg.model.adapter
-                answers.show(str(start or cfg.model.base_checkpoint), str(out / name / "final"))
+            study.note(stage, settings)
+            if stage.mode == "sft":  # the others end with a report of their own
+                losses = [row["eval/loss"] for row in log.read_records(folder / "metrics.jsonl") if "eval/loss" in row]
+                change = f"{losses[0]:.2f} to {losses[-1]:.2f} nats per token"
+                say(f"{stage.name}: its loss on val answers went from {change}")
+            if stage.mode in ("sft", "rl"):
+                start = stage.flags.get("model.adapter") or stage.flags.get("model.base_checkpoint")
+                start = start or cfg.model.adapter or cfg.model.base_checkpoint
+                answers.show(str(start), str(folder / "final"))
         dist.barrier()
     if dist.is_main():
-        os.replace(study.draft, out / "config.yml")
+        os.replace(study.draft, study.folder / "config.yml")
     dist.barrier()
     return result
 
@@ -496,31 +192,9 @@ def run_script(mode, draft, flags, *words):
     return SCRIPTS[mode].main(["--config", str(draft), *arguments(read), *words])
 
 
-# ---------------------------------------------------------------- the plan of several seeds
-
-
-def say_plan(studies):
-    """What is left to do for all seeds, and about how long it takes: by a finished seed, else by a timed step."""
-    left = [(study, stage) for study in studies for stage in study.plan if not study.finished(stage)]
-    seeds = ", ".join(str(study.cfg.seed) for study in studies)
-    say(f"\nplan: seeds {seeds} in {studies[0].folder.parent}/seedN, {len(left)} stages to train, then one comparison")
-    total, timed = 0.0, {}
-    for stage in studies[0].plan:
-        name = stage[0]
-        waiting = [study for study, each in left if each[0] == name]
-        logs = {study.cfg.seed: study.folder / name / "metrics.jsonl" for study in studies if study not in waiting}
-        logs = {seed: path for seed, path in logs.items() if path.is_file()}
-        if not waiting:
-            say(f"  {name + ':':16} finished")
-            continue
-        if logs:
-            seed, path = next(iter(logs.items()))
-            seconds, source = sum(row.get("seconds") or 0.0 for row in log.read_records(path)), f"as seed {seed} took"
-        else:
-            seconds, source = time_stage(waiting[0], stage, timed), "by a timed step"
-        say(f"  {name + ':':16} {len(waiting)} times {explain.duration(seconds)}, {source}")
-        total += len(waiting) * seconds
-    say(f"about {explain.duration(total)}, evaluations and the comparison apart")
+def arguments(flags):
+    """{key: value} as a command line."""
+    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
 
 
 def time_stage(study, stage, timed):
@@ -529,24 +203,46 @@ def time_stage(study, stage, timed):
     What earlier stages would leave is not there yet: without it the step starts from the base, on the data, with the
     heuristic reward. timed: {what was timed: seconds for each token of the budget}, is added to.
     """
-    _, mode, _ = stage
     flags = study.flags(stage)
     for key, file in EARLIER.items():
         if key in flags and not (Path(flags[key]) / file).is_file():
             del flags[key]
             flags |= {"reward.type": "heuristic"} if key == "reward.checkpoint" else {}
-    cfg = config.load_config(study.draft, flags | {"training.mode": "rl" if mode == "samples" else mode})
-    budget, kind = cfg.training.budget_tokens or cfg.training.budget_flops or 1, (mode, cfg.rl.algorithm)
+    cfg = config.load_config(study.draft, flags)
+    budget, kind = cfg.training.budget_tokens or cfg.training.budget_flops or 1, (stage.mode, cfg.rl.algorithm)
     if kind not in timed:
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-            if mode == "samples":
+            if stage.mode == "samples":
                 spent = "tokens_seen" if cfg.training.budget_tokens else "flops_seen"
                 cfg.training.budget_tokens = 1
-                record = sample_passes(cfg, Path(folder), "timed")[-1]
+                record = rejection.sample_passes(cfg, Path(folder), ["timed"])[-1]
                 timed[kind] = record["seconds"] / record[spent]
             else:
-                timed[kind] = run_script(mode, study.draft, flags, "--explain")["expected_seconds"] / budget
+                timed[kind] = run_script(stage.mode, study.draft, flags, "--explain")["expected_seconds"] / budget
     return timed[kind] * budget
+
+
+def compare(cfg, arms, plan, folders, out):
+    """The base, floors and all policies that were trained, by evaluate.py on the same test prompts.
+
+    folders: of each seed's stages; what judges is that of the first.
+    """
+    say("\ncomparison: the base and what was trained, on the same test prompts")
+    trained, full, mode = [stage.name for stage in plan], cfg.model.peft_type == "none", cfg.training.mode
+    last = {"sft": "sft", "staged": "rl"} if mode == "staged" else {mode: mode}
+    if arms:
+        last = {arm: "staged-rl" if arm == "staged" else arm for arm in arms if arm not in ("base", "half")}
+    systems = [f"base={cfg.model.base_checkpoint}"]
+    systems += [f"{name}={folder / stage / 'final'}" for name, stage in last.items() for folder in folders]
+    if arms and "half" in arms:
+        systems += [f"{name}-half={folder / stage / 'final'}@0.5" for name, stage in last.items() for folder in folders]
+    flags = {"logging.output_dir": out, "logging.run_name": "comparison"}
+    flags["model.base_checkpoint"] = cfg.model.base_checkpoint  # adapters may name the place where it lay before
+    if "reward" in trained and (arms or not full or mode == "rl"):  # after full SFT it belongs to another base
+        flags["reward.checkpoint"] = folders[0] / "reward" / "final"
+    if "judge" in trained:
+        flags["evaluation.reward_checkpoint"] = folders[0] / "judge" / "final"
+    return evaluate.main(["--config", str(out / "config.yml"), "--checkpoints", *systems, *arguments(flags)])
 
 
 @command
@@ -555,13 +251,14 @@ def main(argv=None):
     cfg, job = config.parse_args(**FLAGS, argv=argv)
     arms = None if job.paradigms is None else [word.strip() for word in job.paradigms.split(",")]
     seeds = None if job.seeds is None else config.seeds(job.seeds)
-    check_arms(cfg, arms, job.paradigms)
+    if arms is not None:
+        check_arms(cfg, arms, job.paradigms)
     out = Path(cfg.logging.output_dir) / config.run_name(cfg, job.config, "staged")
     plan = stages(cfg, arms, out)
-    for algorithm in {changes.get("rl.algorithm", cfg.rl.algorithm) for _, mode, changes in plan if mode == "rl"}:
+    for algorithm in {stage.flags.get("rl.algorithm", cfg.rl.algorithm) for stage in plan if stage.mode == "rl"}:
         train_rl.check(Config(**vars(cfg.rl) | {"algorithm": algorithm}), algorithm != "dpo")  # before hours of SFT
     if len(plan) == 1 and not arms and not seeds:  # a single stage is its script's own run
-        return SCRIPTS[plan[0][1]].main(argv)
+        return SCRIPTS[plan[0].mode].main(argv)
     if not arms and cfg.training.mode == "reward":
         raise UserError("--seeds: several reward models are trained by train_reward.py --seeds")
 
@@ -580,7 +277,7 @@ def main(argv=None):
 
     # --- distributed; each seed's folder and the config that its stages read
     fingerprint = base.fingerprint(base_folder)
-    if cfg.model.peft_type != "none" and any(mode == "rl" for _, mode, _ in plan):  # before hours of SFT
+    if cfg.model.peft_type != "none" and any(stage.mode == "rl" for stage in plan):  # before hours of SFT
         for given in config.paths(cfg.reward.checkpoint):
             base.check_record(given, "reward.checkpoint", base_folder, fingerprint, cfg.model.peft_type == "qlora")
     dist.init(model.pick_device(cfg.device), cfg.training.timeout)
@@ -593,13 +290,13 @@ def main(argv=None):
         own.seed = seed
         judge = studies[0].folder / "judge" / "final" if studies else None
         studies.append(Study(own, stages(own, arms, folder, judge), folder, fingerprint))
-        prepare(studies[-1])
+        studies[-1].prepare()
 
     # --- stages: those that are finished with these settings are skipped
     result = None  # of the last stage, where it was not skipped
     for study in studies:
         if seeds:
-            say_plan(studies)
+            say_plan(studies, time_stage)
             say(f"\nseed {study.cfg.seed}")
         result = run_stages(study)
     if seeds and dist.is_main():

@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 LONGEST = """test_train_online test_checkpoints test_analysis test_report test_pictures test_online_stops
     test_train_staged test_rollouts test_train_rl test_explain test_dist test_adapter_base test_train_sft test_serve
     test_pages test_engine test_sft test_online_values test_export test_dpo test_run test_train_reward test_tiny
-    test_evaluate test_reward test_ranks test_staged""".split()
+    test_evaluate test_reward test_ranks test_rejection test_staged""".split()
 # `pytest -m fast`: pure functions, the config, the house rules.
 FAST = """test_advantages test_analysis test_cache test_chat test_checkpoint test_comparison test_config
     test_clinical test_conala test_data test_dialogue test_docs test_fields test_functions test_house

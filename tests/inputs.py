@@ -29,6 +29,20 @@ def settings(base_folder, source, *script, rate=1e-3):
     return flags
 
 
+def staged_settings(few, base_folder):
+    """A function that returns the flags of train_staged.py: stages of three steps on few records, and a comparison."""
+
+    def flags(folder, *more, algorithm="grpo"):
+        sizes = ["--rl.algorithm", algorithm, "--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8]
+        sizes += ["--rl.minibatches", 1, "--rl.critic_warmup", 1, "--rl.max_steps", 3, "--training.max_steps", 3]
+        sizes += ["--training.batch_size", 4, "--training.eval_interval", 50, "--training.save_interval", 2]
+        sizes += ["--evaluation.max_items", 8, "--evaluation.max_new_tokens", 8, "--evaluation.draws", 100]
+        where = ["--model.base_checkpoint", base_folder, "--dataset_path", few, "--logging.output_dir", folder]
+        return ["--debug", "--training.mode", "staged", *sizes, *where, "--logging.run_name", "run", *more]
+
+    return flags
+
+
 def straight(main, tmp_path_factory, settings):
     """A function that returns the folder of a run that nothing stopped."""
 

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import train_rl
 import train_sft
 import train_staged
-from common import chat, config, data, log
+from common import chat, config, data
+from common.evaluation import answers
 from common.runtime import base as bases
 from common.runtime import checkpoint
 from common.tasks.safety import is_harmful_request
-from tests import checks, processes
+from tests import checks, inputs, processes
 from tests.checks import lines
 from tests.faults.test_staged import in_stage
 from tests.inputs import write_data
@@ -39,15 +40,7 @@ def few(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(few, micro_folder):
-    def flags(folder, *more, algorithm="grpo"):
-        sizes = ["--rl.algorithm", algorithm, "--rl.rollout_size", 4, "--rl.group_size", 2, "--rl.max_new_tokens", 8]
-        sizes += ["--rl.minibatches", 1, "--rl.critic_warmup", 1, "--rl.max_steps", 3, "--training.max_steps", 3]
-        sizes += ["--training.batch_size", 4, "--training.eval_interval", 50, "--training.save_interval", 2]
-        sizes += ["--evaluation.max_items", 8, "--evaluation.max_new_tokens", 8, "--evaluation.draws", 100]
-        where = ["--model.base_checkpoint", micro_folder, "--dataset_path", few, "--logging.output_dir", folder]
-        return ["--debug", "--training.mode", "staged", *sizes, *where, "--logging.run_name", "run", *more]
-
-    return flags
+    return inputs.staged_settings(few, micro_folder)
 
 
 def count_reads(folder, main, argv):
@@ -140,6 +133,35 @@ def test_staged_is_its_scripts_one_after_the_other(tmp_path, settings):
     )
 
 
+def test_it_goes_on_where_its_base_was_moved(tmp_path, micro_folder, settings):
+    """Nothing that was trained is trained or written again, although the adapters name the place where the base lay."""
+    home, away = Path(shutil.copytree(micro_folder, tmp_path / "X")), tmp_path / "Y"
+    train(tmp_path, settings(tmp_path, "--model.base_checkpoint", home))
+    out = tmp_path / "run"
+    before = {name: checks.snapshot(out / name) for name in ("sft", "reward")}
+    home.rename(away)
+    status, text, err = run(tmp_path, settings(tmp_path, "--model.base_checkpoint", away, "--rl.max_steps", 4))
+    assert status == 0, err
+    assert text.count("finished before") == 2 and "at step 3 of 4" in text and "  before" in text
+    assert before == {name: checks.snapshot(out / name) for name in before}
+    results = json.loads((out / "comparison" / "results.json").read_text())
+    assert results["systems"] == ["base", "sft", "staged"] and results["cells"]["kl_base"]["base"]["value"] == 0
+
+
+def test_rl_goes_on_where_sft_was_written_again_on_a_moved_base(tmp_path, micro_folder, settings):
+    """An adapter's files name the place of its base: that alone makes it no other start."""
+    home, away = Path(shutil.copytree(micro_folder, tmp_path / "X")), tmp_path / "Y"
+    heuristic = ["--reward.type", "heuristic"]
+    train(tmp_path, settings(tmp_path, "--model.base_checkpoint", home, *heuristic))
+    home.rename(away)
+    (tmp_path / "run" / "stages.json").unlink()
+    status, text, err = run(
+        tmp_path, settings(tmp_path, "--model.base_checkpoint", away, "--rl.max_steps", 4, *heuristic)
+    )
+    assert status == 0, err
+    assert "sft at step 3 of 3" in text and "rl at step 3 of 4" in text
+
+
 def test_staged_says_what_it_does_and_compares_at_the_end(tmp_path, settings):
     """A title and the change of each stage, one prompt before and after it; the base, SFT and the end side by side."""
     argv = settings(tmp_path)
@@ -171,9 +193,9 @@ def by_transformers(adapter, cfg):
     records = data.load(cfg.task, cfg.dataset_path, "val", cfg.debug, cfg.seed)
     record = next(record for record in records if not is_harmful_request(record["prompt"]))
     ids = torch.tensor([chat.encode_prompt(tokenizer, record["prompt"])])
-    made = net.generate(ids, do_sample=False, max_new_tokens=train_staged.SHOWN_TOKENS, eos_token_id=[1, 106])
+    made = net.generate(ids, do_sample=False, max_new_tokens=answers.SHOWN_TOKENS, eos_token_id=[1, 106])
     text = " ".join(chat.decode(tokenizer, made[0, ids.shape[1] :].tolist()).split())
-    most = train_staged.SHOWN_CHARACTERS
+    most = answers.SHOWN_CHARACTERS
     return text[:most] + "..." * (len(text) > most)
 
 
@@ -276,86 +298,6 @@ def test_r1_r3_killed_in_any_stage_it_goes_on_to_the_same_bits(tmp_path, compare
     train(tmp_path, argv)
     for name in ("rl", "staged-sft", "staged-rl"):
         checks.assert_same_records(tmp_path / "run" / name, compared[0] / name)
-
-
-# ---------------------------------------------------------------- rejection sampling
-
-
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory, settings, tiny_folder):
-    """The folder of a comparison with SFT on the best samples of a base that ends its answers, and its command."""
-    out = tmp_path_factory.mktemp("sampled")
-    argv = settings(out, "--paradigms", "rft,grpo", "--training.budget_tokens", BUDGET, "--reward.type", "heuristic")
-    argv += ["--model.base_checkpoint", tiny_folder, "--rl.max_new_tokens", 24, "--rl.group_size", 4]
-    train(out, argv)
-    return out / "run", argv
-
-
-def test_rft_learns_from_the_best_of_each_group(sampled, few):
-    out, _ = sampled
-    samples, kept = (checks.samples(out / "rft-samples", name) for name in ("samples", "train"))
-    groups = {}
-    for line in samples:
-        groups.setdefault((line["step"], line["id"]), []).append(line)
-    assert all(len(group) == 4 for group in groups.values()) and 8 < len(groups)
-    best = {}
-    for (step, name), group in groups.items():
-        top = max(line["reward"] for line in group)
-        line = next(line for line in group if line["reward"] == top)
-        if line["stopped"]:
-            best[f"{name}/{step}"] = line["completion"]
-    assert {row["id"]: row["response"] for row in kept} == best and 0 < len(best) < len(groups)
-    prompts = {record["id"]: record["prompt"] for record in data.load_split(few, "train")}
-    assert all(row["prompt"] == prompts[row["id"].rpartition("/")[0]] for row in kept)
-    assert config.load_config(out / "rft" / "config.yml").dataset_path == str(out / "rft-samples")
-
-
-def test_rft_spends_half_on_samples_and_half_on_sft(sampled):
-    out, _ = sampled
-    passes = lines(out / "rft-samples")
-    tokens = sum(row["tokens"] for row in checks.samples(out / "rft-samples"))
-    assert passes[-1]["tokens_seen"] == tokens >= BUDGET // 2 > passes[-2]["tokens_seen"]
-    results = json.loads((out / "comparison" / "results.json").read_text())
-    cost = results["cost"]["rft"]
-    assert [stage["name"] for stage in cost["stages"]] == ["rft-samples", "rft"]
-    assert cost["tokens"] == tokens + lines(out / "rft")[-1]["tokens_seen"]
-    assert {"base, 1 of 4 at random", "base, best of 4 (oracle)"} & set(results["floors"])
-    assert results["systems"] == ["base", "rft", "grpo"]
-
-
-def test_rft_killed_in_a_pass_goes_on_to_the_same_bits(tmp_path, sampled):
-    out, argv = sampled
-    argv = [tmp_path if word == out.parent else word for word in argv]
-
-    def body(main, argv):
-        write, calls = log.write_records, []
-
-        def write_records(path, records):
-            calls.append(path.name)
-            if calls.count("metrics.jsonl") == 3:  # the samples of the pass are written, its record is not
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(path, records)
-
-        log.write_records = write_records
-        processes.call(main, argv)
-
-    assert run(tmp_path, argv, body)[0] == -9
-    folder = tmp_path / "run" / "rft-samples"
-    assert len(lines(folder)) == 2 and not (folder / "train.jsonl").exists()
-    train(tmp_path, argv)
-    for name in ("samples.jsonl", "train.jsonl", "val.jsonl"):
-        assert (folder / name).read_bytes() == (out / "rft-samples" / name).read_bytes(), name
-    checks.assert_same_records(tmp_path / "run" / "rft", out / "rft")
-    status, text, _ = run(tmp_path, argv)
-    assert status == 0 and "rft-samples, finished before" in text
-    status, _, err = run(tmp_path, [*argv, "--rl.temperature", 0.5])
-    assert status == 2 and err.count("\n") == 1 and "was sampled with other settings" in err
-
-
-def test_rft_without_an_answer_that_ends_is_refused(tmp_path, settings):
-    argv = settings(tmp_path, "--paradigms", "rft", "--training.budget_tokens", 200, "--reward.type", "heuristic")
-    status, _, err = run(tmp_path, [*argv, "--rl.max_new_tokens", 1])
-    assert status == 2 and err.count("\n") == 1 and "rft: of " in err and "stops by itself" in err
 
 
 def test_half_adds_each_adapter_at_half_its_scale(tmp_path, settings):
