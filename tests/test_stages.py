@@ -42,7 +42,7 @@ def finished(study):
     return [study.finished(stage) for stage in study.plan]
 
 
-def test_a_stage_is_finished_until_something_that_it_reads_changes(study, micro_folder, tmp_path):
+def test_a_stage_is_finished_until_what_it_reads_changes(study, micro_folder, tmp_path):
     assert finished(study()) == [True, True]
     assert finished(study(evaluation__max_items=3, logging__log_interval=1)) == [True, True]
     assert finished(study(rl__max_steps=9)) == finished(study(reward__alpha=0.5)) == [True, False]
@@ -63,7 +63,7 @@ def test_base_data_and_folder_may_move(study, micro_folder, tmp_path):
     assert finished(study(tmp_path / "away", dataset_path=str(data))) == [False, False]
 
 
-def test_rl_is_not_finished_when_what_it_started_from_has_changed(study, tmp_path, micro_folder):
+def test_rl_is_not_finished_where_its_start_has_changed(study, tmp_path, micro_folder):
     final = tmp_path / "run" / "sft" / "final"
     path = final / "adapter_config.json"
     text = path.read_text()

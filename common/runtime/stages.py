@@ -17,7 +17,7 @@ from common.runtime import base, checkpoint, explain, resume, sources
 OUTSIDE = ("evaluation.", "logging.", "training.resume_changed")
 PATHS = ("model.base_checkpoint", "model.adapter", "dataset_path", "reward.checkpoint")
 # ... and settings that the script of a mode does not read.
-UNREAD = {"sft": ("rl.", "reward."), "reward": ("rl.max_steps",), "samples": (), "rl": ()}
+UNREAD = {"sft": ("rl.", "reward.", "score"), "reward": ("rl.max_steps", "score"), "samples": (), "rl": ()}
 
 
 class Stage(NamedTuple):
