@@ -8,7 +8,6 @@ Under --explain the loop runs too: its first steps, to say how long all of them 
 checkpoint, in a folder that goes away.
 """
 
-import functools
 import math
 import shutil
 import tempfile
@@ -74,7 +73,7 @@ class Run:
         self.state, self.locked = State(), False
         if job.explain:
             self.folder = Path(tempfile.mkdtemp())
-            log.on_exit(functools.partial(shutil.rmtree, self.folder))
+            log.on_exit(lambda: shutil.rmtree(self.folder))
         else:
             if self.folder.exists():
                 self._lock()
@@ -109,14 +108,16 @@ class Run:
         """
         self.steps, self.tokens_per_step = steps, tokens_per_step
         self.flops_per_step = tokens_per_step * flops_per_token
-        facts = config.flatten(self.cfg) | {
+        settings = config.flatten(self.cfg)
+        facts = settings | {
             "world_size": dist.world_size(),
             "tokenizer": base.tokenizer_fingerprint(self.base_folder),
             "model": self.base_fingerprint,
             "start": model.adapter_fingerprint(self.cfg.model.adapter),
-            "adapter": model.adapter_effect(self.cfg.model.adapter),
             **facts,
         }
+        if self.cfg.model.adapter:
+            facts["adapter"] = model.adapter_effect(self.cfg.model.adapter)
         self._lock()  # a new folder appears only when everything before was in order
         dist.barrier()
         free = (*resume.FREE_TO_CHANGE, *not_read)
@@ -134,7 +135,6 @@ class Run:
         logging = self.cfg.logging
         if logging.tracker != "none":
             self.state.tracker_id = logging.run_id or self.state.tracker_id or uuid.uuid4().hex[:12]
-        settings = config.flatten(self.cfg)
         self.tracker = tracker.Tracker(logging, self.folder, self.step, self.state.tracker_id, settings)
         self.signalled = resume.stop_signals(grace=1.0)
         self.bar = log.progress(self.expected_end(self.step), self.step)
@@ -337,9 +337,9 @@ class Run:
                 log.plot_curves(log.read_records(path), self.panels, self.folder / "curves.png")
 
     def finish(self, warnings: Sequence[str] = ()) -> dict:
-        """Write the last record, final/ and curves.png; returns the record. Under --explain only say the time.
+        """Write the last record, final/ and curves.png; returns the record.
 
-        Then the record has `expected_seconds`, of the whole run without its evaluations.
+        --explain only says the time; then the record has `expected_seconds`, of the whole run without its evaluations.
         """
         self.bar.close()
         if self.explained:
