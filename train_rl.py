@@ -266,10 +266,9 @@ def ppo_step(run, models, dataset, score, optimizer, step):
 def step_metrics(models, rollout, minibatches, updates, started):
     """(metrics of a step, tokens of all ranks: sampled and trained, FLOPs)."""
     metrics = optim.mean_metrics(updates) | experience.rollout_metrics(rollout, minibatches)
-    metrics["updates"] = sum(update.taken for update in updates)
-    metrics["seconds_update"] = time.perf_counter() - started
-    cost = experience.step_flops(models, rollout, minibatches, updates)
-    return metrics, rollout.sampled_tokens + sum(update.num_tokens for update in updates), cost
+    metrics |= {"updates": sum(update.taken for update in updates), "seconds_update": time.perf_counter() - started}
+    tokens = rollout.sampled_tokens + sum(update.num_tokens for update in updates)
+    return metrics, tokens, experience.step_flops(models, rollout, minibatches, updates)
 
 
 ONLINE = {
@@ -309,11 +308,9 @@ def train_on_prompts(run, models, records, score, explained):
     facts = {"data": dataset.fingerprint, "score": rewards.fingerprint(cfg.reward, cfg.task)}
     facts["judge"] = model.adapter_fingerprint(cfg.evaluation.reward_checkpoint if best[0] == "eval/judge" else None)
     run.state.memory = {"first": [], "last": []}  # see watch.observe
-    how = {"not_read": ("evaluation.draws",), "best": best, "flops_per_token": flops_per_token}
-    step_folder = run.start(steps, tokens_per_step, facts, **how)
+    step_folder = run.start(steps, tokens_per_step, facts, ("evaluation.draws",), best, flops_per_token)
     if step_folder:
-        roles.restore(models, step_folder)
-        optim.load(optimizer, models.named, step_folder)
+        roles.restore(models, optimizer, step_folder)
 
     # --- loop: set lr -> evaluate -> save -> sample, update -> log. Step 0 evaluates the reference itself.
     for step in range(run.step, steps + 1):
@@ -328,8 +325,7 @@ def train_on_prompts(run, models, records, score, explained):
             run.keep_evaluation(metrics)
         if run.save_due(step) and dist.is_main():
             with run.new_checkpoint(step) as step_folder:
-                roles.save(models, step_folder, run.base_name)
-                optim.save(optimizer, models.named, step_folder)
+                roles.save(models, optimizer, step_folder, run.base_name)
         if run.finished(step):
             break
         resume.seed_step(cfg.seed, step, dist.rank())
@@ -418,12 +414,11 @@ def train_on_pairs(run, models, records, score, explained):
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = roles.make_optimizer(models, training, rl)
     facts = {"data": dataset.fingerprint, "score": None}
-    expected, free = roles.flops_per_token(models, training.max_seq_length), ("evaluation.", "reward.")
-    step_folder = run.start(steps, batches.tokens_per_step, facts, free, flops_per_token=expected)
+    flops_per_token, not_read = roles.flops_per_token(models, training.max_seq_length), ("evaluation.", "reward.")
+    step_folder = run.start(steps, batches.tokens_per_step, facts, not_read, flops_per_token=flops_per_token)
     run.record["reference_seconds"] = dataset.reference_seconds
     if step_folder:
-        roles.restore(models, step_folder)
-        optim.load(optimizer, models.named, step_folder)
+        roles.restore(models, optimizer, step_folder)
 
     # --- loop: set lr -> evaluate -> save -> update -> log. Step 0 evaluates the reference itself.
     held_out = None
@@ -435,8 +430,7 @@ def train_on_pairs(run, models, records, score, explained):
             run.keep_evaluation(metrics)
         if run.save_due(step) and dist.is_main():
             with run.new_checkpoint(step) as step_folder:
-                roles.save(models, step_folder, run.base_name)
-                optim.save(optimizer, models.named, step_folder)
+                roles.save(models, optimizer, step_folder, run.base_name)
         if run.finished(step):
             break
         resume.seed_step(cfg.seed, step, dist.rank())

@@ -145,17 +145,19 @@ def flops_per_token(models: Roles, length: int) -> float:
     return flops.per_token(models.net.config, length, models.adapter_size(models.adapter), models.adapter is None)
 
 
-def save(models: Roles, folder: Path | str, base_name: str) -> None:
-    """Write the policy, and each other trained role as <role>.safetensors, into a step folder."""
+def save(models: Roles, optimizer: torch.optim.Optimizer, folder: Path | str, base_name: str) -> None:
+    """Write the policy, each other trained role as <role>.safetensors and the optimizer's state into a step folder."""
     model.save(models.net, models.tokenizer, folder, models.adapter, base_name)
+    optim.save(optimizer, models.named, folder)
     for role, named in models.trained.items():
         if role != "policy":
             tensors = {name: parameter.detach().contiguous() for name, parameter in named.items()}
             save_file(tensors, Path(folder) / f"{role}.safetensors")
 
 
-def restore(models: Roles, folder: Path | str) -> None:
+def restore(models: Roles, optimizer: torch.optim.Optimizer, folder: Path | str) -> None:
     """Put back, bit for bit, what `save` wrote."""
+    optim.load(optimizer, models.named, folder)
     model.restore(models.net, models.adapter, folder)
     for role, named in models.trained.items():
         if role != "policy":

@@ -70,9 +70,17 @@ def test_restore_puts_back_every_bit(tmp_path, tiny_folder, kind):
     with torch.no_grad():
         for parameter in models.named.values():
             parameter.add_(torch.randn_like(parameter))
-    roles.save(models, tmp_path, "tiny")
+    optimizer = torch.optim.AdamW([*models.named.values()])
+    for parameter in models.named.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    roles.save(models, optimizer, tmp_path, "tiny")
     assert (tmp_path / "critic.safetensors").is_file()
     again = built(tiny_folder, section(peft_type=kind), seed=1)
-    roles.restore(again, tmp_path)
+    fresh = torch.optim.AdamW([*again.named.values()])
+    roles.restore(again, fresh, tmp_path)
     assert list(again.named) == list(models.named)
-    assert all(torch.equal(parameter, again.named[name]) for name, parameter in models.named.items())
+    for name, parameter in models.named.items():
+        assert torch.equal(parameter, again.named[name]), name
+        moments = optimizer.state[parameter], fresh.state[again.named[name]]
+        assert all(torch.equal(moments[0][key], moments[1][key]) for key in ("step", "exp_avg", "exp_avg_sq")), name
