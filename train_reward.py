@@ -32,8 +32,9 @@ import numpy as np
 import torch
 
 from common import chat, data, dist, log, lora, losses, model, optim, preferences, reward_model, stats, tasks
+from common import pairs as preference_pairs
 from common import rewards as heuristics
-from common.log import UserError, command, say, say_counts
+from common.log import UserError, command, say
 from common.run import Run
 from common.runtime import explain, flops, recompute, resume
 
@@ -63,15 +64,20 @@ def evaluate(net, head, pairs, budget, device):
     net.train()
     chosen, rejected = rewards.T
     margins = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float64)
-    of_references = [not pair["id"].endswith(SAMPLED) for pair in pairs]
-    reference_rewards = chosen[of_references] if any(of_references) else chosen
+    on_references = rewards_of_references(rewards, pairs)
     return rewards, {
         "eval/loss": losses.reward_loss(chosen, rejected, margins).mean().item(),
         "eval/accuracy": stats.preference_accuracy(chosen - rejected)[0],
         "eval/margin": (chosen - rejected).mean().item(),
-        "eval/reward_mean": reference_rewards.mean().item(),
-        "eval/reward_std": reference_rewards.std(correction=0).item(),
+        "eval/reward_mean": on_references.mean().item(),
+        "eval/reward_std": on_references.std(correction=0).item(),
     }
+
+
+def rewards_of_references(rewards, pairs):
+    """Of rewards (pairs, 2) those of the chosen answers that are references, not samples; where none is, of all."""
+    of_references = [not pair["id"].endswith(SAMPLED) for pair in pairs]
+    return rewards[of_references, 0] if any(of_references) else rewards[:, 0]
 
 
 def alike(record):
@@ -129,18 +135,11 @@ def report(rewards, pairs, task):
     margins = (rewards[:, 0] - rewards[:, 1]).numpy()
     lengths = [sum(pair[side]["mask"]) for pair in pairs for side in ("chosen", "rejected")]  # tokens
     rules = preferences.floor_margins(pairs, task)
-    shorter, near = rules["shorter answer"], preferences.MATCHED
-
-    def accuracy(values):
-        if not len(values):
-            return {"accuracy": None, "interval": None, "pairs": 0}
-        rate, low, high = stats.preference_accuracy(values)
-        return {"accuracy": rate, "interval": [low, high], "pairs": len(values)}
-
+    shorter, near, accuracy = rules["shorter answer"], preferences.MATCHED, preferences.accuracy
     only_model, only_floor, p = stats.mcnemar(margins > 0, np.array(shorter) > 0)
     calibration_error, bins = stats.calibration(torch.sigmoid(rewards[:, 0] - rewards[:, 1]).numpy())
-    sampled = torch.tensor([pair["id"].endswith(SAMPLED) for pair in pairs]).numpy()
-    reference_rewards = rewards[~sampled, 0] if not sampled.all() else rewards[:, 0]
+    sampled = np.array([pair["id"].endswith(SAMPLED) for pair in pairs])
+    on_references = rewards_of_references(rewards, pairs)
     return {
         "held_out": accuracy(margins[~sampled]),
         **({"held_out_between_samples": accuracy(margins[sampled])} if sampled.any() else {}),
@@ -151,8 +150,8 @@ def report(rewards, pairs, task):
         "reliability": [{"predicted": mean, "observed": share, "count": n} for mean, share, n in bins],
         "correlation_of_reward_and_length": stats.correlation(rewards.flatten().numpy(), lengths),
         "reward_on_reference_answers": {
-            "mean": reference_rewards.mean().item(),
-            "std": reference_rewards.std(correction=0).item(),
+            "mean": on_references.mean().item(),
+            "std": on_references.std(correction=0).item(),
         },
     }
 
@@ -165,8 +164,7 @@ def write_report(run_dir, rows):
     shown = {"reward model": rows["held_out"], "reward model between samples": rows.get("held_out_between_samples")}
     for title, row in (shown | {f"best rule without a model, {name}": floor}).items():
         if row and row["pairs"]:
-            low, high = row["interval"]
-            say(f"{title}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {row['pairs']} val pairs")
+            say(f"{title}: accuracy {preferences.in_words(row)}")
     say(f"wrote {run_dir}/report.json and reliability.png")
 
 
@@ -221,20 +219,14 @@ def main(argv=None):
     say(f"{peft.base_checkpoint} on {run.device} in {run.dtype}, {peft.peft_type}: {count:,} parameters to train")
 
     # --- pairs: token ids of the chosen and the rejected answer after one prompt
-    pairs = {}
-    for split, records in load_pairs(run, net, tokenizer, job.explain).items():
-        pairs[split], counts = data.encode_pairs(records, tokenizer, training.max_seq_length)
-        say_counts(split, counts, training.max_seq_length)
-        if not pairs[split]:
-            raise UserError(f"{split}: no usable pair in {counts['records']} records")
-    train, val = pairs["train"], pairs["val"]
-    lengths = [data.pair_tokens(pair) for pair in train]
-    batches = data.EpochBatches(lengths, training.batch_size, cfg.seed)
+    records = load_pairs(run, net, tokenizer, job.explain)
+    dataset = preference_pairs.encode(records, tokenizer, training.max_seq_length, training.batch_size, cfg.seed)
+    train, val, batches = dataset.train, dataset.val, dataset.batches
     steps = training.epochs * batches.per_epoch if training.max_steps is None else training.max_steps
-    recompute.choose(training, net, parameters, lengths, batches.tokens_per_step, logits=False)
+    recompute.choose(training, net, parameters, batches.lengths, batches.tokens_per_step, logits=False)
     if job.explain:
-        first = [train[i][side] for i in batches[0] for side in ("chosen", "rejected")]
-        explain.show(first, tokenizer, net, named, training.micro_batch_tokens, logits=False)
+        shown = preference_pairs.shown_by_explain(dataset)
+        explain.show(shown, tokenizer, net, named, training.micro_batch_tokens, logits=False)
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.weight_decay)
@@ -265,14 +257,11 @@ def main(argv=None):
             break
         resume.seed_step(cfg.seed, step, dist.rank())
 
-        # batch: every rank draws the same pairs and takes its share
+        # update: every rank draws the same pairs and takes its share
         batch = batches[step]
-        mine = data.shard(batch, lengths)
-
-        # update
         optimizer.zero_grad()
         loss = hits = torch.zeros((), device=run.device)
-        for micro in data.micro_batches(mine, lengths, training.micro_batch_tokens):
+        for micro in preference_pairs.training_micro_batches(dataset, step, training.micro_batch_tokens):
             tokens, mask = data.collate_pairs([train[i] for i in micro], run.device)
             chosen, rejected = reward_model.scores(net, head, tokens, mask).view(-1, 2).T  # (pairs,) each
             margin = torch.tensor([train[i]["margin"] for i in micro], device=run.device)
@@ -288,7 +277,7 @@ def main(argv=None):
         optimizer.step()
         spans = [span for i in batch for span in data.pair_spans(train[i])]
         cost = flops.update(net.config, spans, adapter=count)
-        run.count(tokens=sum(lengths[i] for i in batch), flops=cost, pairs=len(batch))
+        run.count(tokens=sum(batches.lengths[i] for i in batch), flops=cost, pairs=len(batch))
 
         # log
         metrics = {"loss": loss, "grad_norm": grad_norm, "accuracy": hits / len(batch), "lr": lr}

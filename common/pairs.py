@@ -1,4 +1,4 @@
-"""Preference pairs that DPO learns from: the data set with the reference's log-probs, its evaluation, the report."""
+"""The data set of preference pairs, and for DPO: the reference's log-probs, evaluation, report."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -188,5 +188,4 @@ def report(run_dir: Path, metrics: dict[str, Tensor], pairs: list[dict]) -> None
     log.write_json(run_dir / "report.json", rows)
     for name, row in rows.items():
         if isinstance(row, dict):
-            low, high = row["interval"]
-            say(f"{name.replace('_', ' ')}: {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {row['pairs']} val pairs")
+            say(f"{name.replace('_', ' ')}: {preferences.in_words(row)}")

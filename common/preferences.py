@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rollouts, stats, tasks
@@ -186,8 +187,22 @@ def floor_margins(pairs: list[dict], task: str) -> dict[str, list[float]]:
     return rules
 
 
+def accuracy(margins: np.ndarray | list[float]) -> dict:
+    """{"accuracy" (ties half), "interval" of 95 % (Wilson), "pairs"} of a rule whose margins are above 0 when right."""
+    if not len(margins):
+        return {"accuracy": None, "interval": None, "pairs": 0}
+    rate, low, high = stats.preference_accuracy(margins)
+    return {"accuracy": rate, "interval": [low, high], "pairs": len(margins)}
+
+
+def in_words(row: dict) -> str:
+    """What `accuracy` returned, as text."""
+    low, high = row["interval"]
+    return f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {row['pairs']} val pairs"
+
+
 def implicit_report(metrics: dict[str, torch.Tensor], pairs: list[dict]) -> dict:
-    """Held-out implicit preference accuracy (ties half) with a 95 % Wilson interval, beside length alone.
+    """`accuracy` of the implicit preference on held-out pairs, beside that of length alone.
 
     metrics: {"chosen_change", "rejected_change"}, (pairs,) nats per token that each answer gained on the reference.
     """
@@ -200,9 +215,6 @@ def implicit_report(metrics: dict[str, torch.Tensor], pairs: list[dict]) -> dict
         "implicit_accuracy_of_averages": change[:, 0] - change[:, 1],
         "floor_shorter_answer": -longer,
     }
-    report = {}
-    for name, values in rules.items():
-        rate, low, high = stats.preference_accuracy(values.numpy())
-        report[name] = {"accuracy": rate, "interval": [low, high], "pairs": len(pairs)}
-    report["correlation_of_margin_and_length_difference"] = stats.correlation(margins.numpy(), longer.numpy())
-    return report
+    report = {name: accuracy(values.numpy()) for name, values in rules.items()}
+    correlation = stats.correlation(margins.numpy(), longer.numpy())
+    return report | {"correlation_of_margin_and_length_difference": correlation}
