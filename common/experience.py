@@ -71,10 +71,10 @@ class Rollout:
         """These rows as a MicroBatch, cut after their last masked token: as if collated alone."""
         width = 1 + int(self.mask[rows].any(0).nonzero().max())
         ids = self.ids
-        per_token = {name: getattr(self, name) for name in PER_TOKEN}
-        cut: dict[str, Any] = {
-            name: None if tensor is None else tensor[rows][:, :width] for name, tensor in per_token.items()
-        }
+        cut: dict[str, Any] = {}
+        for name in PER_TOKEN:
+            tensor = getattr(self, name)
+            cut[name] = None if tensor is None else tensor[rows][:, :width]
         return MicroBatch([ids[row] for row in rows], self.tokens[rows][:, : width + 1], **cut)
 
 
@@ -127,9 +127,9 @@ def collect(
 ) -> Rollout:
     """`group_size` completions of each prompt by the active adapter, with their rewards -> Rollout.
 
-    prompts: {number in the step, over all ranks: Prompt}. score(records, completions) -> (rewards,
-    parts), of rewards.scorer. decoding: more of rollouts.sample. A row's random numbers belong to (seed, step, its
-    number). UserError on all ranks where one of them cannot sample or score, or a score is not finite.
+    prompts: {number in the step, over all ranks: Prompt}. score: of rewards.scorer. decoding: more of rollouts.sample.
+    A row's random numbers belong to (seed, step, its number). UserError on all ranks where one of them cannot sample or
+    score, or a score is not finite.
     """
     rows = [number * group_size + g for number in prompts for g in range(group_size)]
     records = [prompt.record for prompt in prompts.values() for _ in range(group_size)]
@@ -372,9 +372,8 @@ def step_flops(models: Roles, rollout: Rollout, dealt: list[Minibatch], updates:
 
     policy, critic = size(models.adapter), size("critic")
     spans, tokens = spans_and_tokens(range(len(rollout.completions)))
-    total = flops.forward(net, spans, tokens, policy) + sum(
-        flops.forward(net, spans, 0, size(n)) for n in models.scorers
-    )
+    total = flops.forward(net, spans, tokens, policy)
+    total += sum(flops.forward(net, spans, 0, size(name)) for name in models.scorers)
     spans, tokens = spans_and_tokens([row for rows in first_pass(dealt) for row in rows])
     if len(dealt) > 1 or rollout.values is not None:  # a single update's own log-probs are the old ones
         total += flops.forward(net, spans, tokens, policy)

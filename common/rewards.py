@@ -82,15 +82,13 @@ def scorer(
             return torch.tensor(scores), [{} for _ in texts]
         parts, heuristic, trained = [{} for _ in texts], torch.zeros(len(texts)), torch.zeros(len(texts))
         if reward.type != "trainable":
-            rows = []
-            for record, text in zip(records, texts):
-                if record["reference"] is None and chosen.needs_reference:
-                    raise UserError(
-                        f"{record['id']}: the heuristic reward of {chosen.name} needs a reference, it has none"
-                    )
-                rows.append(
-                    heuristic_reward(chosen, record["prompt"], text, record["reference"], **vars(reward.heuristic))
-                )
+            weights, rows = vars(reward.heuristic), []
+            for record, text in zip(records, texts, strict=True):
+                reference = record["reference"]
+                if reference is None and chosen.needs_reference:
+                    lacks = f"the heuristic reward of {chosen.name} needs a reference, it has none"
+                    raise UserError(f"{record['id']}: {lacks}")
+                rows.append(heuristic_reward(chosen, record["prompt"], text, reference, **weights))
             heuristic, parts = torch.tensor([value for value, _ in rows]), [part for _, part in rows]
         if trained_scorer:
             trained = trained_scorer(records, answers)
@@ -99,9 +97,8 @@ def scorer(
         total = combine(heuristic, trained, alpha, beta, reward.clip_rewards)
         for record, text, value, part in zip(records, texts, total.tolist(), parts):
             if not math.isfinite(value):
-                raise UserError(
-                    f"the reward of a sample for {record['id']} is {value}: {part}; it says {text[:SHOWN]!r}"
-                )
+                said = f"{part}; it says {text[:SHOWN]!r}"
+                raise UserError(f"the reward of a sample for {record['id']} is {value}: {said}")
         return total, parts
 
     return score
