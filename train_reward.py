@@ -223,7 +223,7 @@ def main(argv=None):
     dataset = preference_pairs.encode(records, tokenizer, training.max_seq_length, training.batch_size, cfg.seed)
     train, val, batches = dataset.train, dataset.val, dataset.batches
     steps = training.epochs * batches.per_epoch if training.max_steps is None else training.max_steps
-    recompute.choose(training, net, parameters, batches.lengths, batches.tokens_per_step, logits=False)
+    recompute.choose(run, net, parameters, batches.lengths, batches.tokens_per_step, logits=False)
     if job.explain:
         shown = preference_pairs.shown_by_explain(dataset)
         explain.show(shown, tokenizer, net, named, training.micro_batch_tokens, logits=False)

@@ -296,11 +296,12 @@ def train_on_prompts(run, models, records, score, explained):
     if algorithm["critic"] and rl.critic_warmup >= expected:
         raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {expected} steps to the policy")
     row_lengths = [len(prompt.ids) + rl.max_new_tokens for prompt in dataset.train]
-    choose_recompute(run, models, row_lengths, explain.rollout_sizes(dataset, rl, cfg.evaluation)["total"])
+    sizes = explain.rollout_sizes(dataset, rl, cfg.evaluation)
+    recompute.choose(run, models.net, list(models.named.values()), row_lengths, sizes["total"])
     if explained:
         few = dataclasses.replace(dataset, size=max(dist.world_size(), min(explain.PROMPTS, len(dataset.train))))
         shown = prompts.shown_by_explain(sample_and_score(run, models, few, score, 0))
-        show(run, models, shown, **explain.rollout_sizes(dataset, rl, cfg.evaluation))
+        show(run, models, shown, **sizes)
         run.state.step = rl.critic_warmup if algorithm["critic"] else 0  # times a step in which all roles learn
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
@@ -406,7 +407,7 @@ def train_on_pairs(run, models, records, score, explained):
     dataset = pairs.encode(records, models.tokenizer, training.max_seq_length, training.batch_size, cfg.seed)
     batches = dataset.batches
     steps = number_of_steps(cfg, batches.per_epoch)
-    choose_recompute(run, models, batches.lengths, batches.tokens_per_step)
+    recompute.choose(run, models.net, list(models.named.values()), batches.lengths, batches.tokens_per_step)
     if explained:
         show(run, models, pairs.shown_by_explain(dataset), total=round(batches.tokens_per_step))
     pairs.add_reference_logprobs(run, models.frozen, dataset, steps)
@@ -455,12 +456,6 @@ def number_of_steps(cfg, per_epoch):
     """rl.max_steps, else training.max_steps, else whole epochs."""
     max_steps = cfg.training.max_steps if cfg.rl.max_steps is None else cfg.rl.max_steps
     return cfg.training.epochs * per_epoch if max_steps is None else max_steps
-
-
-def choose_recompute(run, models, lengths, tokens_per_step):
-    """training.recompute, for rows of so many tokens."""
-    with run.autocast:
-        recompute.choose(run.training, models.net, [*models.named.values()], lengths, tokens_per_step)
 
 
 def show(run, models, examples, **sizes):

@@ -4,8 +4,7 @@
 
 Supervised are the assistant's tokens and the stop token after each of its turns. The divisor counts the step's tokens
 over all micro-batches and ranks, so cutting a step differently cannot change its gradient. Left out, compared with
-TRL's SFTTrainer: NEFTune, label smoothing, DFT, gradient checkpointing (micro-batches of a few thousand tokens fit
-without it), and every tensor of (tokens, vocabulary).
+TRL's SFTTrainer: NEFTune, label smoothing, DFT, and every tensor of (tokens, vocabulary).
 
     python train_sft.py --config configs/sft_lora_270m.yml --debug                    two cores, nothing to download
     python train_sft.py --config configs/sft_lora_270m.yml --explain                  what would be trained
@@ -86,8 +85,7 @@ def main(argv=None):
     row_lengths = [sum(lengths[i] for i in row) for row in rows]
     batches = data.EpochBatches(row_lengths, training.batch_size, cfg.seed)
     steps = training.epochs * batches.per_epoch if training.max_steps is None else training.max_steps
-    with run.autocast:
-        recompute.choose(training, net, parameters, row_lengths, batches.tokens_per_step)
+    recompute.choose(run, net, parameters, row_lengths, batches.tokens_per_step)
     if job.explain:
         first = [train[i] for row in batches[0] for i in rows[row]]
         with run.autocast:

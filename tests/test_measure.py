@@ -36,17 +36,6 @@ def test_items_are_drawn_by_the_seed_and_never_too_long(tiny):
         measure.items(records, tiny[1], 5, None, 0)
 
 
-@pytest.mark.parametrize("roles", ["user", "user assistant user", "system user", "system user assistant user"])
-def test_a_dialogue_that_a_person_reads_becomes_its_turns_again(roles):
-    turns = [{"role": role, "content": f"said {i}: \n\nso\n{role} x"} for i, role in enumerate(roles.split())]
-    assert measure.turns(measure.dialogue(turns)) == turns
-
-
-@pytest.mark.parametrize("text", ["User: hello", "a\n\nUser: b\n\nUser: c", "User: a\n\nAssistant: b", "", "Users: a"])
-def test_other_texts_are_one_turn(text):
-    assert measure.turns(text) == [{"role": "user", "content": text}]
-
-
 def test_an_answer_is_its_items_own(tiny, items):
     """Neither the items beside it nor the number that is asked changes an answer; several are not one repeated."""
     net, _ = tiny

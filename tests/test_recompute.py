@@ -1,5 +1,6 @@
 """training.recompute: not a bit of a run changes, the backward keeps less, and auto looks at what is free."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,8 @@ def chosen(choice, free, monkeypatch, tokens=64):
     monkeypatch.setattr(recompute, "free_bytes", lambda device: free)
     net = random_gemma()
     training = SimpleNamespace(recompute=choice, micro_batch_tokens=32)
-    assert recompute.choose(training, net, [*net.parameters()], [8, tokens], 100.0) == net.model.gradient_checkpointing
+    run = SimpleNamespace(training=training, autocast=contextlib.nullcontext())
+    assert recompute.choose(run, net, [*net.parameters()], [8, tokens], 100.0) == net.model.gradient_checkpointing
     return net.model.gradient_checkpointing
 
 

@@ -289,7 +289,7 @@ def test_missing_is_never_zero(whole):
 def test_one_system_alone_has_a_report(tmp_path):
     results = {k: v for k, v in found().items() if k in ("task", "items", "draws", "metrics", "headline", "cells")}
     markdown, _ = written(tmp_path, results | {"systems": ["sft"], "pairs": {}, "wins": [], "judge": None}, items=())
-    assert "No pairs were tested. sft: 0.12 [-0.12, 0.38]." in markdown
+    assert "sft has 0.12 [-0.12, 0.38] by the judge, and nothing was compared with it." in markdown
     assert list(table(markdown, "## Answers")) == ["sft"] and "## Pairs" not in markdown
     assert markdown.count("**") == 2 and "**Bold**" in markdown  # the legend's own
 

@@ -1,6 +1,7 @@
 """Systems against each other on the same items: cells with intervals, paired tests, win rates; what each one cost."""
 
 import itertools
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from common import config, log
 from common.evaluation import metrics, statistics
 from common.evaluation.measure import stack
+from common.log import UserError
 from common.runtime import base
 from common.stats import mcnemar, wilson
 
@@ -88,6 +90,13 @@ def wins(systems, name, better):
     return rows
 
 
+def check_seeds(flag, by_system):
+    """UserError unless the systems, {name: a list of its seeds}, have one seed each, or equally many."""
+    counts = {len(seeds) for seeds in by_system.values()} - {1}
+    if len(counts) > 1:
+        raise UserError(f"{flag}: systems have {sorted(counts)} seeds; give each of them one, or equally many")
+
+
 def value(lines, name):
     """Metric `name` over the lines of one run, or None without a value."""
     stats = stack([lines], name)
@@ -136,6 +145,19 @@ def cost(runs):
     counted = [stage["flops"] for stage in stages]
     total |= {"flops": None if None in counted else sum(counted), "peak_memory_gb": _peak(stages), "stages": stages}
     return total if stages else {}
+
+
+def cost_of_models(checkpoint):
+    """What the training of reward models took, {} where a run is not there."""
+    folders = config.paths(checkpoint)
+    known = folders and all(map(history, folders))
+    return cost([Path(folder).resolve().parent for folder in folders]) if known else {}
+
+
+def reliability(judge):
+    """What the report of its own run says of a reward model's probabilities, [] where there is none."""
+    path = Path(judge).resolve().parent / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("reliability", []) if path.is_file() else []
 
 
 def _peak(records):

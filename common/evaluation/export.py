@@ -10,6 +10,7 @@ reported.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from common import chat, data, log, lora, losses, model, rollouts
-from common.evaluation import comparison, gguf_file, measure, metrics, statistics
+from common.evaluation import comparison, gguf_file, measure, metrics, statistics, systems
 from common.log import UserError, say
 from common.runtime import base, card, checkpoint, resume
 
@@ -29,85 +30,114 @@ NAME = "policy"
 DRAWS = 2000  # of the bootstrap
 
 
-def run(source, target, how, records, sizes, given=None):
-    """Export `source`, an adapter or a whole model, to `target`; returns the figures of the check.
+def run(cfg, job):
+    """The job of evaluate.py --export: write the one checkpoint to a new folder or NAME.gguf -> figures of the check.
 
-    target: a new folder, or a new file NAME.gguf; how: (device, type of its weights: a key of LIMITS); records:
-    held-out ones of the task; sizes: {"row", "answer"} in tokens, and {"items", "seed"} of what is asked; given: the
-    base of the adapter, in place of the one that its files name.
+    UserError, and nothing is written, where the files are not what the adapter says.
     """
-    refuse_target(Path(target))
+    named = systems.parse(job.checkpoints or [])
+    if [len(sources) for sources in named.values()] != [1] or job.human_eval or job.human_results:
+        raise UserError("--export: needs --checkpoints NAME=CHECKPOINT with one checkpoint, and does nothing beside it")
+    ((source,),), target = named.values(), Path(job.export)
+    is_file = target.suffix == ".gguf"
+    if job.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", job.push_to_hub):
+        raise UserError(f"--push_to_hub: expected OWNER/NAME, got {job.push_to_hub!r:.80}")
+    if job.gguf_type and not is_file:
+        raise UserError(f"--gguf_type {job.gguf_type}: is of --export NAME.gguf; the type of a folder is --model.dtype")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--export: runs in one process: start it with python, not with torchrun")
-    (folder, adapter), (device, kind) = base.locate(source, given), how
+    refuse_target(target)
+    if is_file:
+        kind = job.gguf_type or "bf16"
+    else:
+        kind = "bfloat16" if cfg.model.dtype == "bfloat16" else "float32"  # auto is float32
+
+    # --- what the adapter says, beside its base
+    device = model.pick_device(cfg.device)
     resume.prepare(device)
+    folder, adapter = base.locate(source, job.flags.get("model.base_checkpoint"))
     quantized = adapter is not None and model.trained_quantised(adapter)
     net, tokenizer = load(folder, adapter, quantized, device)
-    asked = questions(records, tokenizer, sizes)
+    asked = questions(cfg, tokenizer)
     right = answers(net, adapter, asked)
-    facts = {
-        "source": str(source),
-        "base": str(folder),
-        "base_sha256": base.fingerprint(folder),
-        "adapter_sha256": model.adapter_fingerprint(adapter),
-        "merged_into": "the 4-bit base, dequantised" if quantized else "the base" if adapter else None,
-        "limits": LIMITS[kind] | {"survives": SURVIVES, "noise": NOISE},
-        **log.provenance(),
-    }
 
-    def check(plain):
-        """The figures of what was written and read back as the model `plain`; UserError where it is another."""
-        figures = compare(net, adapter, asked, right, plain)
+    # --- the files, read back and compared
+    needed = model.memory_bytes(net) + checkpoint.MARGIN
+    draft = checkpoint.files_beside(target, needed) if is_file else checkpoint.commit(target, {"tensors": []}, needed)
+    with draft as temp:
+        if is_file:
+            weights = temp / target.name
+            state = model.plain_state(net, NAME if adapter else None, torch.float32)
+            gguf_file.write(weights, net, tokenizer, state, kind)
+            plain = gguf_file.read_model(weights, net)
+            log.write(temp / f"{target.stem}.Modelfile", gguf_file.MODELFILE.format(name=target.name))
+        else:
+            weights = temp / "model.safetensors"
+            plain = write_folder(temp, net, tokenizer, adapter, folder, getattr(torch, kind))
+        figures = compare(net, adapter, asked, right, plain.to(device).eval().requires_grad_(False))
         figures["survives"] = rollouts.merge_survival(net, NAME, rounding(kind)) if adapter else None
         if quantized:
-            other = load(folder, adapter, False, device)[0]
+            other, _ = load(folder, adapter, False, device)
             figures["unquantised"] = gap(right["logprobs"], score(other, asked["examples"], model.sequence_logprobs))
         tell(figures)
         refuse(figures, kind, target)
-        return figures
-
-    def readme(figures):
-        """The model card."""
-        runs, trained_on = comparison.history(adapter or folder), base.record(adapter) if adapter else None
-        cfg = comparison.run_config(runs[-1]) if runs else None
-        kept = json.loads((runs[-1] / "run.json").read_text(encoding="utf-8"))["facts"] if runs else {}
-        name = cfg.model.base_checkpoint if cfg else base.public_name(str(folder), folder)
-        name = trained_on["base_checkpoint"] if trained_on else name
-        digest = kept.get("model", facts["base_sha256"])
-        return card.text(name, digest, held_out(right, asked, figures, kind), cfg, kept, whole=True)
-
-    write = write_gguf if Path(target).suffix == ".gguf" else write_folder
-    return write(Path(target), net, tokenizer, adapter, folder, kind, facts, check, readme)
-
-
-def write_folder(target, net, tokenizer, adapter, base_folder, kind, facts, check, readme):
-    """A folder that plain transformers opens."""
-    dtype = getattr(torch, kind)
-    with checkpoint.commit(target, {"tensors": []}, model.memory_bytes(net) + checkpoint.MARGIN) as temp:
-        model.save_model(net, tokenizer, temp, NAME if adapter else None, dtype)
-        if (base_folder / "tokenizer.model").is_file():  # read by nothing here, but by llama.cpp's converter
-            shutil.copyfile(base_folder / "tokenizer.model", temp / "tokenizer.model")
-        check_files(net, tokenizer, adapter, dtype, temp)
-        figures = check(open_folder(temp, net.device))
-        facts |= {"dtype": kind, "model_sha256": checkpoint.sha256(temp / "model.safetensors"), "check": figures}
-        log.write_json(temp / "export.json", facts)
-        log.write(temp / card.NAME, readme(figures))
-    say(f"wrote {target}: opens with transformers' AutoModelForCausalLM and AutoTokenizer")
+        facts = {
+            "source": str(source),
+            "base": str(folder),
+            "base_sha256": base.fingerprint(folder),
+            "adapter_sha256": model.adapter_fingerprint(adapter),
+            "merged_into": "the 4-bit base, dequantised" if quantized else "the base" if adapter else None,
+            "limits": LIMITS[kind] | {"survives": SURVIVES, "noise": NOISE},
+            **log.provenance(),
+            "type" if is_file else "dtype": kind,
+            "model_sha256": checkpoint.sha256(weights),
+            "check": figures,
+        }
+        log.write_json(temp / (f"{target.stem}.json" if is_file else "export.json"), facts)
+        readme = model_card(folder, adapter, facts["base_sha256"], held_out(right, asked, figures, kind))
+        log.write(temp / (f"{target.stem}.md" if is_file else card.NAME), readme)
+    if is_file:
+        say(f"wrote {target} for llama.cpp, and {target.stem}.Modelfile for `ollama create`")
+    else:
+        say(f"wrote {target}: opens with transformers' AutoModelForCausalLM and AutoTokenizer")
+    if job.push_to_hub:
+        push(target, job.push_to_hub)
     return figures
 
 
-def write_gguf(target, net, tokenizer, adapter, base_folder, kind, facts, check, readme):
-    """NAME.gguf, beside it NAME.Modelfile for Ollama, NAME.json with the figures and NAME.md, its card; .gguf last."""
-    with checkpoint.files_beside(target, model.memory_bytes(net) + checkpoint.MARGIN) as temp:
-        path = temp / target.name
-        gguf_file.write(path, net, tokenizer, model.plain_state(net, NAME if adapter else None, torch.float32), kind)
-        figures = check(gguf_file.read_model(path, net).to(net.device).eval().requires_grad_(False))
-        facts |= {"type": kind, "model_sha256": checkpoint.sha256(path), "check": figures}
-        log.write_json(temp / f"{target.stem}.json", facts)
-        log.write(temp / f"{target.stem}.md", readme(figures))
-        log.write(temp / f"{target.stem}.Modelfile", gguf_file.MODELFILE.format(name=target.name))
-    say(f"wrote {target} for llama.cpp, and {target.stem}.Modelfile for `ollama create`")
-    return figures
+def write_folder(folder, net, tokenizer, adapter, base_folder, dtype):
+    """A folder that plain transformers opens -> what that makes of it, in fp32.
+
+    UserError unless the files hold, bit for bit, the weights that were merged, and the same tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model.save_model(net, tokenizer, folder, NAME if adapter else None, dtype)
+    if (base_folder / "tokenizer.model").is_file():  # read by nothing here, but by llama.cpp's converter
+        shutil.copyfile(base_folder / "tokenizer.model", folder / "tokenizer.model")
+    state = model.plain_state(net, NAME if adapter else None, dtype)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        odd = sorted(state.keys() ^ set(file.keys()))
+        odd += [name for name in state.keys() & set(file.keys()) if not torch.equal(file.get_tensor(name), state[name])]
+    if odd:
+        raise UserError(f"--export: {len(odd)} weights were not written as they were merged, the first is {odd[0]}")
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    same = theirs.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    if not same or theirs.chat_template != chat.TEMPLATE:
+        raise UserError("--export: the tokenizer was not written as it was read")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+    )
+
+
+def model_card(folder, adapter, base_sha256, measured):
+    """The text of the model card, from the last run that led here where there is one."""
+    runs, trained_on = comparison.history(adapter or folder), base.record(adapter) if adapter else None
+    cfg = comparison.run_config(runs[-1]) if runs else None
+    kept = json.loads((runs[-1] / "run.json").read_text(encoding="utf-8"))["facts"] if runs else {}
+    name = cfg.model.base_checkpoint if cfg else base.public_name(str(folder), folder)
+    name = trained_on["base_checkpoint"] if trained_on else name
+    return card.text(name, kept.get("model", base_sha256), measured, cfg, kept, whole=True)
 
 
 def rounding(kind):
@@ -153,14 +183,15 @@ def load(folder, adapter, quantized, device):
     return net, tokenizer
 
 
-def questions(records, tokenizer, sizes):
+def questions(cfg, tokenizer):
     """{"prompts": ids to be continued, "examples": the data's answers as {"ids", "mask"}, "most": tokens to add}"""
-    items, _ = measure.items(records, tokenizer, sizes["row"] - sizes["answer"], sizes["items"], sizes["seed"])
-    chosen = [item.record for item in items]
-    examples = measure.data_answers(chosen, tokenizer, sizes["row"])
+    row, most = cfg.training.max_seq_length, cfg.evaluation.max_new_tokens
+    count = min(cfg.evaluation.max_items or PROBES, PROBES)
+    items, _ = measure.items(data.from_config(cfg, cfg.evaluation.split), tokenizer, row - most, count, cfg.seed)
+    examples = measure.data_answers([item.record for item in items], tokenizer, row)
     if not examples:
         raise UserError(f"--export: none of {len(items)} test records has an answer to compare log-probabilities on")
-    return {"prompts": [item.ids for item in items], "examples": examples, "most": sizes["answer"]}
+    return {"prompts": [item.ids for item in items], "examples": examples, "most": most}
 
 
 def answers(net, adapter, asked):
@@ -192,32 +223,6 @@ def by_transformers(net, tokens, mask):
 def greedy(net, asked):
     """The greedy continuation of each prompt, as ids; an adapter stays beside the weights."""
     return rollouts.sample(net, asked["prompts"], 1, asked["most"], greedy=True, merge=False)["completions"]
-
-
-def check_files(net, tokenizer, adapter, dtype, folder):
-    """UserError unless the files hold, bit for bit, the weights that were merged, and the same tokenizer."""
-    state = model.plain_state(net, NAME if adapter else None, dtype)
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        odd = sorted(state.keys() ^ set(file.keys()))
-        odd += [name for name in state.keys() & set(file.keys()) if not torch.equal(file.get_tensor(name), state[name])]
-    if odd:
-        raise UserError(f"--export: {len(odd)} weights were not written as they were merged, the first is {odd[0]}")
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    same = theirs.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    if not same or theirs.chat_template != chat.TEMPLATE:
-        raise UserError("--export: the tokenizer was not written as it was read")
-
-
-def open_folder(folder, device):
-    """What plain transformers makes of a written folder, in fp32."""
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
-    )
-    return plain.to(device).eval().requires_grad_(False)
 
 
 def compare(net, adapter, asked, right, plain):

@@ -5,7 +5,6 @@ statistics of an item as metrics.py defines them, so that any table, interval or
 Items are shared out over ranks; all numbers of an item are its own, so ranks and order cannot change them.
 """
 
-import re
 import time
 
 import numpy as np
@@ -101,15 +100,6 @@ def dialogue(turns):
     if len(turns) == 1:
         return turns[0]["content"]
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-
-
-def turns(text):
-    """The turns that `dialogue` made a text of; any other text is a single turn."""
-    parts = re.split(r"(?:^|\n\n)(System|User|Assistant): ", text)
-    if len(parts) < 5 or parts[0] or parts[-2] != "User":
-        return tasks.question(text)
-    spoken = zip(parts[1::2], parts[2::2], strict=True)
-    return [{"role": role.lower(), "content": content} for role, content in spoken]
 
 
 def values_and_counts(values):

@@ -41,7 +41,7 @@ ANY_TASK = {  # in the order of the tables, after the task's own
         better=-1,
         kind="ratio",
         topic="The data's answers",
-        harm="has a higher loss: {now} nats per byte",
+        harm="predicts the data's answers worse: {now} nats per byte",
     ),
     "kl_base": Metric("KL to the base on own samples, nats per token", 0, "ratio", "Distance from the base"),
     "kl_base_sequence": Metric(

@@ -21,6 +21,7 @@ from common.evaluation import pictures
 
 TEMPLATES = Path(__file__).parent / "templates"
 BY = {"judge": "the judge", "reward": "the optimised reward", "loss_per_byte": "the loss", "bleu": "BLEU"}
+BY |= {"rougeL": "ROUGE-L", "exact": "the share of right answers"}
 ROWS = 8  # of the first table
 SHOWN = 6  # items in report.md; report.html has all
 REASONS = 2  # why a judge was not good enough; results.json has all
@@ -33,9 +34,8 @@ def write(folder, results, curves, items=()):
     "stage" and with "tokens_seen" counted over all stages}. items: [{"id", "prompt", "reference" or None, "answers":
     {system: text}, "scores": {system: value}}]. What is missing or not finite is shown as –, never as 0.
     """
-    folder, results = Path(folder), finite(results)
+    folder, results = Path(folder), prepared(results)
     folder.mkdir(parents=True, exist_ok=True)
-    results |= {"pairs": judged(results)}
     results |= {"first": first_metrics(results)}
     drawn = pictures.save(folder, results, finite(curves))
     shared = contents(results, finite(list(items))) | {"pictures": {name: pictures.ALTS[name] for name in drawn}}
@@ -54,15 +54,13 @@ def write(folder, results, curves, items=()):
 
 def verdicts(results):
     """The verdict of every pair of systems by the headline metric, a sentence each, its harms behind a "but"."""
-    results = finite(results)
-    parts = pair_verdicts(results | {"pairs": judged(results)})
+    parts = pair_verdicts(prepared(results))
     return [part["claim"] + "".join(f", {joint} {harm}" for joint, harm in part["harms"]) + "." for part in parts]
 
 
 def next_steps(results):
     """What to do after this comparison, and why; a sentence each."""
-    results = finite(results)
-    results |= {"pairs": judged(results)}
+    results = prepared(results)
     base, name, steps = reference(results), results["headline"], []
     harmed = [system for system in results["systems"] if system != base and harms(results, system, base, base)]
     if harmed:
@@ -75,13 +73,16 @@ def next_steps(results):
     free = [floor for floor in results.get("floors", ()) if floor.startswith("base, best of") and floor in values]
     trained = [values[system] for system in results["systems"] if system in values]
     if free and better and max(values[floor] for floor in free) > max(trained, default=0):
-        steps.append(f"{free[-1]}, picked by the reward, scores above every system without training: ask what it adds")
+        steps.append(
+            f"{free[-1]}, picked by the reward, needs no training and scores above every trained system: training "
+            "has paid off when it beats that"
+        )
     if not (results.get("gate") or {"passed": True})["passed"]:
         steps.append("train the judge on more pairs (train_reward.py), or ask people (--human_eval)")
     if len(results["systems"]) > 1 and max(results.get("seeds", {"": 1}).values()) == 1:
         steps.append(
-            "one seed may mislead: train again with --seed 1 and --seed 2, each with a --logging.run_name of its own, "
-            "and give evaluate.py all of them under the same NAME"
+            "one seed may mislead: train more (train_staged.py --seeds 0,1,2, or --seed 1 with another "
+            "--logging.run_name), and compare all of them under the same NAME"
         )
     return [f"Next: {step}." for step in steps]
 
@@ -102,6 +103,12 @@ def instrument(results):
 # ---------------------------------------------------------------- numbers and texts
 
 
+def prepared(results):
+    """The results without numbers that are not finite, and with the verdict of each pair."""
+    results = finite(results)
+    return results | {"pairs": judged(results)}
+
+
 def finite(value):
     """The same value with None for every number that is not finite."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
@@ -113,8 +120,8 @@ def shown(value, digits=3, sign=""):
 
 
 def tera(value):
-    """A large number in units of 10^12."""
-    return shown(None if value is None else value / 1e12, 1)
+    """A large number in units of 10^12, a small one of them with more digits."""
+    return shown(None if value is None else value / 1e12, 1 if (value or 0) >= 1e12 else 3)
 
 
 def width(entry):
@@ -192,13 +199,17 @@ def harms(results, system, other, base):
         harmed = (system, other, "worse") in sides or (other, system, "better") in sides
         if not facts["harm"] or not harmed or metric == results["headline"]:
             continue
-        values = [results["cells"][metric][name]["value"] for name in (system, other)]
-        now, before = (shown(value, facts["digits"]) for value in values)
-        if facts["kind"] == "rate":
-            digits = 0 if round(100 * values[0]) != round(100 * values[1]) else 1
-            now, before = (f"{shown(100 * value, digits)} %" for value in values)
+        now, before = two_values(facts, *(results["cells"][metric][name]["value"] for name in (system, other)))
         phrases.append(f"{facts['harm'].format(now=now)}, {'was' if other == base else other} {before}")
     return "; ".join(phrases)
+
+
+def two_values(facts, *values):
+    """Two values of a metric in words, a rate in per cent; with a digit more where they would look alike."""
+    if facts["kind"] != "rate":
+        return [shown(value, facts["digits"]) for value in values]
+    digits = 0 if round(100 * values[0]) != round(100 * values[1]) else 1
+    return [f"{shown(100 * value, digits)} %" for value in values]
 
 
 def pair_verdicts(results):
@@ -207,22 +218,24 @@ def pair_verdicts(results):
     Of a system that is better its own harms are named, of systems that cannot be told apart those of both.
     """
     name, base, said = results["headline"], reference(results), []
-    digits, cells, by = results["metrics"][name]["digits"], results["cells"].get(name, {}), BY.get(name, name)
+    facts, cells, by = results["metrics"][name], results["cells"].get(name, {}), BY.get(name, name)
     if not results["pairs"][name]:
-        cell = cells.get(results["systems"][0], {"value": None})
+        alone, digits = results["systems"][0], facts["digits"]
+        cell = cells.get(alone, {"value": None})
         value = f"{shown(cell['value'], digits)} {interval(cell, digits)}".rstrip()
-        return [{"claim": f"No pairs were tested. {results['systems'][0]}: {value}", "harms": []}]
+        return [{"claim": f"{alone} has {value} by {by}, and nothing was compared with it", "harms": []}]
     verbs = {"better": "beats", "worse": "is worse than", "higher": "is higher than", "lower": "is lower than"}
     for pair in results["pairs"][name]:
         a, b, verdict = pair["a"], pair["b"], pair["verdict"]
         claim = f"{a} {verbs[verdict]} {b} by {by}" if verdict else f"{a} and {b} cannot be told apart by {by}"
-        claim += f" ({shown(cells[a]['value'], digits)} against {shown(cells[b]['value'], digits)})"
         if pair["difference"] is None:
             claim = f"Not measured: {a} against {b}"
+        else:
+            claim += f" ({' against '.join(two_values(facts, cells[a]['value'], cells[b]['value']))})"
         ours, theirs = harms(results, a, b, base), harms(results, b, a, base)
         phrases = [("and" if verdict == "worse" else "but", ours if verdict else f"{a} {ours}")] if ours else []
         if theirs and verdict != "better":
-            phrases.append(("but", f"{b} {theirs}"))
+            phrases.append(("and" if ours and not verdict else "but", f"{b} {theirs}"))
         said.append({"claim": claim, "harms": phrases})
     return said
 

@@ -46,9 +46,7 @@ def read(paths):
         recordings.setdefault(own, Recording(head, rows))
     if not any(recording.head["of"] == "system" for recording in recordings.values()):
         raise UserError("--items: none of these files holds a system's answers")
-    counts = {len(runs) for runs in runs_by_system(recordings.values()).values()} - {1}
-    if len(counts) > 1:
-        raise UserError(f"--items: systems have {sorted(counts)} seeds; give each of them one, or equally many")
+    comparison.check_seeds("--items", runs_by_system(recordings.values()))
     return list(recordings.values())
 
 
@@ -150,7 +148,7 @@ def remarks(recordings, floors):
     facts, firsts = heads[0]["facts"], first_seeds(recordings)
     spent = {name: recording.head["cost"] for name, recording in firsts.items() if recording.head["cost"]}
     said = list(dict.fromkeys(note for head in heads for note in head["notes"]))
-    if spent and any(unequal([cost[unit] for cost in spent.values()]) for unit in ("tokens", "flops")):
+    if any(unequal([cost[unit] for cost in spent.values()]) for unit in ("tokens", "flops")):
         costs = "; ".join(f"{name} {in_words(cost)}" for name, cost in spent.items())
         said.append(f"The systems did not cost the same: {costs}.")
     if any(head["four_bit"] for head in heads):

@@ -7,7 +7,6 @@ switch is transformers' own, `net.model.gradient_checkpointing`; gemma.hidden_st
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ CGROUP = Path("/sys/fs/cgroup")  # of a container
 
 
 def choose(
-    training: SimpleNamespace,
+    run: Any,
     net: Gemma,
     trainable: list[Parameter],
     lengths: list[int],
@@ -31,15 +30,17 @@ def choose(
 ) -> bool:
     """Switch recomputation on or off for a run, say so where it is on, and return it.
 
-    training: the section of the config. auto switches it on where the update's memory plan exceeds what is free once
+    run: the common.run.Run. auto switches it on where the update's memory plan exceeds what is free once
     the weights are loaded. lengths: tokens of the rows; logits: as for explain.memory_plan. Ranks may choose
     differently, since no number depends on it.
     """
-    choice, longest = training.recompute, max(lengths)
+    choice, longest = run.training.recompute, max(lengths)
     net.model.gradient_checkpointing = False
-    tokens = max(longest, min(training.micro_batch_tokens, round(tokens_per_step)))  # a longer row goes through alone
+    tokens = min(run.training.micro_batch_tokens, round(tokens_per_step))
+    tokens = max(tokens, longest)  # a longer row goes through the model alone
     batch = tokens, longest, tokens_per_step > tokens
-    plan = explain.memory_plan(net, trainable, batch, logits=logits)
+    with run.autocast:
+        plan = explain.memory_plan(net, trainable, batch, logits=logits)
     needed, free = sum(size for _, size in plan["update"]), free_bytes(net.lm_head.weight.device)
     on = choice == "always" or (choice == "auto" and free is not None and needed > SHARE * free)
     net.model.gradient_checkpointing = on

@@ -37,7 +37,7 @@ def settings(kind, base_folder, source, *more):
     if kind == "reward":
         return inputs.settings(base_folder, source, "--training.mode", "reward", *PAIRS, *more)
     flags = ["--training.mode", "rl", "--rl.algorithm", kind, *RATES]
-    online = [*SIZES, *PAIRS, "--rl.critic_learning_rate", 1e-3]
+    online = [*SIZES, "--rl.critic_learning_rate", 1e-3]
     return inputs.settings(base_folder, source, *flags, *(PAIRS if kind == "dpo" else online), *more)
 
 
