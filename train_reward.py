@@ -4,7 +4,7 @@
 
 r is read at the last token of prompt and answer (its <end_of_turn>); the prompt that the two answers share is computed
 once. c is reward.center_coefficient. Left out, compared with TRL's RewardTrainer: full fine-tuning (policy, reference,
-critic and reward model share one base here), gradient checkpointing. A task whose data has no pairs
+critic and reward model share one base here). A task whose data has no pairs
 gets them made: the reference and samples of the base, ranked by the task's metric.
 
     python train_reward.py --config configs/reward_270m.yml --debug                    two cores, nothing to download

@@ -309,7 +309,8 @@ def train_on_prompts(run, models, records, score, explained):
     facts = {"data": dataset.fingerprint, "score": rewards.fingerprint(cfg.reward, cfg.task)}
     facts["judge"] = model.adapter_fingerprint(cfg.evaluation.reward_checkpoint if best[0] == "eval/judge" else None)
     run.state.memory = {"first": [], "last": []}  # see watch.observe
-    step_folder = run.start(steps, tokens_per_step, facts, ("evaluation.draws",), best, flops_per_token)
+    how = {"not_read": ("evaluation.draws",), "best": best, "flops_per_token": flops_per_token}
+    step_folder = run.start(steps, tokens_per_step, facts, **how)
     if step_folder:
         roles.restore(models, optimizer, step_folder)
 

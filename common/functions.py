@@ -186,10 +186,9 @@ def one_line(exited: str, failed: str, ending: str = "") -> Iterator[None]:
     A user's file that has a model of its own may set the working folder, or torch's gradients, default type or device,
     for the whole process: they are put back.
     """
-    import torch
-
-    folder, gradients = os.getcwd(), torch.is_grad_enabled()
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch, before, folder = sys.modules.get("torch"), None, os.getcwd()  # flags are checked before torch is imported
+    if torch:
+        before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     try:
         yield
     except KeyboardInterrupt:
@@ -200,10 +199,12 @@ def one_line(exited: str, failed: str, ending: str = "") -> Iterator[None]:
         raise UserError(f"{failed}: {type(error).__name__}: {error}{line_of(error)}{ending}") from error
     finally:
         os.chdir(folder)
-        torch.set_grad_enabled(gradients)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
+        if torch := sys.modules.get("torch"):
+            gradients, dtype, device = before or (True, torch.float32, torch.device("cpu"))  # as it comes
+            torch.set_grad_enabled(gradients)
+            torch.set_default_dtype(dtype)
+            if torch.get_default_device() != device:
+                torch.set_default_device(device)
 
 
 def line_of(error: BaseException) -> str:

@@ -238,8 +238,12 @@ def generated(made: list[dict], where: str, split: str) -> list[dict]:
             if not isinstance(record, dict) or "prompt" not in record:
                 raise ValueError(f"expected a dict with a prompt, got {record!r:.40}")
             records.append(_checked(_ours(record), record.get("id"), True))
-            if records[-1]["id"] in ids:
-                raise ValueError(f"id: {records[-1]['id']!r:.40} was used before")
+            name, number = records[-1]["id"], 1
+            if record.get("id") is not None and name in ids:
+                raise ValueError(f"id: {name!r:.40} was used before")
+            while records[-1]["id"] in ids:  # the hash of equal records
+                number += 1
+                records[-1]["id"] = f"{name}-{number}"
             ids.add(records[-1]["id"])
         except ValueError as error:
             raise UserError(f"{where}: record {i} of {split}: {error}") from error

@@ -24,7 +24,7 @@ def child(code):
     return done.stdout
 
 
-def test_every_script_is_imported_without_posix_modules_and_slow_libraries():
+def test_scripts_need_no_posix_modules_and_no_slow_libraries():
     """A wrong flag or --help is answered before transformers, scipy, peft or matplotlib are imported: 3 s, not 8."""
     assert {"train_sft", "train_rl", "evaluate", "serve"} <= {*SCRIPTS}
     slow = ["transformers", "scipy", "peft", "matplotlib", "sympy"]

@@ -52,7 +52,7 @@ def chosen(choice, free, monkeypatch, tokens=64):
     monkeypatch.setattr(recompute, "free_bytes", lambda device: free)
     net = random_gemma()
     training = SimpleNamespace(recompute=choice, micro_batch_tokens=32)
-    run = SimpleNamespace(training=training, autocast=contextlib.nullcontext())
+    run = SimpleNamespace(cfg=SimpleNamespace(training=training), autocast=contextlib.nullcontext())
     assert recompute.choose(run, net, [*net.parameters()], [8, tokens], 100.0) == net.model.gradient_checkpointing
     return net.model.gradient_checkpointing
 

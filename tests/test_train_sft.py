@@ -144,6 +144,6 @@ def test_bad_input_is_one_line(tmp_path, settings):
     alone = tmp_path / "prompts.jsonl"
     alone.write_text("".join(json.dumps({"ask": f"What is {i}?"}) + "\n" for i in range(40)))
     renamed = ["--dataset_path", alone, "--data_keys", "prompt=ask"]
-    refused(tmp_path, settings(out_dir, *renamed), "train: no record has a response", "ppo and grpo")
+    refused(tmp_path, settings(out_dir, *renamed), "train: no record has a user's turn and a response", "ppo and grpo")
     refused(tmp_path, settings(out_dir, "--dataset_path", alone), f"{alone}:1: no known shape; keys found: ask")
     assert not list(out_dir.rglob("*.*ml"))  # neither a config nor a metric

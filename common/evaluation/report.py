@@ -74,8 +74,8 @@ def next_steps(results):
     trained = [values[system] for system in results["systems"] if system in values]
     if free and better and max(values[floor] for floor in free) > max(trained, default=0):
         steps.append(
-            f"{free[-1]}, picked by the reward, needs no training and scores above every trained system: training "
-            "has paid off when it beats that"
+            f"{free[-1]}, picked by the reward, needs no training and scores above every trained system: compare "
+            "training with it"
         )
     if not (results.get("gate") or {"passed": True})["passed"]:
         steps.append("train the judge on more pairs (train_reward.py), or ask people (--human_eval)")

@@ -374,7 +374,7 @@ def read_csv(path, from_spreadsheet=False):
     separator = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows, columns, line = [], None, 1
-    csv.field_size_limit(LONGEST_CELL)
+    limit = csv.field_size_limit(LONGEST_CELL)  # of the whole process
     try:
         for row in reader:
             filled = next((i for i in range(len(row), 0, -1) if row[i - 1].strip()), 0)  # cells up to the last text
@@ -392,6 +392,8 @@ def read_csv(path, from_spreadsheet=False):
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: no valid CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     if columns is None:
         raise UserError(f"{path}, line 1: empty, a header is needed")
     return columns, rows

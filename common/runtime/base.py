@@ -407,9 +407,12 @@ def check_weights(folder: Path, config: GemmaConfig) -> None:
         raise UserError(f"{folder / 'config.json'}: no model can be built from it ({error!r})") from error
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt")]
-        hint = " (pickled .bin/.pt weights are never loaded; convert them to safetensors)" if pickled else ""
-        raise UserError(f"{folder}: no .safetensors file{hint}")
+        pickled = (
+            " (pickled .bin/.pt weights are never loaded; convert them to safetensors)"
+            if [*folder.glob("*.bin"), *folder.glob("*.pt")]
+            else ""
+        )
+        raise UserError(f"{folder}: no .safetensors file{pickled}")
     shard_of = {}
     for shard in shards:
         try:

@@ -6,6 +6,7 @@ The layers run twice, so a step takes up to a third longer. No number changes: t
 switch is transformers' own, `net.model.gradient_checkpointing`; gemma.hidden_states reads it.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def choose(
     the weights are loaded. lengths: tokens of the rows; logits: as for explain.memory_plan. Ranks may choose
     differently, since no number depends on it.
     """
-    choice, longest = run.training.recompute, max(lengths)
+    cfg, longest = run.cfg, max(lengths)
+    choice = cfg.training.recompute
     net.model.gradient_checkpointing = False
-    tokens = min(run.training.micro_batch_tokens, round(tokens_per_step))
+    tokens = min(cfg.training.micro_batch_tokens, round(tokens_per_step))
     tokens = max(tokens, longest)  # a longer row goes through the model alone
     batch = tokens, longest, tokens_per_step > tokens
     with run.autocast:
@@ -61,7 +63,8 @@ def free_bytes(device: torch.device) -> int | None:
         for size in (available_of_machine(Path("/proc/meminfo")), available_of_container(CGROUP))
         if size is not None
     ]
-    return min(known, default=None)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that share this machine's memory
+    return min(known) // ranks if known else None
 
 
 def available_of_machine(file: Path) -> int | None:

@@ -46,7 +46,7 @@ CONTENTS = {
     **{"dataset_path": "data", "model.base_checkpoint": "model", "model.adapter": "start"},
     **{"reward.checkpoint": "score", "reward.ensemble": "score", "reward.function": "score"},
     "evaluation.reward_checkpoint": "judge",
-    "start": "adapter",  # the base's place is in the one, not in the other
+    "start": "adapter",  # `start` hashes where the base lies, `adapter` does not
 }
 UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 
@@ -192,6 +192,7 @@ def refuse_changes(
         hashed -= {"reward.function"}
     now = {key: value for key, value in now.items() if key in then or key not in CONTENTS.values()}
     changed = [key for key in then | now if then.get(key) != now.get(key) and key != "training.resume_changed"]
+    changed = [key for key in changed if key in then or not matches(key, FREE_TO_CHANGE)]  # a key that came later
     kept = [key for key in changed if not matches(key, (*free, *hashed))]
     fixed = [key for key in kept if not matches(key, CHANGED_ON_REQUEST)]
 

@@ -14,7 +14,7 @@ from common.log import UserError, say
 from common.runtime import base, checkpoint, explain, resume, sources
 
 # What may change without another outcome of a stage: paths, of which the content is hashed, ...
-OUTSIDE = ("evaluation.", "logging.", "training.resume_changed")
+OUTSIDE = ("evaluation.", "logging.", "training.resume_changed", "training.recompute")
 PATHS = ("model.base_checkpoint", "model.adapter", "dataset_path", "reward.checkpoint")
 # ... and settings that the script of a mode does not read.
 UNREAD = {"sft": ("rl.", "reward.", "score"), "reward": ("rl.max_steps", "score"), "samples": (), "rl": ()}
@@ -68,7 +68,10 @@ class Study:
         return json.loads(json.dumps(kept, default=str))
 
     def noted(self) -> dict:
-        """{stage: the settings under which it was finished}; {} from a damaged file: each script sees what is done."""
+        """{stage: the settings under which it was finished}.
+
+        {} from a damaged file: each script then finds its own final/.
+        """
         try:
             return json.loads((self.folder / "stages.json").read_text())
         except (OSError, ValueError):
@@ -81,7 +84,9 @@ class Study:
     def finished(self, stage: Stage) -> bool:
         """Was this stage finished with settings that decide the same?"""
         done, now = self.noted().get(stage.name, {}), self.settings(stage)
-        free = (*OUTSIDE, *PATHS, *UNREAD[stage.mode])
+        free = [*OUTSIDE, *PATHS, *UNREAD[stage.mode]]
+        if done and "start" not in done:  # finished before the hash of its start was kept: held to its path
+            free = [key for key in free if key != "model.adapter"] + ["start"]
         if any(done.get(key) != now.get(key) for key in done | now if not resume.matches(key, free)):
             return False
         if stage.mode == "samples":

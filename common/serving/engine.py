@@ -123,7 +123,7 @@ class Engine:
         """Busy if `count` requests more would not be taken now."""
         rows, (running, waiting) = sum(group.rows for group in self.groups), self.in_flight()
         if running + waiting + count > self.limit + rows:
-            raise Busy(1 + waiting // rows)  # seconds, if an answer took one
+            raise Busy(1 + waiting // max(1, rows))  # seconds, if an answer took one
 
     def cancel(self, requests):
         """Stop these at the next token; nothing is emitted for them any more."""

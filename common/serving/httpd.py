@@ -58,12 +58,17 @@ class Call:
 
     async def read_head(self):
         """Method, path, query and headers; Refused for whatever HTTP/1.1 (RFC 9112) leaves open to a guess."""
+        head, consumed = self.begin, 0
         try:
-            head = self.begin + await self.reader.readuntil(b"\r\n\r\n")
+            while not head.endswith(b"\r\n\r\n") and len(head) <= HEAD_BYTES:
+                head += await self.reader.readuntil(b"\n")
+                if not head.endswith(b"\r\n"):
+                    raise Refused(400, "a line of a request's head ends with CR LF")
         except asyncio.LimitOverrunError as error:
-            begun = await self.reader.readexactly(error.consumed)
-            status = 431 if b"\r\n" in begun[:HEAD_BYTES] else 414  # 414: the first line alone is too long
-            raise Refused(status, f"the head of a request may have {HEAD_BYTES} bytes") from None
+            consumed = len(await self.reader.readexactly(error.consumed))
+        if len(head) + consumed > HEAD_BYTES:
+            status = 431 if b"\r\n" in head else 414  # 414: the first line alone is too long
+            raise Refused(status, f"the head of a request may have {HEAD_BYTES} bytes")
         start, *lines = head[:-4].decode("latin-1").split("\r\n")
         parts = re.fullmatch(r"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.([01])", start)
         if not parts:
@@ -122,7 +127,7 @@ class Call:
         raise Refused(413, f"a body may have {BODY_BYTES} bytes in {CHUNKS} chunks")
 
     async def _trailer(self):
-        """Headers after the last chunk, up to an empty line: read for their end, not for what they say."""
+        """Headers after the last chunk, up to an empty line: read and thrown away."""
         for _ in range(TRAILERS):
             line = await self.reader.readuntil(b"\r\n")
             if line == b"\r\n":
@@ -224,7 +229,7 @@ async def connection(app, reader, writer):
     full, stays = app.connections > CONNECTIONS, True
     try:
         while stays:
-            call = Call(reader, writer, app.connections <= CONNECTIONS // 2)  # where it is crowded, nobody stays
+            call = Call(reader, writer, app.connections <= CONNECTIONS // 2)  # half full: close after the answer
             if not full and not await call.begins(READ_SECONDS):
                 break
             await answer(app, call, full)

@@ -185,7 +185,8 @@ def _keeps_contract(task, name):
     if name == "headline":
         return isinstance(value, tuple | list) and all(isinstance(metric, str) for metric in value)
     if name == "correct":
-        return value is None or (value in task.metrics and task.metrics[value].kind == "rate")
+        rates = [metric for metric, how in task.metrics.items() if how.kind == "rate"]
+        return value is None or value in rates
     if name in ROWS:
         is_table = isinstance(value, dict) and all(str(key).isidentifier() or name == "pair_rules" for key in value)
         return is_table and all(map(ROWS[name], value.values()))
