@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from common import config
+from common import config, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -83,6 +83,7 @@ def blocks(page, language):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_scripts_configs_and_flags_that_exist(page):
     keys = set(config.flatten(config.load_config()))
+    keys |= {f"task_options.{option}" for task in tasks.NAMES for option in tasks.load(task).options}
     commands = "\n".join(blocks(page, "bash"))
     for script in re.findall(r"(?:python|nproc-per-node \d+|HOST:\d+|requirements.txt) ((?:\w+/)*\w+\.py)", commands):
         assert (ROOT / script).is_file(), f"{page}: {script}"

@@ -1,6 +1,7 @@
 """The view of --explain marks what is trained, its checks find each fault, and its plan follows the sizes."""
 
 import copy
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -248,13 +249,17 @@ def test_activations_are_what_autograd_keeps(dtype, full):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can forget a peak")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_takes_what_is_planned(recompute):
-    """Resident memory of a forked child over one update with LoRA, without what was there before: within 15 %."""
+    """Resident memory of a forked child over one update with LoRA, without what was there before: within 15 %.
+
+    With recompute the plan is a bound: logits and a layer's activations are not there at once.
+    """
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             measured, planned = grown(recompute)
-            status = 0 if measured == pytest.approx(planned, rel=0.15) else 2
+            low, high = (0.65, 1.0) if recompute else (0.85, 1.15)
+            status = 0 if low * planned < measured <= high * planned else 2
             print(f"measured {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB")
         finally:
             sys.stdout.flush()
@@ -265,11 +270,12 @@ def test_a_step_takes_what_is_planned(recompute):
 def grown(recompute):
     """(bytes by which the peak of one forward and backward is above what was resident before, planned ones)."""
     torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
-    cpu, length = torch.device("cpu"), 640 if recompute else 256  # the heap is cut up by tensors below 32 MB
+    cpu, length = torch.device("cpu"), 256
     net = wide(torch.float32)
     lora.inject(net, "policy", 8, 16)
     if recompute:
         net.model.gradient_checkpointing = True
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: no holes in the heap, which tensors this small leave
     tokens, mask = torch.arange(2 * length + 2).view(2, -1) % VOCABULARY, torch.ones(2, length)
     model.sequence_logprobs(net, tokens[:, :9], mask[:, :8]).sum().backward()  # what a first step brings with it
     net.zero_grad()
