@@ -34,17 +34,7 @@ NAME_RULE = "a NAME has letters, digits, '_', '-' and '.', and begins with none 
 MAX_BYTES, MAX_EVENTS, MAX_DEPTH = 64 * 1024, 1000, 4  # PyYAML reads this within a second even if made to be slow
 NUMBERS = {"int": r"[+-]?(0|[1-9]\d{0,17})", "float": r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"}  # no 010, no .inf
 EXPLAIN = ("--explain", {"action": "store_true", "help": "show the first batch as it would be trained, then exit"})
-PARADIGMS = (
-    "base",
-    "sft",
-    "rft",
-    "dpo",
-    "grpo",
-    "ppo",
-    "rl",
-    "staged",
-    "half",
-)  # in the order of training
+PARADIGMS = ("base", "sft", "rft", "dpo", "grpo", "ppo", "rl", "staged", "half")  # in the order of training
 SEEDS = ("--seeds", {"metavar": "N,N", "help": "one run for each of these seeds, in a folder of its own"})
 WORDS = {"null": None, "~": None, "true": True, "false": False}
 BOUNDS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
