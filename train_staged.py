@@ -215,7 +215,7 @@ def time_stage(study, stage, timed):
             if stage.mode == "samples":
                 spent = "tokens_seen" if cfg.training.budget_tokens else "flops_seen"
                 cfg.training.budget_tokens = 1
-                record = rejection.sample_passes(cfg, Path(folder), ["timed"])[-1]
+                record = rejection.sample_passes(cfg, rejection.load_prompts(cfg)[1], Path(folder), ["timed"])[-1]
                 timed[kind] = record["seconds"] / record[spent]
             else:
                 timed[kind] = run_script(stage.mode, study.draft, flags, "--explain")["expected_seconds"] / budget

@@ -15,16 +15,16 @@ from types import SimpleNamespace as Config
 from common import advantages, config, data, dist, experience, log, lora, model, prompts, rewards, roles, tasks
 from common.log import UserError, say
 from common.runtime import base, checkpoint, resume
-from common.runtime.types import Tokenizer
 
 
-def load_prompts(cfg: Config, tokenizer: Tokenizer) -> tuple[dict[str, list[dict]], prompts.PromptDataset]:
+def load_prompts(cfg: Config) -> tuple[dict[str, list[dict]], prompts.PromptDataset]:
     """(records by split, the prompts to sample answers to, rl.rollout_size in each pass)"""
+    tokenizer = base.load_tokenizer(base.resolve(cfg.model.base_checkpoint))
     records, longest = data.load_train_and_val(cfg), cfg.training.max_seq_length - cfg.rl.max_new_tokens
     return records, prompts.encode(records, tokenizer, longest, cfg.rl.rollout_size, None, cfg.seed)
 
 
-def sample_passes(cfg: Config, folder: Path, keys: Sequence[str]) -> list[dict]:
+def sample_passes(cfg: Config, dataset: prompts.PromptDataset, folder: Path, keys: Sequence[str]) -> list[dict]:
     """rl.group_size samples of the base for rl.rollout_size prompts a pass, until the budget is spent.
 
     folder gets samples.jsonl, every sample with its reward, and metrics.jsonl, a record for each pass, which are
@@ -40,7 +40,6 @@ def sample_passes(cfg: Config, folder: Path, keys: Sequence[str]) -> list[dict]:
     models = roles.Roles(net.eval(), net, tokenizer, None, False)
     wants_model = rewards.needs_model(cfg.reward)
     score = roles.load_scorers(models, cfg, base.fingerprint(base_folder), wants_model, False)
-    _, dataset = load_prompts(cfg, tokenizer)
 
     # --- resume after the last whole pass
     metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
@@ -86,9 +85,9 @@ def write_best_samples(cfg: Config, folder: Path, keys: Sequence[str]) -> None:
     A best sample is kept if it stops by itself and is not known to be wrong. val is that of the data, or a tenth of
     what is kept where the data has prompts alone. UserError on all ranks where nothing is kept.
     """
-    sample_passes(cfg, folder, keys)
+    records, dataset = load_prompts(cfg)
+    sample_passes(cfg, dataset, folder, keys)
     task, n, failure = tasks.load(cfg.task), cfg.rl.group_size, None
-    records, dataset = load_prompts(cfg, base.load_tokenizer(base.resolve(cfg.model.base_checkpoint)))
     if dist.is_main():
         kept, groups = best_of_groups(log.read_records(folder / "samples.jsonl"), n, dataset, task.correct)
         answered = any(record["response"] for record in records["val"])
