@@ -528,6 +528,8 @@ def in_child(setting, name, function, args, limit, apart=False):
             for number in (1, 2):
                 os.dup2(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            # a forked child makes its thread pool anew; loading from several threads at once, it fails at times
+            torch.set_num_threads(torch.get_num_threads())
             resume.prepare(torch.device(setting.device))
             with result.open("w") as file:
                 for line in function(*args):
