@@ -653,7 +653,8 @@ def rows(n):
 
 
 def machine(arguments):
-    versions = ", ".join(f"{name} {log.version(name)}" for name in ("torch", "transformers", "safetensors", "numpy"))
+    installed = log.versions()
+    versions = ", ".join(f"{name} {installed[name]}" for name in ("torch", "transformers", "safetensors", "numpy"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     command = " ".join(["python benchmarks/soak.py", *arguments])
     return (
