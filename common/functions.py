@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from common import log
 from common.log import UserError, listed
 
 SHOWN = 200  # characters of a sample or of a value in an error message
@@ -52,7 +53,7 @@ def load_module(path: str | Path, key: str) -> ModuleType:
     It is registered as `import` would do it, so that dataclasses and worker processes find it, and files beside it can
     be imported. Its folder is the last one searched: a file random.py or common.py beside it hides no other module.
     """
-    file = Path(path).resolve()
+    file = Path(os.path.abspath(path))  # a link keeps its own name, whatever it points to
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{key}: {path}: expected a Python file that exists")
     text = file.read_bytes()
@@ -84,7 +85,7 @@ def module_name(file: Path) -> str:
     if name not in sys.stdlib_module_names:
         spec = importlib.machinery.PathFinder.find_spec(name)
         origins = [spec and spec.origin, getattr(sys.modules.get(name), "__file__", str(file))]
-        if all(origin and Path(origin).resolve() == file for origin in origins):
+        if all(origin and Path(origin).resolve() == file.resolve() for origin in origins):
             return name
     digest = hashlib.sha256(str(file).encode()).hexdigest()[:8]
     return f"user_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}_{digest}"
@@ -175,8 +176,20 @@ def awaited(value: Any) -> Any:
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """One for all calls: a client that a user's file keeps open belongs to the loop of its first call."""
-    return asyncio.new_event_loop()
+    """One for all calls: a client that a user's file keeps open belongs to the loop of its first call.
+
+    An error of a task that nobody waits for is one warning, not a traceback.
+    """
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(_warn_of_task)
+    return loop
+
+
+def _warn_of_task(loop, context):
+    error = context.get("exception")
+    told = isinstance(error, SystemExit)  # it has ended the call
+    if not told and not sys.is_finalizing():
+        log.warn(f"a user's function: {context['message']}: {error!r}")
 
 
 @contextlib.contextmanager

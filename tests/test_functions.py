@@ -424,6 +424,25 @@ def test_async_functions():
         call(waiting)
 
 
+def test_a_task_that_nobody_waits_for(capsys, caplog):
+    """Its error is one warning, told once; SystemExit has ended the call."""
+
+    async def failing():
+        raise ValueError("odd")
+
+    async def careless(completions):
+        task = asyncio.ensure_future(failing())
+        await asyncio.sleep(0)
+        assert task.done()
+        return [1] * len(completions)
+
+    for _ in range(2):
+        assert call(careless) == [1, 1]
+    said = "warning: a user's function: Task exception was never retrieved: ValueError('odd')"
+    functions.event_loop().call_exception_handler({"message": "never retrieved", "exception": SystemExit(1)})
+    assert capsys.readouterr().out.splitlines() == [said] and not caplog.records
+
+
 def test_functions_that_do_not_tell_their_parameters():
     with pytest.raises(ValueError, match="no signature"):
         inspect.signature(max)
