@@ -212,6 +212,19 @@ def test_a_file_that_is_no_task_is_one_line(tmp_path, text, words):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("rule", ["int >= x", "int >=0", "float >= 0 and < ", 3])
+def test_bounds_of_an_option_are_numbers(tmp_path, rule):
+    def load(rule):
+        option = f"synthetic=synthetic, options={{'level': tasks.Option(1, {rule!r}, '')}}"
+        text = WHOLE.replace("synthetic=synthetic", option)
+        (tmp_path / "mine.py").write_text(f"from common import tasks\n{text}")
+        return tasks.load(str(tmp_path / "mine.py"))
+
+    assert load("int >= 0 and < 1e3").options["level"].default == 1
+    with pytest.raises(UserError, match=r"options: expected \{WORD: Option"):
+        load(rule)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -234,6 +247,7 @@ def test_a_file_that_is_no_task_is_one_line(tmp_path, text, words):
             "synthetic=synthetic, sizes={'train': 'many'}",
             "sizes: expected {split: number of rec",
         ),
+        ("synthetic=synthetic", "synthetic=synthetic, library=b'numpy'", "library: expected the name of a package"),
         ("synthetic=synthetic", "synthetic=synthetic, pair_rules=[len]", "pair_rules: expected {rule: function}"),
         ("synthetic=synthetic", "synthetic=synthetic, floors=['x']", r"floors: expected a function, got \['x'\]"),
     ],

@@ -133,12 +133,13 @@ CONTRACT = {  # {field: what it is}, in the order in which a user's file is chec
     "pair_rules": "{rule: function}",
     "headline": "a tuple of names of metrics",
     "correct": "the name of a metric of kind rate",
+    "library": "the name of a package",
     **dict.fromkeys(("reward", "statistics", "vote", "floors", "synthetic", "read", "rank", "plain"), "a function"),
 }
 ROWS: dict[str, Callable] = {  # {field: is this one of its rows?}
     "parts": lambda row: isinstance(row, Part),
     "metrics": lambda row: isinstance(row, Metric) and row.better in (-1, 0, 1) and row.kind in KINDS,
-    "options": lambda row: isinstance(row, Option) and isinstance(row.rule, str),
+    "options": lambda row: isinstance(row, Option) and _is_rule(row.rule),
     "files": lambda row: isinstance(row, File),
     "sizes": lambda row: type(row) is int and row > 0,
     "pair_rules": callable,
@@ -177,6 +178,12 @@ def _task_of(module, path):
     return replace(task, path=path, pair_rules=rules, **guarded)
 
 
+def _is_rule(rule):
+    """Is it a text whose bounds (`float >= 0 and < 1`) are numbers?"""
+    bounds = re.findall(r"[<>]=?(.*?)(?= and |$)", rule) if isinstance(rule, str) else [""]
+    return all(re.fullmatch(r" -?\d+(\.\d+)?(e-?\d+)?", bound) for bound in bounds)
+
+
 def _keeps_contract(task, name):
     """Is the task's field `name` what CONTRACT says?"""
     value = getattr(task, name)
@@ -187,6 +194,8 @@ def _keeps_contract(task, name):
     if name == "correct":
         rates = [metric for metric, how in task.metrics.items() if how.kind == "rate"]
         return value is None or value in rates
+    if name == "library":
+        return value is None or isinstance(value, str)
     if name in ROWS:
         is_table = isinstance(value, dict) and all(str(key).isidentifier() or name == "pair_rules" for key in value)
         return is_table and all(map(ROWS[name], value.values()))
