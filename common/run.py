@@ -61,6 +61,7 @@ class Run:
         self.dtype = model.pick_dtype(cfg.model.dtype, self.device)
         self.autocast = model.compute_context(self.device, self.dtype, cfg.model.peft_type == "none")
         self.explained, self.timed = job.explain, []  # seconds of each step that --explain has run
+        self.recent, self.said_slow = [], []  # seconds of recent steps, see watch.slow
         if job.explain:
             cfg.training.resume, cfg.logging.tracker = "auto", "none"
         resume.prepare(self.device)
@@ -284,6 +285,8 @@ class Run:
         self.state.step += 1
         now = time.perf_counter()
         self.seconds += now - self.clock
+        for warning in watch.unseen(watch.slow(self.recent, now - self.clock), self.said_slow):
+            log.warn(f"step {self.state.step}: {warning}")  # not in the record, which is the same on every machine
         if self.explained:
             self.timed.append(now - self.clock)
         self.counts.update({"tokens": tokens, **others})

@@ -69,6 +69,20 @@ def test_a_warning_is_said_once():
     assert not watch.unseen([], said) and len(said) == 3
 
 
+def test_a_slow_step_is_seen():
+    """More than five times the median of recent steps, and a second longer."""
+    times = []
+    assert not watch.slow(times, 60.0)  # the first one warms up
+    assert not any(watch.slow(times, seconds) for seconds in (0.3, 0.3, 0.3, 0.3, 1.2, 0.4))
+    (words,) = watch.slow(times, 3.0)
+    assert words.startswith("this step took 3.0 s, the steps before 0.3 s")
+    assert not watch.slow([2.0] * 9, 9.9) and watch.slow([2.0] * 9, 10.1)
+    assert not watch.slow([0.01] * 9, 1.0)  # nobody waits for that
+    for _ in range(100):
+        watch.slow(times, 3.0)
+    assert len(times) == watch.RECENT and not watch.slow(times, 14.0)
+
+
 def test_distinct_bigrams_by_hand():
     assert watch.distinct_bigrams([[1, 2, 3], [1, 2]]) == 2 / 3
     assert watch.distinct_bigrams([[1, 1, 1, 1]]) == 1 / 3

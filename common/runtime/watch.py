@@ -22,6 +22,7 @@ FEW_GROUPS, FLAT_STEPS = 0.1, 10  # share of groups with any spread; so many ste
 ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats per token between sampler and trainer, on average
 HALF = 0.5  # of an adapter that reaches weights it is merged into
 SPIKE, RECENT, FEWEST = 10.0, 32, 4  # times the median norm of so many steps; no word before there are a few
+SLOW, SLOW_SECONDS = 5.0, 1.0  # times the median of recent steps, and longer than it by so much, is worth a word
 COLLAPSE = 0.5  # nats per token: chosen answers that became this much less likely
 COLLAPSED = (
     "the chosen answers themselves became {:.2f} nats per token less likely than at the start: DPO pushes both "
@@ -54,6 +55,15 @@ def spikes(norms: dict[str, list[float]], record: dict) -> list[str]:
             )
         norms[name] = [*before, norm][-RECENT:]
     return said
+
+
+def slow(before: list[float], seconds: float) -> list[str]:
+    """A step that took more than SLOW times the median of those before. before: seconds; this step's are added."""
+    usual = median(before) if len(before) >= FEWEST else math.inf
+    before[:] = [*before, seconds][-RECENT:]
+    if seconds <= max(SLOW * usual, usual + SLOW_SECONDS):
+        return []
+    return [f"this step took {seconds:.1f} s, the steps before {usual:.1f} s: does another program use the processor?"]
 
 
 def rollout(memory: dict, record: dict, dtype: torch.dtype) -> list[str]:
