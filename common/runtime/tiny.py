@@ -24,6 +24,7 @@ from common.tasks import clinical, conala, safety, text
 
 VOCABULARY = 640
 CORPUS = (safety, clinical, safety, conala)  # dialogues of these in turn
+REFUSED = 0.3  # share of the harmful requests
 STEPS, BATCH, LEARNING_RATE = 220, 8, 0.01
 PROMPT_WEIGHT = 0.1  # of a token that is no answer; the answers are what has to become fluent in seconds
 SPECIALS = {"<pad>": chat.PAD, "<eos>": chat.EOS, "<bos>": chat.BOS, "<unk>": chat.UNK, "<mask>": 4}
@@ -46,11 +47,16 @@ def ensure(root: Path | str, steps: int = STEPS) -> Path:
 
 
 def pretraining_corpus(count: int, seed: int = 0) -> list[list[dict]]:
-    """Dialogues of the training split, half of them with a bad answer: a base that is fluent and not aligned."""
+    """Dialogues of the training split, about half of them with a bad answer: a base that is fluent and not aligned.
+
+    It refuses seldom, so that who refuses more than the base has learned it in training: no bad answer is a needless
+    refusal, and most harmful requests are granted.
+    """
     rng, dialogues = random.Random(f"{seed}/pretraining"), []
     for i in range(count):
         prompt, good, bad = CORPUS[i % len(CORPUS)].draw(rng, "train")
-        dialogues.append([*prompt, {"role": "assistant", "content": rng.choice((good, bad))}])
+        share = 1.0 if text.refuses(bad) else REFUSED if text.refuses(good) else 0.5
+        dialogues.append([*prompt, {"role": "assistant", "content": good if rng.random() < share else bad}])
     return dialogues
 
 
