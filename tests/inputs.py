@@ -92,11 +92,11 @@ def random_adapter(net, name, seed, std=0.1, dropout=0.0):
                 p.normal_(std=std)
 
 
-def random_start(folder, base_folder):
+def random_start(folder, base_folder, std=0.05):
     """The folder of a policy to start from, trained with dropout: in train mode it would differ from its reference."""
     folder.mkdir()
     net, tokenizer = model.load(base_folder, torch.device("cpu"), torch.float32)
-    random_adapter(net, "policy", 2, std=0.05, dropout=0.1)
+    random_adapter(net, "policy", 2, std=std, dropout=0.1)
     model.save_adapter(net, tokenizer, folder, "policy", "base")
     return folder
 

@@ -20,7 +20,7 @@ def made(tmp_path, micro_folder):
 
 def test_an_adapter_answers_on_the_base_at_hand(tmp_path, made, micro_folder):
     """Whatever place its files name."""
-    start = inputs.random_start(tmp_path / "start", micro_folder)
+    start = inputs.random_start(tmp_path / "start", micro_folder, std=0.5)
     path = start / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
     text = made.by(str(start))

@@ -200,7 +200,7 @@ def test_llama_cpp_says_what_the_adapter_says(tmp_path, flags, request, tiny_fol
     if not node or not package:
         pytest.skip("no node here, or NODE_LLAMA_CPP does not name the folder of node-llama-cpp")
     folder = request.getfixturevalue("marked") if kind == "marked" else tiny_folder
-    adapter = saved_adapter(tmp_path / "final", folder, 0.02)
+    adapter = saved_adapter(tmp_path / "final", folder, 0.03)
     train(tmp_path, gguf_flags(flags, tmp_path / "new.gguf", adapter, "f32"))
     net, tokenizer = model.load(str(folder), CPU, torch.float32)
     model.load_adapter(net, "policy", adapter)

@@ -79,7 +79,7 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_folder, tokenizer):
     source = write_data(tmp_path / "data", "safety", train=128, val=40)
     argv = ["--config", ROOT / "configs" / "dpo_270m.yml", "--debug", "--dataset_path", source]
     argv += ["--logging.output_dir", tmp_path, "--model.base_checkpoint", tiny_folder, "--rl.max_steps", 16]
-    argv += ["--rl.learning_rate", 1e-3, "--training.batch_size", 8]
+    argv += ["--rl.learning_rate", 1.5e-3, "--training.batch_size", 8]
     argv += ["--training.eval_interval", 8, "--training.save_interval", 4]
     status, out, err = run(tmp_path, argv, pictures=True)
     assert status == 0, err

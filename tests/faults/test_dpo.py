@@ -44,7 +44,7 @@ def test_R01_a_finished_run_started_again(tmp_path, straight, settings):
 
 
 def test_R02_R13_b1_two_ranks_stop_resume_and_equal_one(tmp_path, settings):
-    keep = ["--training.keep_last", 10, "--training.save_interval", 1]
+    keep = ["--training.keep_last", 10, "--training.save_interval", 1, "--rl.learning_rate", 1e-2]
     whole = checks.check_two_ranks(MAIN, tmp_path, lambda folder, *more: settings(folder, *more, *keep))
     flags = ["--training.max_steps", 6, "--training.eval_interval", 3, *keep]
     train(tmp_path, settings(tmp_path / "one", *flags))
