@@ -83,6 +83,16 @@ def test_without_its_pairs_a_judge_was_not_checked():
     assert "too few" in tables["gate"]["reasons"][0]
 
 
+@pytest.mark.parametrize(("left_out", "words"), [("base", "those of the base"), ("floors", '"any fixed answer"')])
+def test_a_judge_that_was_not_set_against_all_is_not_passed(left_out, words):
+    """This judge passes where both are there."""
+    recordings = [of_system("sft", 1.0, 1), of_judge(knows)]
+    recordings += [of_floors(2.0)] if left_out == "base" else [of_system("base", -3.0, cost={})]
+    tables = results.build(recordings, 200)
+    assert tables["gate"]["reasons"] == [f"0 items are too few to set it against {words}"]
+    assert not tables["gate"]["passed"] and tables["headline"] == "reward" and "judge" not in tables["cells"]
+
+
 def test_unequal_costs_are_said_with_all_units():
     cheap = COST | {"flops": 1e12}
     tables = results.build([of_system("sft", 1.0), of_system("rl", 2.0, 1, cheap)], 200)

@@ -102,7 +102,8 @@ def decide(rows):
 def reason(row):
     """Why a judge does not pass one check, in words."""
     if row["difference"] is None:
-        return f"{row['n']} {row['on']} are too few to set it against {row['against']}"
+        on = "items" if row["on"] == "the data's answers" else row["on"]
+        return f"{row['n']} {on} are too few to set it against {row['against']}"
     ends = f"difference {row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
     if row["on"] == "the data's answers":
         means = f"{row['judge']:.2f} against {row['other']:.2f} on {row['n']} items"

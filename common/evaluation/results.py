@@ -122,9 +122,9 @@ def first_seeds(recordings):
 
 
 def judged(by_kind, runs, draws):
-    """What gate.decide says of the judge."""
-    rivals = {"those of the base": runs["base"][0]} if "base" in runs else {}
-    fixed = by_kind["floors"].rows if "floors" in by_kind else []
+    """What gate.decide says of the judge; answers that are not there fail it, as they were not set against it."""
+    rivals = {"those of the base": runs["base"][0] if "base" in runs else []}
+    fixed = by_kind["floors"].rows if "floors" in by_kind else [["any fixed answer", []]]
     rivals |= {f'"{name}"': lines for name, lines in fixed if name != DATA}
     scores = {
         name: {line["id"]: line["scores"]["judge"] for line in lines if "judge" in line["scores"]}
