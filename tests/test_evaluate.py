@@ -215,9 +215,14 @@ def test_drift_and_what_was_forgotten(tmp_path, settings, adapters, micro_folder
 
 
 def test_seeds_of_one_system(tmp_path, settings, adapters, micro_folder):
-    argv = settings(tmp_path, "--checkpoints", f"base={micro_folder}", f"sft={adapters[0]}", f"sft={adapters[1]}")
+    """One of them is a best/ that the reward picked, which the report says."""
+    best = shutil.copytree(adapters[0], tmp_path / "best")
+    (best / "state.json").write_text(json.dumps({"best_metric": "eval/reward"}))
+    argv = settings(tmp_path, "--checkpoints", f"base={micro_folder}", f"sft={best}", f"sft={adapters[1]}")
     result = train(tmp_path, argv)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [note.split()[0] for note in results["notes"] if "is a best/ that its own reward picked" in note] == ["sft"]
+    assert "is a best/ that its own reward picked" in (tmp_path / "run" / "report.md").read_text()
     assert results["seeds"] == {"base": 1, "sft": 2} and result["headline"] == "reward"
     both = [np.array([line["scores"]["reward"] for line in lines(tmp_path / "run", f"sft-{k}")]) for k in (0, 1)]
     assert results["by_seed"]["reward"]["sft"] == pytest.approx([one.mean() for one in both])

@@ -154,6 +154,16 @@ def cost_of_models(checkpoint):
     return cost([Path(folder).resolve().parent for folder in folders]) if known else {}
 
 
+def picked_by_reward(name, source):
+    """[what a reader should know] of a checkpoint that is a best/ which the reward picked, by its state.json."""
+    folder, state = base.split_scale(source)[0], {}
+    if folder.name == "best" and (folder / "state.json").is_file():
+        state = json.loads((folder / "state.json").read_text())
+    if state.get("best_metric") != "eval/reward":
+        return []
+    return [f"{name} is a best/ that its own reward picked: where that is hacked, the most hacked checkpoint."]
+
+
 def reliability(judge):
     """What the report of its own run says of a reward model's probabilities, [] where there is none."""
     path = Path(judge).resolve().parent / "report.json"
