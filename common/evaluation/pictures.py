@@ -35,7 +35,7 @@ COSTS = {"tokens": "tokens, trained and sampled", "flops": "FLOPs by formula", "
 ALTS = {
     "differences.png": "Differences between the systems in each metric with 95 % intervals; filled: significant.",
     "cost.png": "The headline metric over what training cost, with 95 % intervals.",
-    "frontier.png": "Reward and judge's score over the square root of the KL to the base, both with 95 % intervals.",
+    "frontier.png": "Reward, and score of a judge that passed, over the root of the KL to the base; 95 % intervals.",
     "curves.png": "Learning curves of all arms over the tokens seen in training, one line for each stage.",
     "reliability.png": "How often the judge is right on its val pairs, over how sure it says it is.",
 }
