@@ -105,17 +105,14 @@ def test_generate_manifest_takes_the_readmes_call(tmp_path, capsys):
     assert {name for entry in key.values() for name in entry["systems"].values()} == {"sft", "rl", "staged"}
 
 
-def test_nothing_is_cut_without_a_mark(tmp_path):
+def test_nothing_is_cut(tmp_path):
     long, items = {"x": ["a" * 5000] * 4, "y": ["b" * 10] * 4}, [{"prompt": "p" * 9000}] * 4
     study.write(items, long, tmp_path / "whole.csv")
     assert {len(a) for i in study.read_manifest(tmp_path / "whole.csv").values() for a in i["answers"].values()} == {
         5000,
         10,
     }
-    study.write(items, long, tmp_path / "cut.csv", limit=1000)
-    shown = {a for i in study.read_manifest(tmp_path / "cut.csv").values() for a in i["answers"].values()}
-    assert shown == {"b" * 10, "a" * 1000 + "\n[... cut, 1000 of 5000 characters shown]"}
-    assert {len(i["prompt"]) for i in study.read_manifest(tmp_path / "cut.csv").values()} == {9000}
+    assert {len(i["prompt"]) for i in study.read_manifest(tmp_path / "whole.csv").values()} == {9000}
 
 
 def test_answers_too_short_to_shuffle_are_said(tmp_path, capsys):
@@ -138,7 +135,6 @@ def test_prompts_without_references_are_refused(tmp_path):
         ({"items": [{"prompt": "p"}, {}]}, "item 1, prompt: no text"),
         ({"items": []}, "needs items"),
         ({"num_samples": 0}, "at least 1, not 0"),
-        ({"limit": 0}, "at least 1"),
         ({"path": "study.txt"}, "named NAME.csv"),
         ({"path": "study.key.csv"}, "named NAME.csv"),
     ],
@@ -336,7 +332,6 @@ def test_the_mark_is_a_function_of_all_that_the_study_is(tmp_path):
         "again": {},
         "seed": {"seed": 6},
         "size": {"num_samples": 11},
-        "shown": {"limit": 20},
         "prompt": {"items": [{"prompt": f"q{i}"} for i in range(12)]},
         "answer": {"systems": {**systems, "y": [*answers(12, 1)[:-1], "another one"]}, "num_samples": 12},
         "whole": {"num_samples": 12},

@@ -4,7 +4,7 @@ Blind file NAME.csv, for the raters, in the order to be shown:
     item_id, task (where the items have one), prompt, reference, response_A, response_B, .. up to D
 Key NAME.key.csv beside it, never for the raters, a line for each item and slot:
     item_id, slot, system, kind (item | duplicate | check), trap (1: the shuffled answer of a check), original (the
-    item_id that a duplicate repeats), source (place in the lists given, from 0), characters (shown of the answer),
+    item_id that a duplicate repeats), source (place in the lists given, from 0), characters (of the answer),
     digest (of the text shown: the first 16 hex digits of its SHA-256), seed (of every shuffle)
 Ratings: see ratings.py. The server keeps its own in NAME.ratings.jsonl.
 
@@ -66,22 +66,21 @@ def generate_manifest(prompts, references, sft_outputs, rl_outputs, staged_outpu
 # ---------------------------------------------------------------- writing
 
 
-def write(items, systems, path, num_samples=200, seed=None, limit=None):
+def write(items, systems, path, num_samples=200, seed=None):
     """Write `path` (.csv) and its key, both or none -> {"items", "duplicates", "checks", "seed"}.
 
     items: dicts of prompt, reference and task (the last two may be absent or None); systems: two to four of
     {name: texts, one an item}. num_samples items are drawn; 10 % of them (at least one) come twice, every answer in
     another slot; and 5 % (at least two, as one failed check excludes nobody) are checks, in which one slot holds
     another slot's answer with its words shuffled. Each system stands in each slot about equally often. seed: of all
-    shuffles, an int from 0; drawn where None, as a known one would undo the blinding. limit: most characters shown of
-    an answer, marked where it is cut. UserError says what is wrong; a file that exists may have been rated and stays.
+    shuffles, an int from 0; drawn where None, as a known one would undo the blinding. UserError says what is wrong; a
+    file that exists may have been rated and stays.
     """
     path = Path(path)
     check_free(path)
     _check_texts(path, items, systems)
-    for name, number in (("num_samples", num_samples), ("limit", limit)):
-        if number is not None and number < 1:
-            raise UserError(f"{path}: {name} must be at least 1, not {number}")
+    if num_samples < 1:
+        raise UserError(f"{path}: num_samples must be at least 1, not {num_samples}")
     seed = secrets.randbits(48) if seed is None else seed
     count = min(num_samples, len(items))
     rows = _plan(systems, count, np.random.default_rng(seed))
@@ -93,8 +92,8 @@ def write(items, systems, path, num_samples=200, seed=None, limit=None):
             f"{path}: {kinds['check']} attention checks instead of {_checks_wanted(count)}: a check shuffles the words "
             "of an answer, and too few answers have five different words"
         )
-    mark = hashlib.sha256(json.dumps([items, systems, count, seed, limit], default=str).encode()).hexdigest()[:6]
-    blind_rows, key_rows = _tables(items, rows, mark, seed, limit)
+    mark = hashlib.sha256(json.dumps([items, systems, count, seed], default=str).encode()).hexdigest()[:6]
+    blind_rows, key_rows = _tables(items, rows, mark, seed)
     save({key_path(path): key_rows, path: blind_rows})  # the key first: a blind file without one would be worthless
     return {"items": count, "duplicates": kinds["duplicate"], "checks": kinds["check"], "seed": seed}
 
@@ -194,7 +193,7 @@ def _shuffle_words(text, rng):
     return None
 
 
-def _tables(items, rows, mark, seed, limit):
+def _tables(items, rows, mark, seed):
     """(lines of the blind file, lines of the key), their headers first."""
     has_task = any(item.get("task") for item in items)
     blind_rows, key_rows, item_ids = [_blind_columns(has_task, SLOTS[: len(rows[0].texts)])], [KEY], {}
@@ -203,25 +202,17 @@ def _tables(items, rows, mark, seed, limit):
         if row.kind == "item":
             item_ids[row.source] = item_id
         original = item_ids[row.source] if row.kind == "duplicate" else ""
-        shown = [_shown(text, limit) for text in row.texts]
         task = [item.get("task") or ""] if has_task else []
-        blind_rows.append([item_id, *task, item["prompt"], item.get("reference") or "", *shown])
+        blind_rows.append([item_id, *task, item["prompt"], item.get("reference") or "", *row.texts])
         for place, (system, text) in enumerate(zip(row.systems, row.texts, strict=True)):
-            trap, characters = "1" if place == row.trap else "", len(text[:limit])
-            cells = (system, row.kind, trap, original, row.source, characters, digest(shown[place]), seed)
+            trap = "1" if place == row.trap else ""
+            cells = (system, row.kind, trap, original, row.source, len(text), digest(text), seed)
             key_rows.append([item_id, SLOTS[place], *map(str, cells)])
     return blind_rows, key_rows
 
 
 def _blind_columns(has_task, slots):
     return ["item_id", *["task"] * has_task, "prompt", "reference", *(f"response_{slot}" for slot in slots)]
-
-
-def _shown(text, limit):
-    """What the raters see of an answer."""
-    if limit is None or len(text) <= limit:
-        return text
-    return f"{text[:limit]}\n[... cut, {limit} of {len(text)} characters shown]"
 
 
 def digest(text):
