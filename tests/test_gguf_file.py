@@ -142,6 +142,15 @@ def test_what_a_gguf_of_fewer_bits_rounds(tmp_path, flags, adapter, micro_folder
     assert tensors["blk.1.attn_norm.weight"].tensor_type.name == "F32"
 
 
+@pytest.mark.parametrize("kind", ["q8_0", "bf16"])
+def test_a_type_that_drowns_a_young_adapter_names_the_finer_one(tmp_path, flags, micro_folder, kind):
+    young = saved_adapter(tmp_path / "young", micro_folder, 5e-4)
+    words = ("new.gguf was not written", "export it with --gguf_type f16")
+    refused(tmp_path, gguf_flags(flags, tmp_path / "new.gguf", young, kind), *words)
+    assert nothing_left(tmp_path / "new.gguf")
+    assert train(tmp_path, gguf_flags(flags, tmp_path / "new.gguf", young, "f16"))["survives"] > 0.9
+
+
 def test_the_modelfile_says_what_the_template_says(tokenizer):
     """Ollama fills in .System and .Prompt, and writes <bos> itself."""
     lines = gguf_file.MODELFILE.format(name="x.gguf").splitlines(keepends=True)

@@ -25,6 +25,13 @@ from common.runtime import base, card, checkpoint, resume
 PROBES = 32  # held-out items that are compared
 EXACT, ROUNDED = {"mean": 1e-4, "largest": 1e-3, "tie": 2e-3}, {"mean": 0.02}  # nats
 LIMITS = {"float32": EXACT, "f32": EXACT, "bfloat16": ROUNDED, "bf16": ROUNDED, "f16": ROUNDED, "q8_0": {"mean": 0.04}}
+# What rounds less, to be tried where a type rounds too much; f16 takes no more room than bf16.
+FINER = {
+    "q8_0": "--gguf_type f16",
+    "bf16": "--gguf_type f16",
+    "f16": "--gguf_type f32",
+    "bfloat16": "--model.dtype float32",
+}
 SURVIVES, NOISE = 0.5, 0.5  # of an adapter: the least share that rounding leaves, the most that it may drown
 NAME = "policy"
 DRAWS = 2000  # of the bootstrap
@@ -321,6 +328,5 @@ def refuse(figures, kind, target):
             f"rounding moves log-probs by {figures['mean']:.2g} nats, over {NOISE:.0%} of what the adapter does"
         )
     if faults:
-        larger = "--gguf_type f32" if kind in gguf_file.TYPES else "--model.dtype float32"
-        todo = "this merge is wrong, report it" if exact else f"export it with {larger}"
+        todo = "this merge is wrong, report it" if exact else f"export it with {FINER[kind]}"
         raise UserError(f"--export: {target} was not written, the merged model differs: {faults[0]}; {todo}")
