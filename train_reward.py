@@ -238,6 +238,7 @@ def main(argv=None):
     step_folder = run.start(steps, batches.tokens_per_step, facts, not_read=("evaluation.", *NOT_READ))
     if step_folder:
         reward_stats = reward_model.restore(net, ADAPTER, head, step_folder)
+        reward_stats["base_checkpoint"] = run.base_name  # it may have been moved
         optim.load(optimizer, named, step_folder)
 
     # --- loop: set lr -> evaluate -> save -> make batch -> update -> log. Step 0 evaluates the fresh head.

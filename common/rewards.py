@@ -104,11 +104,13 @@ def scorer(
     return score
 
 
-def fingerprint(reward: Config, task: str) -> str | list | None:
-    """Hash of what decides the scores beside the settings: the user's function or task, a reward model."""
+def fingerprint(
+    reward: Config, task: str, hashed: Callable[[str], list | None] = model.adapter_fingerprint
+) -> str | list | None:
+    """Hash of what decides the scores beside the settings: the user's function or task, a reward model by `hashed`."""
     if reward.function:
         return checkpoint.sha256(reward.function.rpartition(":")[0])
-    models = [model.adapter_fingerprint(folder) for folder in config.paths(reward.checkpoint)] * wants_model(reward)
+    models = [hashed(folder) for folder in config.paths(reward.checkpoint)] * wants_model(reward)
     trained = [*models, reward.ensemble] if len(models) > 1 else models[0] if models else None
     own = tasks.load(task).path is not None and reward.type != "trainable"
     return [trained, tasks.fingerprint(task)] if own else trained

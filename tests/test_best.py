@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 
@@ -160,6 +161,10 @@ def test_a_judge_picks_where_the_task_has_no_truth(tmp_path, micro_folder, judge
     ranks = flags(tmp_path / "two", "--evaluation.reward_checkpoint", judge, "--rl.max_steps", 4)
     assert [status for status, *_ in processes.ranks(MAIN, tmp_path / "two", ranks)] == [0, 0]
     assert checks.lines(tmp_path / "two" / "run")[0]["eval/judge"] == pytest.approx(records[0]["eval/judge"], abs=1e-5)
+    same = shutil.copytree(judge, tmp_path / "same")  # as it is written again where its base was moved
+    path = same / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere"}))
+    train(tmp_path, flags(tmp_path, "--evaluation.reward_checkpoint", same, "--rl.max_steps", 4))
     other = inputs.random_reward_model(tmp_path / "other", micro_folder, seed=3)
     more = ["--evaluation.reward_checkpoint", other, "--rl.max_steps", 8]
     refused(tmp_path, flags(tmp_path, *more), "cannot be resumed", "judge")

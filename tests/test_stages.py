@@ -87,6 +87,7 @@ def test_samples_of_an_earlier_version_are_known_by_its_key(study):
     earlier = {key: value for key, value in settings.items() if key not in ("start", "training.budget_tokens")}
     earlier.pop("training.budget_flops")
     keys = stages.sampling_keys(settings)
+    earlier.pop("score_effect")
     assert stages.resume.fingerprint(earlier) in keys
     assert stages.sampling_keys(settings | {"model.base_checkpoint": "elsewhere"})[0] in keys
     assert not set(stages.sampling_keys(settings | {"rl.temperature": 0.5})) & set(keys)

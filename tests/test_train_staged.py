@@ -148,18 +148,20 @@ def test_it_goes_on_where_its_base_was_moved(tmp_path, micro_folder, settings):
     assert results["systems"] == ["base", "sft", "staged"] and results["cells"]["kl_base"]["base"]["value"] == 0
 
 
-def test_rl_goes_on_after_sft_was_written_again_on_a_moved_base(tmp_path, micro_folder, settings):
-    """An adapter's files name the place of its base: that alone makes it no other start."""
+def test_rl_goes_on_after_its_adapters_were_written_again_on_a_moved_base(tmp_path, micro_folder, settings):
+    """An adapter's files name the place of its base: that alone makes it no other start and no other reward."""
     home, away = Path(shutil.copytree(micro_folder, tmp_path / "X")), tmp_path / "Y"
-    heuristic = ["--reward.type", "heuristic"]
-    train(tmp_path, settings(tmp_path, "--model.base_checkpoint", home, *heuristic))
+    train(tmp_path, settings(tmp_path, "--model.base_checkpoint", home))
     home.rename(away)
     (tmp_path / "run" / "stages.json").unlink()
-    status, text, err = run(
-        tmp_path, settings(tmp_path, "--model.base_checkpoint", away, "--rl.max_steps", 4, *heuristic)
-    )
+    for stage in ("sft", "reward"):
+        shutil.rmtree(tmp_path / "run" / stage / "step-000003")
+    status, text, err = run(tmp_path, settings(tmp_path, "--model.base_checkpoint", away, "--rl.max_steps", 4))
     assert status == 0, err
-    assert "sft at step 3 of 3" in text and "rl at step 3 of 4" in text
+    assert "sft at step 2 of 3" in text and "reward at step 2 of 3" in text and "rl at step 3 of 4" in text
+    for stage in ("sft", "reward"):
+        written = json.loads((tmp_path / "run" / stage / "final" / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == str(away)
 
 
 def test_staged_says_what_it_does_and_compares_at_the_end(tmp_path, settings):

@@ -46,7 +46,8 @@ CONTENTS = {
     **{"dataset_path": "data", "model.base_checkpoint": "model", "model.adapter": "start"},
     **{"reward.checkpoint": "score", "reward.ensemble": "score", "reward.function": "score"},
     "evaluation.reward_checkpoint": "judge",
-    "start": "adapter",  # `start` hashes where the base lies, `adapter` does not
+    # The first of each pair hashes where the base lies, the second does not.
+    **{"start": "adapter", "score": "score_effect", "judge": "judge_effect"},
 }
 UNTOLD = ("logging.", "training.resume", "training.resume_changed")  # what the history leaves out
 

@@ -17,7 +17,8 @@ from common.runtime import base, checkpoint, explain, resume, sources
 OUTSIDE = ("evaluation.", "logging.", "training.resume_changed", "training.recompute")
 PATHS = ("model.base_checkpoint", "model.adapter", "dataset_path", "reward.checkpoint")
 # ... and settings that the script of a mode does not read.
-UNREAD = {"sft": ("rl.", "reward.", "score"), "reward": ("rl.max_steps", "score"), "samples": (), "rl": ()}
+SCORE = ("score", "score_effect")
+UNREAD = {"sft": ("rl.", "reward.", *SCORE), "reward": ("rl.max_steps", *SCORE), "samples": (), "rl": ()}
 
 
 class Stage(NamedTuple):
@@ -58,12 +59,15 @@ class Study:
         by_split = sources.files(folder) if folder else {}
         whole, start = flags.get("model.base_checkpoint"), kept["model.adapter"]  # whole: of full fine-tuning
         scorers = [path for path in config.paths(kept["reward.checkpoint"]) if _is_adapter(path)]
-        scores = [model.adapter_fingerprint(path) for path in scorers]
+        scores, effects = (
+            [hashed(path) for path in scorers] for hashed in (model.adapter_fingerprint, model.adapter_effect)
+        )
         kept |= {
             "base": base.fingerprint(Path(whole)) if whole and Path(whole).is_dir() else self.fingerprint,
             "start": model.adapter_effect(start) if start and _is_adapter(base.split_scale(start)[0]) else None,
             "data": [checkpoint.sha256(path) for split in ("train", "val") for path in by_split.get(split, ())],
             "score": scores[0] if len(scores) == 1 else scores or None,
+            "score_effect": effects or None,
         }
         return json.loads(json.dumps(kept, default=str))
 
@@ -87,6 +91,8 @@ class Study:
         free = [*OUTSIDE, *PATHS, *UNREAD[stage.mode]]
         if done and "start" not in done:  # finished before the hash of its start was kept: held to its path
             free = [key for key in free if key != "model.adapter"] + ["start"]
+        if done:  # the hash of its reward models was kept with or without the place of their base
+            free.append("score" if "score_effect" in done else "score_effect")
         if any(done.get(key) != now.get(key) for key in done | now if not resume.matches(key, free)):
             return False
         if stage.mode == "samples":
@@ -112,11 +118,13 @@ def _is_adapter(folder):
 
 
 def sampling_keys(settings: dict) -> list[str]:
-    """Hashes of what decides samples, the budget apart: as they are kept now, and as before paths were left out."""
+    """Hashes of what decides samples, the budget apart: as they are kept now, and as two versions before kept them."""
+    ways = ((*OUTSIDE, *PATHS, "score"), (*OUTSIDE, *PATHS, "score_effect"), ("start", "score_effect"))
     kept = {key: value for key, value in settings.items() if not key.startswith("training.budget_")}
-    now = {key: value for key, value in kept.items() if not resume.matches(key, (*OUTSIDE, *PATHS))}
-    before = {key: value for key, value in kept.items() if key != "start"}
-    return [resume.fingerprint(now), resume.fingerprint(before)]
+    return [
+        resume.fingerprint({key: value for key, value in kept.items() if not resume.matches(key, left_out)})
+        for left_out in ways
+    ]
 
 
 def write_halves(cfg: Config, out: Path) -> None:
