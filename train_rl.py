@@ -307,9 +307,7 @@ def train_on_prompts(run, models, records, score, explained):
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
     optimizer, best = roles.make_optimizer(models, training, rl), prompts.best_metric(cfg, dataset.val)
     judge = cfg.evaluation.reward_checkpoint if best[0] == "eval/judge" else None
-    facts = {"data": dataset.fingerprint}
-    for end, hashed in (("", model.adapter_fingerprint), ("_effect", model.adapter_effect)):
-        facts |= {f"score{end}": rewards.fingerprint(cfg.reward, cfg.task, hashed), f"judge{end}": hashed(judge)}
+    facts = {"data": dataset.fingerprint} | rewards.facts(cfg, judge)
     run.state.memory = {"first": [], "last": []}  # see watch.observe
     how = {"not_read": ("evaluation.draws",), "best": best, "flops_per_token": flops_per_token}
     step_folder = run.start(steps, tokens_per_step, facts, **how)

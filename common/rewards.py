@@ -104,6 +104,13 @@ def scorer(
     return score
 
 
+def facts(cfg: Config, judge: str | None) -> dict:
+    """What a run keeps of the models that score it: their hashes with and without the places of their bases."""
+    ways = {"": model.adapter_fingerprint, "_effect": model.adapter_effect}
+    scores = {f"score{end}": fingerprint(cfg.reward, cfg.task, hashed) for end, hashed in ways.items()}
+    return scores | {f"judge{end}": hashed(judge) for end, hashed in ways.items()}
+
+
 def fingerprint(
     reward: Config, task: str, hashed: Callable[[str], list | None] = model.adapter_fingerprint
 ) -> str | list | None:

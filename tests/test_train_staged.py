@@ -148,7 +148,7 @@ def test_it_goes_on_where_its_base_was_moved(tmp_path, micro_folder, settings):
     assert results["systems"] == ["base", "sft", "staged"] and results["cells"]["kl_base"]["base"]["value"] == 0
 
 
-def test_rl_goes_on_after_its_adapters_were_written_again_on_a_moved_base(tmp_path, micro_folder, settings):
+def test_rl_goes_on_after_its_adapters_came_anew_on_a_moved_base(tmp_path, micro_folder, settings):
     """An adapter's files name the place of its base: that alone makes it no other start and no other reward."""
     home, away = Path(shutil.copytree(micro_folder, tmp_path / "X")), tmp_path / "Y"
     train(tmp_path, settings(tmp_path, "--model.base_checkpoint", home))
