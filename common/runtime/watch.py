@@ -47,7 +47,7 @@ def spikes(norms: dict[str, list[float]], record: dict) -> list[str]:
         before, norm = norms.get(name, []), record.get(name)
         if not norm:
             continue
-        usual = median(before) if len(before) >= FEWEST else math.inf
+        usual = _usual(before)
         if norm > SPIKE * usual:
             said.append(
                 f"{name} was {norm:.4g} before clipping, over {SPIKE:g} times the usual {usual:.4g}: "
@@ -57,9 +57,14 @@ def spikes(norms: dict[str, list[float]], record: dict) -> list[str]:
     return said
 
 
+def _usual(before):
+    """The median of recent values; infinite where they are too few for a word."""
+    return median(before) if len(before) >= FEWEST else math.inf
+
+
 def slow(before: list[float], seconds: float) -> list[str]:
     """A step that took more than SLOW times the median of those before. before: seconds; this step's are added."""
-    usual = median(before) if len(before) >= FEWEST else math.inf
+    usual = _usual(before)
     before[:] = [*before, seconds][-RECENT:]
     if seconds <= max(SLOW * usual, usual + SLOW_SECONDS):
         return []
