@@ -237,8 +237,8 @@ def main(argv=None):
     reward_stats |= {"mean": 0.0, "std": 1.0}
     step_folder = run.start(steps, batches.tokens_per_step, facts, not_read=("evaluation.", *NOT_READ))
     if step_folder:
-        reward_stats = reward_model.restore(net, ADAPTER, head, step_folder)
-        reward_stats["base_checkpoint"] = run.base_name  # it may have been moved
+        # the base may have been moved since
+        reward_stats = reward_model.restore(net, ADAPTER, head, step_folder) | {"base_checkpoint": run.base_name}
         optim.load(optimizer, named, step_folder)
 
     # --- loop: set lr -> evaluate -> save -> make batch -> update -> log. Step 0 evaluates the fresh head.
