@@ -23,8 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import log
-from common.log import UserError, listed
+from common.log import UserError, listed, warn
 
 SHOWN = 200  # characters of a sample or of a value in an error message
 LARGEST = 1e12  # size of a reward: sums of squares of such rewards, values and gradients still are float32
@@ -189,7 +188,7 @@ def _warn_of_task(loop, context):
     error = context.get("exception")
     told = isinstance(error, SystemExit)  # it has ended the call
     if not told and not sys.is_finalizing():
-        log.warn(f"a user's function: {context['message']}: {error!r}")
+        warn(f"a user's function: {context['message']}: {error!r}")
 
 
 @contextlib.contextmanager
