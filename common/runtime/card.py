@@ -54,6 +54,7 @@ def text(
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_name) and not Path(base_name).exists()
     hub_id = base_name if on_hub else None
     method = (cfg.rl.algorithm if cfg.training.mode == "rl" else cfg.training.mode) if cfg else None
+    how = METHODS.get(method, method)
     source = cfg.dataset_path if cfg else None
     metadata = ModelCardData(
         base_model=hub_id,
@@ -67,12 +68,12 @@ def text(
     if cfg:
         kind = {"lora": "LoRA", "qlora": "QLoRA, on the base in 4 bits", "none": "all weights"}[cfg.model.peft_type]
         size = "" if cfg.model.peft_type == "none" else f", rank {cfg.model.peft_rank}, alpha {cfg.model.peft_alpha}"
-        rows["method"] = f"{METHODS.get(method, method)}; {kind}{size}"
+        rows["method"] = f"{how}; {kind}{size}"
         if facts.get("start"):
             rows["started from"] = f"{short(cfg.model.adapter)}, sha256 {facts['start'][0]}"
         rows["data"] = data_of(cfg, facts)
     rows["versions"] = ", ".join(f"{name} {number}" for name, number in log.versions().items())
-    title = rows["base"].partition(",")[0] + (f", {METHODS.get(method, method)}" if method else "")
+    title = rows["base"].partition(",")[0] + (f", {how}" if how else "")
     launch = ["```bash", command(cfg), "```", ""] if cfg else []
     comparison = "`evaluate.py` compares it with its base on test prompts, with intervals."
     lines = ["---", metadata.to_yaml(), "---", "", f"# {title}", "", *_table(rows), "", *launch]
