@@ -407,12 +407,9 @@ def check_weights(folder: Path, config: GemmaConfig) -> None:
         raise UserError(f"{folder / 'config.json'}: no model can be built from it ({error!r})") from error
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        pickled = (
-            " (pickled .bin/.pt weights are never loaded; convert them to safetensors)"
-            if [*folder.glob("*.bin"), *folder.glob("*.pt")]
-            else ""
-        )
-        raise UserError(f"{folder}: no .safetensors file{pickled}")
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt")]
+        hint = " (pickled .bin/.pt weights are never loaded; convert them to safetensors)" if pickled else ""
+        raise UserError(f"{folder}: no .safetensors file{hint}")
     shard_of = {}
     for shard in shards:
         try:
