@@ -25,15 +25,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 TINY = {
     "sft": ("train_sft", "sft_lora_270m", "eval/loss", 0.145, "--training.max_steps 200 --training.eval_interval 5"),
     "dpo": ("train_rl", "dpo_270m", "eval/loss", 0.60, "--rl.max_steps 200 --training.eval_interval 5"),
-    "grpo": ("train_rl", "grpo_rl_270m", "eval/reward", 0.60, "--rl.max_steps 60 --training.eval_interval 2 "
-             "--reward.type heuristic"),
-}  # fmt: skip
+    "grpo": (
+        "train_rl",
+        "grpo_rl_270m",
+        "eval/reward",
+        0.60,
+        "--rl.max_steps 60 --training.eval_interval 2 --reward.type heuristic",
+    ),
+}
 REAL = {
     "sft": ("train_sft", "sft_lora_270m", "eval/loss", 2.40, "--training.max_steps 225 --training.eval_interval 15"),
-    "dpo": ("train_rl", "dpo_270m", "eval/loss", 0.68, "--rl.max_steps 128 --training.eval_interval 8 "
-            "--training.batch_size 8"),
+    "dpo": (
+        "train_rl",
+        "dpo_270m",
+        "eval/loss",
+        0.68,
+        "--rl.max_steps 128 --training.eval_interval 8 --training.batch_size 8",
+    ),
     "grpo": ("train_rl", "grpo_arithmetic_270m", "eval/exact", 0.75, "--training.eval_interval 5"),
-}  # fmt: skip
+}
 
 
 def reached(metric, target, value):
