@@ -238,7 +238,7 @@ def main(argv=None):
     recorder = Recorder(out / "items", facts, shared)
     for system in located:
         head = {"of": "system", "name": system.name, "four_bit": system.four_bit}
-        head["notes"] = notes + comparison.picked_by_reward(system.name, system.adapter or system.folder)
+        head["notes"] = notes + system.notes
         head["cost"] = comparison.cost(system.runs)
         asked = answer, system, bare, items, cfg, scorers, other_tasks
         recorder.keep(f"{system.name}-{system.seed}", head, system.weights_key, *asked)

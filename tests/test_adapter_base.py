@@ -232,7 +232,20 @@ def test_packed_runs_work_elsewhere(tmp_path, micro_folder, few):
         1
     ]
     more += ["--rl.max_steps", 4, "--model.adapter", f"{new / 'sft' / 'run' / 'final'}@0.5"]
-    status, out, err = processes.run(train_rl.main, tmp_path, inputs.settings(new / "base", few)(new / "rl", *more))
+    flags = inputs.settings(new / "base", few)(new / "rl", *more)
+    (new / "sft").rename(new / "not packed")
+    status, out, err = processes.run(evaluate.main, tmp_path, [*asked(tmp_path / "alone", few, system), *here])
+    left = f"rl started from {tmp_path / 'old' / 'sft' / 'run' / 'final'}@0.5, which is gone: the KL to it"
+    assert status == 0 and left in out, (out, err)
+    alone = json.loads((tmp_path / "alone" / "run" / "results.json").read_text())
+    assert [note for note in alone["notes"] if note.startswith(left)]
+    assert alone["cells"].keys() == cells.keys() - {"kl_reference"}
+    assert all(row["rl"] == cells[name]["rl"] for name, row in alone["cells"].items())
+    assert [stage["name"] for stage in alone["cost"]["rl"]["stages"]] == ["run"]
+    processes.refused(train_rl.main, tmp_path, flags, "model.adapter", "sft", "no such folder")
+
+    (new / "not packed").rename(new / "sft")
+    status, out, err = processes.run(train_rl.main, tmp_path, flags)
     assert status == 0 and "at step 2 of 4" in out, (out, err)
 
 

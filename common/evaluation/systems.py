@@ -30,6 +30,7 @@ class System:
     rl_start: SimpleNamespace | None  # if its last stage was RL: the model that this started from and was held to
     ref_folder: Path  # the base of rl_start
     weights_key: list  # what decides its weights and those of rl_start
+    notes: list[str]  # what a reader of its figures should know
 
 
 @dataclass
@@ -86,6 +87,14 @@ def locate(named, cfg, given):
         runs = comparison.history(adapter or folder)
         last_config = comparison.run_config(runs[-1]) if runs else None
         rl_start = last_config.model if last_config is not None and last_config.training.mode == "rl" else None
+        notes = comparison.picked_by_reward(name, adapter or folder)
+        if runs and (gone := comparison.missing_start(runs[-1])):
+            rl_start = None
+            notes.append(
+                f"{name} started from {gone}, which is gone: the KL to it and what it cost are left out. "
+                f"To have them, unpack its run beside {runs[-1]}."
+            )
+            say(notes[-1])
         is_whole = folder.resolve() != base_folder.resolve()
         whole_start = rl_start and is_whole and not adapter  # then what RL started from is a whole model too
         ref_folder = ref_base(runs[-1], rl_start.base_checkpoint, given) if whole_start else base_folder
@@ -98,7 +107,8 @@ def locate(named, cfg, given):
             rl_start is not None,
             model.adapter_fingerprint(rl_start.adapter if rl_start else None),
         ]
-        systems.append(System(name, k, folder, adapter, runs, is_whole, four_bit, rl_start, ref_folder, weights_key))
+        found = System(name, k, folder, adapter, runs, is_whole, four_bit, rl_start, ref_folder, weights_key, notes)
+        systems.append(found)
     return base_folder, systems
 
 

@@ -151,7 +151,8 @@ def check_adapter(folder: Path | str, key: str) -> None:
     """UserError unless `folder`, given as setting `key`, holds an adapter."""
     folder, _ = split_scale(folder)
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{key}: {folder} cannot be used: no adapter_config.json in it{did_you_mean(folder)}")
+        fault = "no adapter_config.json in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"{key}: {folder} cannot be used: {fault}{did_you_mean(folder)}")
 
 
 def _is_checkpoint(folder):
