@@ -107,8 +107,8 @@ def locate(named, cfg, given):
             rl_start is not None,
             model.adapter_fingerprint(rl_start.adapter if rl_start else None),
         ]
-        found = System(name, k, folder, adapter, runs, is_whole, four_bit, rl_start, ref_folder, weights_key, notes)
-        systems.append(found)
+        held_to = rl_start, ref_folder, weights_key
+        systems.append(System(name, k, folder, adapter, runs, is_whole, four_bit, *held_to, notes))
     return base_folder, systems
 
 
