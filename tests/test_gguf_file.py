@@ -104,6 +104,11 @@ def test_a_gguf_holds_the_adapter(tmp_path, monkeypatch, flags, marked, marked_a
     assert not list((tmp_path / "cache").glob("bare-*"))
 
     folder = base.resolve(str(tmp_path / "new.gguf"))  # in bf16
+    with monkeypatch.context() as upgraded:
+        upgraded.setattr("transformers.configuration_utils.__version__", "5.99.0")
+        upgraded.setenv("GEMMA_ALIGNMENT_CACHE", str(tmp_path / "elsewhere"))
+        again = base.resolve(str(tmp_path / "new.gguf"))
+    assert again != folder and base.fingerprint(again) == base.fingerprint(folder)  # adapters know it again
     net, tokenizer = model.load(str(marked), CPU, torch.float32)
     model.load_adapter(net, "policy", marked_adapter)
     right = model.plain_state(net, "policy", torch.float32)

@@ -54,6 +54,7 @@ ROPE = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 RECORD = "base.json"  # beside an adapter's files: the base that it was trained on
 LARGEST_SCALE = 10
+CONVERTED_BY = "5.23.0"  # the version of transformers in the config.json of every base that was converted
 SPECIALS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
 
 
@@ -222,6 +223,9 @@ def _convert_gguf(path, folder):
         raise UserError(f"model.base_checkpoint: {path} lacks {len(missing)} weights, the first is {missing[0]}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # It is part of the base's fingerprint, and an adapter has to find its base after an upgrade, too.
+    content = json.loads((folder / "config.json").read_text()) | {"transformers_version": CONVERTED_BY}
+    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def public_name(checkpoint: str, folder: Path) -> str:
