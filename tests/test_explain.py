@@ -160,7 +160,7 @@ def test_plan_of_lora_by_hand(adapted):
     kept = LAYERS * (6 * D + (HEADS + GROUP) + (HEADS + 2 * GROUP) + HEADS + 4 * MLP)
     kept += 4 * (5 * (64 + 127) + (300 / 2 + 64))  # a head's keys, under the window of 64 and without
     assert [size for _, size in plan["update"]] == [
-        moments, vocabulary * (256 + 16) * 4, tokens * kept * 4, tokens * 4 * MLP * 4]  # fmt: skip
+        moments, vocabulary * 256 * 4, tokens * kept * 4, tokens * 4 * MLP * 4]  # fmt: skip
     assert [size for _, size in plan["measuring the KL"]] == [
         moments, 2 * vocabulary * 256 * 4, 6 * 16 * vocabulary * 4]  # fmt: skip
     cache = 2 * LAYERS * GROUP * 4 * 64 * 50  # 64 rows at a time: 64 x 50 is more than 8 x 300
@@ -180,12 +180,13 @@ def test_plan_of_all_weights_by_hand(tiny_model, monkeypatch):
     batch, every = (512, 200, False), list(net.parameters())
     plan = explain.memory_plan(net, every, batch, copied, decodes=[(8, 50)])
     assert dict(plan["always"])["the frozen second copy, with what is on it"] == 4 * numbers
-    assert [size for _, size in plan["update"]][:3] == [8 * numbers, net.config.vocab_size * 272 * 4, head * 8]
+    assert [size for _, size in plan["update"]][:3] == [8 * numbers, net.config.vocab_size * 256 * 4, head * 8]
     assert [size for _, size in plan["optimizer"]] == [12 * numbers, 8 * head]
     fused = LAYERS * (D * (HEADS + 2 * GROUP) + 2 * D * MLP)  # the other two linears are the model's own
     assert dict(plan["sampling"])["the sampler's copy of the weights"] == 4 * fused
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = explain.memory_plan(net, every, batch, copied, decodes=[(8, 50)])
+    assert dict(cast["update"])["one chunk of logits"] == net.config.vocab_size * (256 * 2 + 4 * 4)
     assert dict(cast["update"])["weights cast to bf16"] == 2 * (head + body)
     assert dict(cast["sampling"])["the sampler's copy of the weights"] == 2 * (head + body)
     assert totals(cast)["optimizer"] == totals(plan)["optimizer"]

@@ -104,7 +104,9 @@ def memory_plan(
     full, cast, cpu = head.requires_grad, torch.is_autocast_enabled(kind), kind == "cpu"
     width, tokens = 2 if cast else head.element_size(), batch[0]
     numbers, body = sum(p.numel() for p in trainable), sum(linears(config).values()) * config.num_hidden_layers
-    rows, copied = (min(n, tokens) for n in ((256, 16) if cpu else (1024, 1024)))  # of logits, and of their fp32 copy
+    # rows of logits, of their fp32 copy, and of the distributions that the KL is measured between
+    rows, copied, both_rows = (min(n, tokens) for n in ((256, 4, 16) if cpu else (1024, 1024, 1024)))
+    copied = 0 if width == 4 else copied
     optimizer: list[tuple[str, float]] = [("gradients and Adam moments of what is trained, fp32", numbers * 4 * 3)]
     moments = [("Adam moments of what is trained, fp32", numbers * 4 * 2)]
     update = [*(moments if full and not batch[2] else optimizer)]  # of all weights the first backward makes gradients
@@ -127,7 +129,7 @@ def memory_plan(
         plan["all-reduce"] = [*optimizer, ("the gradients once more, in one piece", numbers * 4)]
     if frozen is not None:
         both = [("two chunks of logits", 2 * rows * config.vocab_size * head.element_size())]
-        plan["measuring the KL"] = [*optimizer, *both, ("their distributions", 6 * copied * config.vocab_size * 4)]
+        plan["measuring the KL"] = [*optimizer, *both, ("their distributions", 6 * both_rows * config.vocab_size * 4)]
     if decodes:
         plan["sampling"] = optimizer + _sampling(net, decodes, width)
     return plan
