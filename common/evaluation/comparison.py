@@ -129,12 +129,6 @@ def run_config(run):
     return cfg
 
 
-def missing_start(run):
-    """The adapter that a run started from, if it did and that is no longer there."""
-    before = run_config(run).model.adapter
-    return before if before and not base.split_scale(before)[0].is_dir() else None
-
-
 def cost(runs):
     """{"tokens" (trained and sampled), "flops", "seconds" of steps, "peak_memory_gb", "stages"} of a system's runs.
 

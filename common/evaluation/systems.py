@@ -88,10 +88,11 @@ def locate(named, cfg, given):
         last_config = comparison.run_config(runs[-1]) if runs else None
         rl_start = last_config.model if last_config is not None and last_config.training.mode == "rl" else None
         notes = comparison.picked_by_reward(name, adapter or folder)
-        if runs and (gone := comparison.missing_start(runs[-1])):
+        start = last_config.model.adapter if last_config is not None else None
+        if start and not base.split_scale(start)[0].is_dir():
             rl_start = None
             notes.append(
-                f"{name} started from {gone}, which is gone: the KL to it and what it cost are left out. "
+                f"{name} started from {start}, which is gone: the KL to it and what it cost are left out. "
                 f"To have them, unpack its run beside {runs[-1]}."
             )
             say(notes[-1])
@@ -107,8 +108,9 @@ def locate(named, cfg, given):
             rl_start is not None,
             model.adapter_fingerprint(rl_start.adapter if rl_start else None),
         ]
-        held_to = rl_start, ref_folder, weights_key
-        systems.append(System(name, k, folder, adapter, runs, is_whole, four_bit, *held_to, notes))
+        systems.append(
+            System(name, k, folder, adapter, runs, is_whole, four_bit, rl_start, ref_folder, weights_key, notes)
+        )
     return base_folder, systems
 
 
