@@ -3,10 +3,10 @@
     python benchmarks/bench_sft.py --base gemma-3-270m.gguf --data data/safety --trl-python other-venv/bin/python
 
 Both sides start from one saved LoRA adapter (r 8, q/k/v/o, fp32 on a base of --dtype) and take the same batches of 4 HH
-dialogues (<= 512 tokens, last answer and its stop token trained, rows of similar length together), AdamW, constant
-learning rate. Ours is train_sft.py as anyone runs it; TRL runs with its best settings found here: --dtype weights, no
-gradient checkpointing, batches grouped by length. Tokens are real tokens, padding never counts. The sides take turns,
-`--rounds` times, and the report quotes medians. Written to benchmarks/sft.md.
+dialogues (BENCH_BATCH=16 takes 16; <= 512 tokens, last answer and its stop token trained, rows of similar length
+together), AdamW, constant learning rate. Ours is train_sft.py as anyone runs it; TRL runs with its best settings found
+here: --dtype weights, no gradient checkpointing, batches grouped by length. Tokens are real tokens, padding never
+counts. The sides take turns, `--rounds` times, and the report quotes medians. Written to benchmarks/sft.md.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-SEED, BATCH, LENGTH, RATE, VALIDATION = 0, 4, 512, 2e-4, 8
+BATCH = int(os.environ.get("BENCH_BATCH", "4"))
+SEED, LENGTH, RATE, VALIDATION = 0, 512, 2e-4, 8
 
 
 def ours(base, work, steps):
@@ -198,7 +199,8 @@ def report(rows, results, args):
     lines = [
         "# SFT against TRL 1.16",
         "",
-        f"`python benchmarks/bench_sft.py --base gemma-3-270m.gguf --data data/safety --trl-python PYTHON "
+        f"`{'' if BATCH == 4 else f'BENCH_BATCH={BATCH} '}"
+        "python benchmarks/bench_sft.py --base gemma-3-270m.gguf --data data/safety --trl-python PYTHON "
         f"--steps {args.steps} --rounds {args.rounds} --dtype {args.dtype}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, {args.dtype} matrix products at {rate:.0f} GFLOP/s; Gemma 3 "

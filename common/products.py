@@ -41,43 +41,46 @@ def adapter_pair(linears: list, name: str | None, dtype: torch.dtype) -> tuple[T
 
 
 def product(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
-    """(rows, in) -> (rows, out); the weight may be packed.
-
-    Of a few rows in bf16, oneDNN's products cost the same for 1 to 16 with the weight in front, else a price per row:
-    16 rows against Gemma's head take 73 ms of one core instead of 99, and up to ten the other way is as fast.
-    """
+    """(rows, in) -> (rows, out); the weight may be packed."""
     weight, a = linear
     if a is not None:
         x = torch.cat([x, F.linear(x, a)], 1)
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= 64 and -len(x) % 16 < 6:
-        return (weight @ x.T).T
-    return F.linear(x, weight)
+    return _packed_product(x, weight) if weight.is_mkldnn else F.linear(x, weight)
+
+
+def can_pack(device: str, dtype: torch.dtype) -> bool:
+    """Does oneDNN have kernels for packed weights of this dtype here? For bf16 it takes AVX512 or newer."""
+    if device != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight laid out for oneDNN's fp32 kernels, which torch by itself leaves aside: 9 rows against Gemma's head take
-    a quarter of the time. The weight itself where there is no such kernel (bf16 has one already), and on a GPU."""
-    there = (
-        weight.device.type == "cpu" and weight.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8) if there and weight.numel() else weight
+    """A copy of a weight, laid out for oneDNN's kernels, which torch by itself leaves aside; the weight itself where
+    there are none. In fp32, 9 rows against Gemma's head take a quarter of the time; for bf16 see benchmarks/rollout.md.
+    """
+    there = can_pack(weight.device.type, weight.dtype) and weight.numel()
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8) if there else weight
 
 
 def row_invariant(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
     """As `product`, of weights that `pack` made, but the bits of a row do not depend on the rows beside it.
 
-    Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike from 2 rows on;
-    without them every product has 4 rows. Rows that are missing are empty.
+    Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike from 2 rows on,
+    and in bf16 to 32; without them every product has 4 rows. Rows that are missing are empty.
     """
     weight, _ = linear
-    if weight.is_mkldnn:
-        padded = F.pad(x, (0, 0, 0, int(len(x) == 1)))
-        return torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")[: len(x)]
     if len(x) > 64:  # a prompt, which is computed alone
         return product(x, linear)
+    if weight.is_mkldnn:
+        parts = x.split(32 if x.dtype == torch.bfloat16 else 64)
+        outs = [_packed_product(F.pad(part, (0, 0, 0, int(len(part) == 1))), weight)[: len(part)] for part in parts]
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
     if x.dtype != torch.float32:
         return F.linear(F.pad(x, (0, 0, 0, -len(x) % 8)), weight)[: len(x)]
     padded = F.pad(x, (0, 0, 0, -len(x) % 4))
     return torch.cat([weight @ part.T for part in padded.split(4)], 1).T[: len(x)].contiguous()  # norms sum by layout
+
+
+def _packed_product(x, weight):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

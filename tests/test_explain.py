@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from common import chat, dist, gemma, log, lora, model
+from common import chat, dist, gemma, log, lora, model, products
 from common.runtime import explain
 
 TURNS = [
@@ -165,7 +165,8 @@ def test_plan_of_lora_by_hand(adapted):
         moments, 2 * vocabulary * 256 * 4, 6 * 16 * vocabulary * 4]  # fmt: skip
     cache = 2 * LAYERS * GROUP * 4 * 64 * 50  # 64 rows at a time: 64 x 50 is more than 8 x 300
     assert [size for _, size in plan["sampling"]] == [
-        moments, 4 * LAYERS * LAYER, cache, 32 * vocabulary * 4, explain.WORD * vocabulary]  # fmt: skip
+        moments, 4 * (LAYERS * LAYER + vocabulary * D), cache, 32 * vocabulary * 4,
+        explain.WORD * vocabulary]  # fmt: skip
     assert [size for _, size in plan["loading"]] == [2 * (vocabulary * D + LAYERS * LAYER), explain.WORD * vocabulary]
     size, phase = explain.peak(plan)
     assert (size, phase) == max((size, phase) for phase, size in totals(plan).items())
@@ -182,13 +183,18 @@ def test_plan_of_all_weights_by_hand(tiny_model, monkeypatch):
     assert dict(plan["always"])["the frozen second copy, with what is on it"] == 4 * numbers
     assert [size for _, size in plan["update"]][:3] == [8 * numbers, net.config.vocab_size * 256 * 4, head * 8]
     assert [size for _, size in plan["optimizer"]] == [12 * numbers, 8 * head]
+    assert dict(plan["sampling"])["the sampler's copy of the weights"] == 4 * (head + body)
+    with pytest.MonkeyPatch.context() as without:
+        without.setattr(products, "can_pack", lambda device, dtype: False)
+        bare = explain.memory_plan(net, every, batch, copied, decodes=[(8, 50)])
     fused = LAYERS * (D * (HEADS + 2 * GROUP) + 2 * D * MLP)  # the other two linears are the model's own
-    assert dict(plan["sampling"])["the sampler's copy of the weights"] == 4 * fused
+    assert dict(bare["sampling"])["the sampler's copy of the weights"] == 4 * fused
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = explain.memory_plan(net, every, batch, copied, decodes=[(8, 50)])
     assert dict(cast["update"])["one chunk of logits"] == net.config.vocab_size * (256 * 2 + 4 * 4)
     assert dict(cast["update"])["weights cast to bf16"] == 2 * (head + body)
-    assert dict(cast["sampling"])["the sampler's copy of the weights"] == 2 * (head + body)
+    heads = 1 + products.can_pack("cpu", torch.bfloat16)  # the cast one, and the packed one
+    assert dict(cast["sampling"])["the sampler's copy of the weights"] == 2 * (heads * head + body)
     assert totals(cast)["optimizer"] == totals(plan)["optimizer"]
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     assert [size for _, size in explain.memory_plan(net, every, batch)["all-reduce"]] == [12 * numbers, 4 * numbers]

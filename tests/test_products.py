@@ -8,15 +8,19 @@ from common import products
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("rows", [1, 9, 12, 16, 20, 32, 64, 70])
-def test_either_way_round_a_product_is_the_same(rows):
+def test_a_product_in_bf16_is_that_of_fp64(rows, packed):
+    """With an adapter beside the weight, packed (where that exists) and not."""
     torch.manual_seed(rows)
     x, weight, a = torch.randn(rows, 40), torch.randn(24, 40 + 3), torch.randn(3, 40)
     small = [t.to(torch.bfloat16) for t in (x, weight, a)]
     x, weight, a = (t.double() for t in small)
     low = (x @ a.T).to(torch.bfloat16).double()
     right = x @ weight[:, :40].T + low @ weight[:, 40:].T
-    found = products.product(small[0], tuple(small[1:]))
+    laid = products.pack(small[1]) if packed else small[1]
+    assert laid.is_mkldnn == (packed and products.can_pack("cpu", torch.bfloat16))
+    found = products.product(small[0], (laid, small[2]))
     assert found.shape == right.shape and (found - right).abs().max() < 0.02 * right.abs().max()
 
 
@@ -42,7 +46,7 @@ def test_a_product_s_bits_do_not_depend_on_the_number_of_rows(shape, dtype):
     weight, row = (0.05 * torch.randn(shape)).to(dtype), torch.randn(shape[1]).to(dtype)
     for laid in (products.pack(weight), weight):
         right = None
-        for n in range(1, 21):
+        for n in (*range(1, 21), 32, 33, 40, 64):
             for place in {0, n // 2, n - 1}:
                 x = torch.randn(n, shape[1]).to(dtype)
                 x[place] = row

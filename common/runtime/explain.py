@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from common import chat, dist, lora, model
+from common import chat, dist, lora, model, products
 from common.log import UserError, say
 from common.runtime import watch
 from common.runtime.flops import linears
@@ -162,9 +162,11 @@ def _sampling(net, decodes, width):
     config, head = net.config, net.lm_head.weight
     cpu, modules = head.device.type == "cpu", lora.lora_modules(net)
     adapted = {name.rsplit(".", 1)[-1] for name, module in modules.items() if module.active in module.lora_A}
-    every = model.is_quantised(net) or width != head.element_size()  # dequantised or cast, so nothing is shared
+    packed = products.can_pack(head.device.type, {2: torch.bfloat16, 4: torch.float32}[width])
+    every = packed or model.is_quantised(net) or width != head.element_size()  # otherwise some are the model's own
     copied = sum(n for name, n in linears(config).items() if every or name in adapted or "_proj" not in name)
-    weights = copied * config.num_hidden_layers + (head.numel() if width != head.element_size() else 0)
+    heads = int(packed) + int(width != head.element_size())
+    weights = copied * config.num_hidden_layers + heads * head.numel()
     most = [(min(rows, 64 if cpu else 256), slots) for rows, slots in decodes]
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
     at_once = max(min(rows, 32) if cpu else rows for rows, _ in most)
