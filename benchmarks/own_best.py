@@ -35,15 +35,12 @@ def main():
     best.mkdir(parents=True, exist_ok=True)
     rejection.write_best_samples(cfg, best, ["own_best"])
 
-    groups, rows = {}, []
-    for line in log.read_records(best / "samples.jsonl"):
-        groups.setdefault((line["step"], line["row"] // cfg.rl.group_size), []).append(line)
+    groups, rows = rejection.groups_of(log.read_records(best / "samples.jsonl"), cfg.rl.group_size), []
     prompts, draw = rejection.load_prompts(cfg)[1], random.Random(args.seed)
     for (step, number), group in groups.items():
         one = draw.choice(group)
         if one["stopped"] and one["completion"].strip():
-            record = prompts.batch(step)[number].record
-            rows.append(record | {"id": f"{record['id']}/{step}", "response": one["completion"], "rejected": None})
+            rows.append(rejection.answered_by(one, prompts.batch(step)[number].record))
     control.mkdir(exist_ok=True)
     (control / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (control / "val.jsonl").write_bytes((best / "val.jsonl").read_bytes())

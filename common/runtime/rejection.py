@@ -111,15 +111,25 @@ def best_of_groups(
 
     correct: the part of the reward that is 1 for a right answer, or None.
     """
-    groups: dict[tuple, list] = {}
-    for line in lines:
-        groups.setdefault((line["step"], line["row"] // group_size), []).append(line)
-    kept = []
+    groups, kept = groups_of(lines, group_size), []
     for (step, number), group in groups.items():
         best = max(group, key=lambda line: -math.inf if line["reward"] is None else line["reward"])
         right = best["parts"].get(correct, 1) == 1 and best["reward"] is not None
         if best["stopped"] and right and best["completion"].strip():
-            record = dataset.batch(step)[number].record
-            answer = {"id": f"{record['id']}/{step}", "response": best["completion"], "rejected": None}
-            kept.append(record | answer | {"reward": best["reward"]})
+            record = answered_by(best, dataset.batch(step)[number].record)
+            kept.append(record | {"reward": best["reward"]})
     return kept, len(groups)
+
+
+def groups_of(lines: list[dict], group_size: int) -> dict[tuple[int, int], list[dict]]:
+    """{(step, place of the prompt in its batch): its samples} of lines of samples.jsonl."""
+    groups: dict[tuple[int, int], list[dict]] = {}
+    for line in lines:
+        groups.setdefault((line["step"], line["row"] // group_size), []).append(line)
+    return groups
+
+
+def answered_by(line: dict, record: dict) -> dict:
+    """The record with this sample as its response."""
+    answer = {"id": f"{record['id']}/{line['step']}", "response": line["completion"], "rejected": None}
+    return record | answer
