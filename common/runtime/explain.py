@@ -165,7 +165,7 @@ def _sampling(net, decodes, width):
     packed = products.can_pack(head.device.type, {2: torch.bfloat16, 4: torch.float32}[width])
     every = packed or model.is_quantised(net) or width != head.element_size()  # otherwise some are the model's own
     copied = sum(n for name, n in linears(config).items() if every or name in adapted or "_proj" not in name)
-    heads = int(packed) + int(width != head.element_size())
+    heads = int(packed) + int(width != head.element_size())  # the packed one, the cast one
     weights = copied * config.num_hidden_layers + heads * head.numel()
     most = [(min(rows, 64 if cpu else 256), slots) for rows, slots in decodes]
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
