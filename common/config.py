@@ -61,8 +61,9 @@ def parse_args(
     """Read a script's command line; returns (cfg, job).
 
     Top-level keys and those of `sections` are flags of the same dotted spelling, and `flags` in `job` is {key: text} of
-    those given; `jobs`, (flag, kwargs) of argparse, come back in `job` too, next to `config`. Raises UserError as
-    load_config does, for every mistake in the flags, and for a `training.mode` outside `modes` unless that is empty.
+    those given; `jobs`, (flag, kwargs) of argparse, come back in `job` too, next to `config`. Without --config
+    `training.mode` is the first of `modes`. Raises UserError as load_config does, for every mistake in the flags, and
+    for a `training.mode` outside `modes` unless that is empty.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the task has flags of its own
     first.error = _refuse  # type: ignore[method-assign]  # its own ends the process
@@ -96,6 +97,8 @@ def parse_args(
 
     entries += _entries(CONFIGS / "debug.yml") if args["debug"] else []
     flags = {key: text for key, text in args.items() if key in leaves and key != "debug" and text is not None}
+    if modes and not early.config:  # a config says which script it is for
+        entries.append((script, "training.mode", modes[0]))
     cfg = _resolve(leaves, headings, entries, flags, "--")
     if modes and cfg.training.mode not in modes:
         _refuse(f"training.mode {cfg.training.mode} is run by {SCRIPTS[cfg.training.mode]}, not by {script}")
