@@ -84,7 +84,9 @@ ENDLESS = 10**6  # epochs: the budget ends the run
 def scores_samples(cfg, arm):
     """Does this arm, or training.mode, score samples by the reward?"""
     algorithm = cfg.rl.algorithm if arm in ("rl", "staged") else arm
-    return algorithm in ("rft", "grpo", "ppo") or (algorithm == "dpo" and cfg.rl.pairs == "sampled")
+    if algorithm in ("base", "half", "sft", "reward"):
+        return False
+    return algorithm != "dpo" or cfg.rl.pairs == "sampled"
 
 
 def stages(cfg, arms, out, judge=None):

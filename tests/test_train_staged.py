@@ -78,6 +78,9 @@ def test_stages_of_each_mode(tmp_path):
     assert names(training__mode="staged") == ["sft", "reward", "rl"]
     assert names(training__mode="staged", reward__checkpoint="somewhere") == ["sft", "rl"]
     assert names(training__mode="staged", rl__algorithm="dpo") == ["sft", "rl"]  # learns from pairs alone
+    own = config.load_config(None, {"training.mode": "staged"})
+    own.rl.algorithm = "reinforce"  # of a fork, which samples as all do but dpo
+    assert [name for name, _, _ in train_staged.stages(own, None, tmp_path)] == ["sft", "reward", "rl"]
     assert names(training__mode="staged", rl__algorithm="dpo", rl__pairs="sampled") == ["sft", "reward", "rl"]
     every = ["sft", "rl", "staged"]
     assert names(every, training__budget_tokens=9) == ["reward", "judge", "sft", "rl", "staged-sft", "staged-rl"]
