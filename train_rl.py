@@ -277,8 +277,8 @@ ONLINE = {
 }
 
 
-def train_on_prompts(run, models, records, score, explained):
-    """GRPO and PPO: each step samples answers to prompts and learns from their rewards. explained: prompts to show."""
+def train_on_prompts(run, models, records, score):
+    """GRPO and PPO: each step samples answers to prompts and learns from their rewards."""
     cfg, training, rl = run.cfg, run.cfg.training, run.cfg.rl
     algorithm = ONLINE[rl.algorithm]
 
@@ -298,7 +298,7 @@ def train_on_prompts(run, models, records, score, explained):
     row_lengths = [len(prompt.ids) + rl.max_new_tokens for prompt in dataset.train]
     sizes = explain.rollout_sizes(dataset, rl, cfg.evaluation)
     recompute.choose(run, models.net, list(models.named.values()), row_lengths, sizes["total"])
-    if explained:
+    if run.explained:
         few = dataclasses.replace(dataset, size=max(dist.world_size(), min(explain.PROMPTS, len(dataset.train))))
         shown = prompts.shown_by_explain(sample_and_score(run, models, few, score, 0))
         show(run, models, shown, **sizes)
@@ -343,7 +343,7 @@ def train_on_prompts(run, models, records, score, explained):
 
     # --- report
     record = run.finish(watch.reward_hacking(run.state.memory, cfg.reward.normalize_rewards))
-    if dist.is_main() and not explained:
+    if dist.is_main() and not run.explained:
         prompts.report(run.folder, cfg.evaluation.draws, rl.missing_stop_penalty, run.metric)
     return record
 
@@ -398,18 +398,18 @@ def dpo_step(run, models, dataset, optimizer, step):
     return optim.mean_metrics([update]), update.num_tokens, pairs.step_flops(models, dataset, step)
 
 
-def train_on_pairs(run, models, records, score, explained):
-    """DPO: each step learns from preference pairs. explained: pairs to show."""
+def train_on_pairs(run, models, records, score):
+    """DPO: each step learns from preference pairs."""
     cfg, training, rl = run.cfg, run.cfg.training, run.cfg.rl
 
     # --- data: pairs, with the log-probs of the frozen reference
     if rl.pairs == "sampled":
-        records = preferences.from_policy(run, models, records, score, explained)
+        records = preferences.from_policy(run, models, records, score)
     dataset = pairs.encode(records, models.tokenizer, training.max_seq_length, training.batch_size, cfg.seed)
     batches = dataset.batches
     steps = number_of_steps(cfg, batches.per_epoch)
     recompute.choose(run, models.net, list(models.named.values()), batches.lengths, batches.tokens_per_step)
-    if explained:
+    if run.explained:
         show(run, models, pairs.shown_by_explain(dataset), total=round(batches.tokens_per_step))
     pairs.add_reference_logprobs(run, models.frozen, dataset, steps)
 
@@ -443,9 +443,9 @@ def train_on_pairs(run, models, records, score, explained):
 
     # --- report
     record = run.finish(watch.collapse(run.record))
-    if held_out is None and not explained:  # resumed where all was done but this
+    if held_out is None and not run.explained:  # resumed where all was done but this
         held_out, _ = pairs.evaluate(run, models, dataset, dpo_objective, DPO_METRICS)
-    if dist.is_main() and not explained:
+    if dist.is_main() and not run.explained:
         pairs.report(run.folder, held_out, dataset.val)
     return record
 
@@ -491,8 +491,8 @@ def main(argv=None):
     # --- reward: heuristics, a trained model, both, or the user's function; then data, optimizer and loop
     score = roles.load_scorers(models, cfg, run.base_fingerprint, reward, judge)
     records = data.load_train_and_val(cfg)
-    explained = max(min(training.batch_size, 4), dist.world_size()) if job.explain else 0
-    return (train_on_prompts if online else train_on_pairs)(run, models, records, score, explained)
+    train = train_on_prompts if online else train_on_pairs
+    return train(run, models, records, score)
 
 
 if __name__ == "__main__":

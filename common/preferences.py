@@ -104,20 +104,19 @@ def pair_record(record: dict, good: dict, bad: dict, suffix: str = "") -> dict:
     }
 
 
-def from_policy(
-    run: Run, models: Roles, records: dict[str, list[dict]], score: Callable, explained: int | None
-) -> dict[str, list[dict]]:
+def from_policy(run: Run, models: Roles, records: dict[str, list[dict]], score: Callable) -> dict[str, list[dict]]:
     """{split: records} with the best against the worst of the policy's own samples, as it is at the start.
 
-    They are kept for later runs of the same start, data and settings; --explain makes only `explained` per split and
-    leaves nothing behind.
+    They are kept for later runs of the same start, data and settings; --explain makes those of a few records per split
+    and keeps none.
     """
     cfg, rl = run.cfg, run.cfg.rl
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     sampling["seed"] = cfg.seed
     reward = [tasks.fingerprint(cfg.task), config.plain(cfg.reward), heuristics.fingerprint(cfg.reward, cfg.task)]
-    key = None if explained else resume.fingerprint([run.start_key, sampling, reward, records])
-    records = {split: rows[: explained or None] for split, rows in records.items()}
+    few = max(min(cfg.training.batch_size, 4), dist.world_size()) if run.explained else None
+    key = None if run.explained else resume.fingerprint([run.start_key, sampling, reward, records])
+    records = {split: rows[:few] for split, rows in records.items()}
 
     def make(split):
         samples = sample(models.frozen, models.tokenizer, records[split], sampling)
@@ -149,18 +148,18 @@ def cached(key: str | None, splits: tuple[str, ...], make: Callable[[str], list[
     """{split: records with pairs} from the cache where a run with the same `key` left them, else from make(split).
 
     Without a key they are made and not kept. They lie there as a data folder of JSONL, which --dataset_path reads too.
-    All ranks make together, the main one writes, whole or not at all.
+    All ranks make together, the main one writes, whole or not at all. UserError where a split has no pair.
     """
-    if key is None:
-        return {split: make(split) for split in splits}
-    folder = cache.root() / "pairs" / cache.key(key, *SOURCES)
-    if not dist.any_rank(not folder.is_dir()):
+    folder = None if key is None else cache.root() / "pairs" / cache.key(key, *SOURCES)
+    if folder and not dist.any_rank(not folder.is_dir()):
         say(f"pairs from {folder}")
         return {split: data.load_split(folder, split) for split in splits}
     made = {split: make(split) for split in splits}
     empty = [split for split, records in made.items() if not records]
     if empty:
         raise UserError(f"{empty[0]}: all samples of a prompt score the same, for every prompt: no pair can be made")
+    if folder is None:
+        return made
 
     def write(target):
         for split, records in made.items():

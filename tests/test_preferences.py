@@ -19,13 +19,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "pairs"
 
 
-def made_by(tiny_model, records, score, start):
+def made_by(tiny_model, records, score, start, explained=False):
     """preferences.from_policy for a run whose policy is `start`."""
     flags = {f"rl.{name}": value for name, value in SAMPLING.items() if name != "seed"}
     cfg = config.load_config(None, flags | {"seed": SAMPLING["seed"], "task": "conala"})
-    run = SimpleNamespace(cfg=cfg, start_key=[start], autocast=contextlib.nullcontext())
+    run = SimpleNamespace(cfg=cfg, start_key=[start], autocast=contextlib.nullcontext(), explained=explained)
     models = SimpleNamespace(frozen=tiny_model[0], tokenizer=tiny_model[1])
-    return preferences.from_policy(run, models, records, score, 0)
+    return preferences.from_policy(run, models, records, score)
 
 
 def by_length(records, answers):
@@ -95,8 +95,9 @@ def test_equal_scores_and_bad_scores(tiny_model, cache):
     def nan(rows, answers):
         return torch.full((len(rows),), float("nan")), [{} for _ in rows]
 
-    with pytest.raises(UserError, match="score the same"):
-        made_by(tiny_model, records, flat, "flat")
+    for explained in (False, True):
+        with pytest.raises(UserError, match="score the same"):
+            made_by(tiny_model, records, flat, "flat", explained)
     with pytest.raises(UserError, match=f"{records['train'][0]['id']} is not finite"):
         made_by(tiny_model, records, nan, "nan")
     assert not cache.exists()  # nothing half made is kept
