@@ -241,6 +241,9 @@ def test_next_steps_follow_from_the_results():
         "Next: rl did harm: let the data or the reward speak of it",
         "Next: base",
     ]
+    results["cells"]["judge"]["base, best of 8"] = {"value": 0.4}  # more samples, and a worse best one
+    several = free | {"floors": ["base, best of 4", "base, best of 8"]}
+    assert report.next_steps(results | several)[1].startswith("Next: base, best of 4, picked by the reward")
     results["cells"]["judge"]["base, best of 4"] = {"value": 0.4}  # below rl
     results["pairs"]["refusal_benign"][0]["p_holm"] = 0.2
     assert report.next_steps(results | free) == []

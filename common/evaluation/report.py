@@ -72,9 +72,10 @@ def next_steps(results):
     values = {system: better * cell["value"] for system, cell in cells.items() if cell["value"] is not None}
     free = [floor for floor in results.get("floors", ()) if floor.startswith("base, best of") and floor in values]
     trained = [values[system] for system in results["systems"] if system in values]
-    if free and better and max(values[floor] for floor in free) > max(trained, default=0):
+    best = max(free, key=values.get, default=None)
+    if best and better and values[best] > max(trained, default=0):
         steps.append(
-            f"{free[-1]}, picked by the reward, needs no training and scores above every trained system: compare "
+            f"{best}, picked by the reward, needs no training and scores above every trained system: compare "
             "training with it"
         )
     if not (results.get("gate") or {"passed": True})["passed"]:
