@@ -99,12 +99,22 @@ def test_show_prints_counts(tokenizer, tiny_model, capsys):
     one = example(tokenizer)
     explain.show([one], tokenizer, net, named, PLAN_TOKENS)
     out = capsys.readouterr().out
-    assert "checked 1 examples" in out
+    assert "checked 1 examples" in out and "1 of 1 examples end with a stop token" in out
     plan = [line for line in out.splitlines() if " GB  " in line]
     assert "estimated peak" in plan[-1] and not any(" 0.00 GB" in line for line in plan[:-1])
     assert all(parameter.grad is None for parameter in net.parameters())
     assert f"one: {len(one['ids'])} tokens, {sum(one['mask'])} trained" in out
     assert f"trainable: {sum(p.numel() for p in net.parameters()):,} parameters" in out
+
+
+def test_show_checks_no_sample_and_knows_both_stop_tokens(tokenizer, tiny_model, capsys):
+    named = dict(tiny_model[0].named_parameters())
+    one = example(tokenizer)
+    ids, mask = one["ids"][:-2], one["mask"][:-1]  # without the end of the turn and the newline after it
+    answers = [{**one, "sampled": True, "ids": [*ids, end], "mask": mask} for end in (chat.EOS, chat.END_OF_TURN, 7)]
+    explain.show(answers, tokenizer, tiny_model[0], named, PLAN_TOKENS)
+    out = capsys.readouterr().out
+    assert "checked" not in out and "2 of 3 examples end with a stop token" in out
 
 
 def totals(plan):

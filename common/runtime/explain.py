@@ -225,8 +225,12 @@ def show(
         if wrong:
             raise UserError(f"example {example['id']} {'; '.join(wrong)}")
     say("-" * width)
-    stopless = sum(example["ids"][-1] != chat.END_OF_TURN for example in examples)
-    say(f"checked {len(examples)} examples: one BOS each, a trained stop token in all but {stopless} cut ones")
+    checked = [example for example in examples if not example.get("sampled")]
+    ends = [[token for token, m in zip(example["ids"], example["mask"]) if m][-1] for example in examples]
+    stopped = sum(token in chat.STOP_TOKENS for token in ends)
+    if checked:
+        say(f"checked {len(checked)} examples: one BOS token each, of control tokens only <end_of_turn> is trained")
+    say(f"{stopped} of {len(examples)} examples end with a stop token, the others were cut off before one")
     trainable = list(named.values())
     numbers = sum(p.numel() for p in trainable)
     say(f"trainable: {numbers:,} parameters in {len(trainable)} tensors, the first {next(iter(named))}")
