@@ -93,7 +93,9 @@ class Task:
     metrics: dict[str, Metric] = field(default_factory=dict)
     statistics: Callable[[dict, str], Mapping[str, Sequence[float]]] | None = None
     headline: tuple[str, ...] = ("judge", "reward", "loss_per_byte")  # the first of these that was measured decides
-    correct: str | None = None  # the metric, 0 or 1 for an item, that says whether an answer is right: pass@k, votes
+    # the metric, 0 or 1 for an item, that says whether an answer is right: pass@k, votes. The reward needs a part of
+    # the same name, 1 for a right answer: RL's pass@G, the verdict of --explain and rejection sampling read that
+    correct: str | None = None
     vote: Callable[[str], str | None] | None = None  # the final answer that a text gives, for majority votes
     library: str | None = None  # the package that scores, asked for before any work is done
     floors: Callable[[list[dict]], dict[str, list[str]]] | None = None  # answers that need no model, by name
