@@ -177,7 +177,7 @@ def conclude(out, recordings, draws, curves=None, counts=None):
         say(f"\n{tables['headline']}, {tables['metrics'][tables['headline']]['what']}")
         for name, cell in row.items():
             say(f"  {name:{max(map(len, row))}}  {cell['value']:7.3f} {report.interval(cell)}".rstrip())
-        for sentence in [*report.instrument(tables), *report.verdicts(tables), *report.next_steps(tables)]:
+        for sentence in [*report.judge_sentence(tables), *report.verdicts(tables), *report.next_steps(tables)]:
             say(sentence)
         say(f"wrote {out}/report.html, report.md and results.json")
     return {name: tables[name] for name in ("headline", "cells", "pairs")} | {"folder": str(out)}
@@ -240,18 +240,18 @@ def main(argv=None):
         head = {"of": "system", "name": system.name, "four_bit": system.four_bit}
         head["notes"] = notes + system.notes
         head["cost"] = comparison.cost(system.runs)
-        asked = answer, system, bare, items, cfg, scorers, other_tasks
-        recorder.keep(f"{system.name}-{system.seed}", head, system.weights_key, *asked)
+        arguments = system, bare, items, cfg, scorers, other_tasks
+        recorder.keep(f"{system.name}-{system.seed}", head, system.weights_key, answer, *arguments)
     head = {"of": "floors", "cost": comparison.cost_of_models(cfg.reward.checkpoint)}
     recorder.keep("floors", head, "floors", systems.fixed_answers, bare.tokenizer, items, cfg, scorers)
     if "reward" in scorers and any((system.name, system.adapter) == ("base", None) for system in located):
-        asked = systems.best_of, bare.net, bare.tokenizer, items, cfg, scorers
-        recorder.keep("base-best", {"of": "best"}, systems.BEST_OF, *asked)
+        arguments = bare.net, bare.tokenizer, items, cfg, scorers
+        recorder.keep("base-best", {"of": "best"}, systems.BEST_OF, systems.best_of, *arguments)
     if judge := cfg.evaluation.reward_checkpoint:
         pairs = gate.held_out_records(items, records, cfg)
         head = {"of": "judge", "cost": comparison.cost_of_models(judge), "reliability": comparison.reliability(judge)}
-        asked = gate.score_pairs, scorers["judge"], pairs, bare.tokenizer, cfg.task, cfg.training.max_seq_length
-        recorder.keep("judge", head, ["judge", resume.fingerprint(pairs)], *asked)
+        arguments = scorers["judge"], pairs, bare.tokenizer, cfg.task, cfg.training.max_seq_length
+        recorder.keep("judge", head, ["judge", resume.fingerprint(pairs)], gate.score_pairs, *arguments)
 
     # --- tables and report
     curves = {system.name: comparison.curve(system.runs) for system in located if system.seed == 0 and system.runs}

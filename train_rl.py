@@ -174,13 +174,13 @@ def grpo_step(run, models, dataset, score, optimizer, step):
         if rl.kl_coef:
             rollout.ref_logprobs = experience.logprobs(models.frozen, "reference", rollout, first_pass, rl.temperature)
     experience.check_finite(rollout, step)
-    experience.fill(minibatches, rollout)
+    experience.cut_micro_batches(minibatches, rollout)
 
     # --- updates: rl.num_ppo_epochs passes over rl.minibatches minibatches
     parameters = {"policy": models.parameters["policy"]}
     started, updates = time.perf_counter(), []
     for minibatch in minibatches:
-        update = Update(minibatch.num_tokens)
+        update = Update(minibatch.forward_tokens)
         updates.append(update)
         optimizer.zero_grad()
         for micro in minibatch.micro_batches:
@@ -232,7 +232,7 @@ def ppo_step(run, models, dataset, score, optimizer, step):
     token_rewards = advantages.token_rewards(rollout.rewards, kl, rollout.mask, rl.kl_coef)
     advantage, rollout.returns = advantages.gae(token_rewards, rollout.values, rollout.mask, rl.gamma, rl.lam)
     rollout.advantages = advantages.whiten(advantage, rollout.mask)
-    experience.fill(minibatches, rollout)
+    experience.cut_micro_batches(minibatches, rollout)
 
     # --- updates: rl.num_ppo_epochs passes over rl.minibatches minibatches; the critic alone in its warm-up
     parameters = {"critic": models.parameters["critic"]}
@@ -240,7 +240,7 @@ def ppo_step(run, models, dataset, score, optimizer, step):
         parameters["policy"] = models.parameters["policy"]
     started, updates = time.perf_counter(), []
     for minibatch in minibatches:
-        update = Update(minibatch.num_tokens)
+        update = Update(minibatch.forward_tokens)
         updates.append(update)
         optimizer.zero_grad()
         for micro in minibatch.micro_batches:
@@ -267,7 +267,7 @@ def step_metrics(models, rollout, minibatches, updates, started):
     """(metrics of a step, tokens of all ranks: sampled and trained, FLOPs)."""
     metrics = optim.mean_metrics(updates) | experience.rollout_metrics(rollout, minibatches)
     metrics |= {"updates": sum(update.taken for update in updates), "seconds_update": time.perf_counter() - started}
-    tokens = rollout.sampled_tokens + sum(update.num_tokens for update in updates)
+    tokens = rollout.sampled_tokens + sum(update.forward_tokens for update in updates)
     return metrics, tokens, experience.step_flops(models, rollout, minibatches, updates)
 
 
@@ -395,7 +395,7 @@ def dpo_step(run, models, dataset, optimizer, step):
         loss.backward()
         update.add(micro.ids, loss, **metrics)
     optimizer_step(optimizer, {"policy": models.parameters["policy"]}, update, step, training.max_grad_norm)
-    return optim.mean_metrics([update]), update.num_tokens, pairs.step_flops(models, dataset, step)
+    return optim.mean_metrics([update]), update.forward_tokens, pairs.step_flops(models, dataset, step)
 
 
 def train_on_pairs(run, models, records, score):

@@ -96,40 +96,44 @@ def stages(cfg, arms, out, judge=None):
     """
     mode, full = cfg.training.mode, cfg.model.peft_type == "none"
 
-    def halved(name):
+    def half_of_pairs(name):
         return {"dataset_path": out / f"pairs-{name}", "data_keys": "null"}  # records as stages.write_halves makes them
 
-    def after(name):
+    def start_from(name):
         return {"model.base_checkpoint" if full else "model.adapter": out / name / "final"}
 
     # --- reward models: one that the policy is trained by, and in a comparison a second one to judge by
     rewarded = any(scores_samples(cfg, arm) for arm in arms or [mode]) and rewards.wants_model(cfg.reward)
     rewarded = rewarded and cfg.reward.checkpoint is None
     judged = bool(arms) and tasks.load(cfg.task).has_pairs and cfg.evaluation.reward_checkpoint is None
-    pairs = dict.fromkeys(("training.budget_tokens", "training.budget_flops"), "null")
+    reward_flags = dict.fromkeys(("training.budget_tokens", "training.budget_flops"), "null")
     if full:
-        pairs["model.peft_type"] = "lora"
-    first = []
+        reward_flags["model.peft_type"] = "lora"
+    reward_stages = []
     if rewarded:
-        first.append(Stage("reward", "reward", pairs | (halved("reward") if judged else {})))
+        reward_stages.append(Stage("reward", "reward", reward_flags | (half_of_pairs("reward") if judged else {})))
     if judged and judge is None:
-        first.append(Stage("judge", "reward", pairs | halved("judge") | {"seed": cfg.seed + 1}))
+        reward_stages.append(Stage("judge", "reward", reward_flags | half_of_pairs("judge") | {"seed": cfg.seed + 1}))
     scorer = {"reward.checkpoint": out / "reward" / "final"} if rewarded else {}
 
     # --- half of the budget, for arms of two stages
-    half = {}
+    half_budget = {}
     if cfg.training.budget_tokens is not None:
-        half["training.budget_tokens"] = max(1, cfg.training.budget_tokens // 2)
+        half_budget["training.budget_tokens"] = max(1, cfg.training.budget_tokens // 2)
     if cfg.training.budget_flops is not None:
-        half["training.budget_flops"] = cfg.training.budget_flops / 2
+        half_budget["training.budget_flops"] = cfg.training.budget_flops / 2
 
     # --- without arms: training.mode
     if not arms and mode == "rl":
-        return [*first, Stage("rl", "rl", scorer)]
+        return [*reward_stages, Stage("rl", "rl", scorer)]
     if not arms and mode == "staged":
-        for stage in first:
-            stage.flags.update(after("sft") if full else {})
-        return [Stage("sft", "sft", half), *first, Stage("rl", "rl", half | scorer | after("sft"))]
+        for stage in reward_stages:
+            stage.flags.update(start_from("sft") if full else {})
+        return [
+            Stage("sft", "sft", half_budget),
+            *reward_stages,
+            Stage("rl", "rl", half_budget | scorer | start_from("sft")),
+        ]
     if not arms:
         return [Stage(mode, mode, {})]
 
@@ -137,20 +141,26 @@ def stages(cfg, arms, out, judge=None):
     sft = dict.fromkeys(("training.max_steps", "rl.max_steps", "training.patience"), "null")
     sft["training.epochs"] = ENDLESS
     rl = sft | scorer
-    samples = {"dataset_path": out / "rft-samples", "data_keys": "null"}
-    dpo = halved("reward") if judged and cfg.rl.pairs == "data" else {}
+    sampled_data = {"dataset_path": out / "rft-samples", "data_keys": "null"}
+    dpo_data = half_of_pairs("reward") if judged and cfg.rl.pairs == "data" else {}
     runs = {
         "base": [],
         "sft": [Stage("sft", "sft", sft)],
-        "rft": [Stage("rft-samples", "samples", rl | half), Stage("rft", "sft", sft | half | samples)],
-        "dpo": [Stage("dpo", "rl", rl | dpo | {"rl.algorithm": "dpo"})],
+        "rft": [
+            Stage("rft-samples", "samples", rl | half_budget),
+            Stage("rft", "sft", sft | half_budget | sampled_data),
+        ],
+        "dpo": [Stage("dpo", "rl", rl | dpo_data | {"rl.algorithm": "dpo"})],
         "grpo": [Stage("grpo", "rl", rl | {"rl.algorithm": "grpo"})],
         "ppo": [Stage("ppo", "rl", rl | {"rl.algorithm": "ppo"})],
         "rl": [Stage("rl", "rl", rl)],
-        "staged": [Stage("staged-sft", "sft", sft | half), Stage("staged-rl", "rl", rl | half | after("staged-sft"))],
+        "staged": [
+            Stage("staged-sft", "sft", sft | half_budget),
+            Stage("staged-rl", "rl", rl | half_budget | start_from("staged-sft")),
+        ],
         "half": [],
     }
-    return [*first, *(stage for arm in config.PARADIGMS if arm in arms for stage in runs[arm])]
+    return [*reward_stages, *(stage for arm in config.PARADIGMS if arm in arms for stage in runs[arm])]
 
 
 def run_stages(study):

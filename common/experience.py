@@ -103,9 +103,9 @@ class Minibatch:
 
     number_of_pass: int
     micro_batch_rows: list  # lists of this rank's rows that have a gradient
-    num_tokens: int  # of these rows, prompts included
+    forward_tokens: int  # of these rows on this rank, prompts included
     divisor: float  # of the summed loss: over all ranks, and over rows without a gradient too
-    micro_batches: list = field(default_factory=list)  # MicroBatch for each of micro_batch_rows: fill
+    micro_batches: list = field(default_factory=list)  # one of each of micro_batch_rows, made by cut_micro_batches
 
 
 def share(numbered: Iterable) -> dict[int, Any]:
@@ -236,8 +236,8 @@ def first_pass(dealt: list[Minibatch]) -> list[list[int]]:
     return [rows for minibatch in dealt if minibatch.number_of_pass == 0 for rows in minibatch.micro_batch_rows]
 
 
-def fill(dealt: list[Minibatch], rollout: Rollout) -> None:
-    """Cut the micro-batches of all minibatches out of the rollout, once all its tensors are made."""
+def cut_micro_batches(dealt: list[Minibatch], rollout: Rollout) -> None:
+    """Set micro_batches of all minibatches, cut from the rollout; call it once all its tensors are made."""
     for minibatch in dealt:
         minibatch.micro_batches = [rollout.micro_batch(rows) for rows in minibatch.micro_batch_rows]
 

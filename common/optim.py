@@ -75,7 +75,7 @@ def clip_gradients(parameters: list[Parameter], max_norm: float) -> float:
 class Update:
     """What one update measures: on this rank (add), then over all ranks (optimizer_step)."""
 
-    num_tokens: float  # that went through the policy, prompts included
+    forward_tokens: float  # through the policy, prompts included; of all ranks after sum_over_ranks
     loss: float = 0.0
     norms: dict = field(default_factory=dict)  # {"grad_norm": before clipping, ...}: filled by optimizer_step
     sums: Counter = field(default_factory=Counter)  # of the metrics that are means ...
@@ -100,8 +100,8 @@ class Update:
     def sum_over_ranks(self) -> None:
         """Loss, tokens and metrics in one exchange; a rank without rows has no metric of its own."""
         counts = {f"count/{name}": count for name, count in self.counts.items()}
-        total = dist.sum_named({"loss": self.loss, "tokens": self.num_tokens, **self.sums, **counts})
-        self.loss, self.num_tokens = total["loss"], total["tokens"]
+        total = dist.sum_named({"loss": self.loss, "tokens": self.forward_tokens, **self.sums, **counts})
+        self.loss, self.forward_tokens = total["loss"], total["tokens"]
         self.sums = Counter({name: total[name] for name in total if f"count/{name}" in total})
         self.counts = Counter({name: total[f"count/{name}"] for name in self.sums})
 

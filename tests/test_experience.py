@@ -43,7 +43,7 @@ def test_minibatches_deal_whole_groups_once_a_pass():
     for rows, minibatch in zip(members, dealt, strict=True):
         computed = [row for cut in minibatch.micro_batch_rows for row in cut]
         assert computed == [row for row in rows if has_gradient[row]] and minibatch.divisor == len(rows)
-        assert minibatch.num_tokens == sum(rollout.row_tokens[row] for row in computed)
+        assert minibatch.forward_tokens == sum(rollout.row_tokens[row] for row in computed)
         for cut in minibatch.micro_batch_rows:  # a prompt counts once where its rows are neighbours
             cost = 0
             for i, row in enumerate(cut):

@@ -82,11 +82,11 @@ def two_roles():
 
 def test_each_role_is_clipped_by_its_own_norm():
     parameters, optimizer = two_roles()
-    update = Update(num_tokens=7)
+    update = Update(forward_tokens=7)
     update.add(["a"], torch.tensor(0.25))
     update.add(["b"], torch.tensor(0.5))
     assert optim.optimizer_step(optimizer, parameters, update, 3, max_grad_norm=1.0)
-    assert update.taken and update.loss == 0.75 and update.num_tokens == 7
+    assert update.taken and update.loss == 0.75 and update.forward_tokens == 7
     assert update.norms == {"grad_norm": 5.0, "critic_grad_norm": 0.5}  # before clipping
     assert torch.allclose(parameters["policy"][0], torch.tensor([0.4, 0.2]), atol=1e-5)
     assert torch.allclose(parameters["critic"][0], torch.tensor([0.5]))  # below the limit: as it is
@@ -95,7 +95,7 @@ def test_each_role_is_clipped_by_its_own_norm():
 @pytest.mark.parametrize("role", ["policy", "critic", "loss"])
 def test_what_is_not_finite_updates_nothing(role):
     parameters, optimizer = two_roles()
-    update = Update(num_tokens=1)
+    update = Update(forward_tokens=1)
     update.add(["good"], torch.tensor(0.5))
     if role == "loss":
         update.add(["odd", "odd too"], torch.tensor(math.nan))
@@ -110,7 +110,7 @@ def test_what_is_not_finite_updates_nothing(role):
 def test_no_step_beyond_target_kl():
     for kl, taken in ((0.1, True), (0.3, False)):
         parameters, optimizer = two_roles()
-        update = Update(num_tokens=1)
+        update = Update(forward_tokens=1)
         update.add(["a"], torch.tensor(0.5), policy_kl=torch.tensor([kl, kl]))
         update.add(["b"], torch.tensor(0.5), policy_kl=torch.tensor([kl + 0.03]))
         assert optim.optimizer_step(optimizer, parameters, update, 0, 1.0, target_kl=0.2) == update.taken == taken
@@ -119,7 +119,7 @@ def test_no_step_beyond_target_kl():
 
 
 def test_means_of_a_step_weigh_each_token_alike():
-    first, second = Update(num_tokens=4, loss=1.0, norms={"grad_norm": 3.0}), Update(num_tokens=2, loss=2.0)
+    first, second = Update(forward_tokens=4, loss=1.0, norms={"grad_norm": 3.0}), Update(forward_tokens=2, loss=2.0)
     first.add(["a"], torch.tensor(0.0), entropy=torch.tensor([1.0, 2.0, 3.0]), margin=torch.tensor([8.0]))
     second.add(["b"], torch.tensor(0.0), entropy=torch.tensor([10.0]), nothing=torch.tensor([]))
     assert optim.mean_metrics([first, second]) == {"loss": 1.5, "grad_norm": 3.0, "entropy": 4.0, "margin": 8.0}

@@ -92,10 +92,10 @@ def caught(main, folder, argv):
     """What each step computed: tensors of its rollout, rows of its first minibatch, gradient of its first update."""
 
     def body(main, argv):
-        steps, fill, sum_gradients = [], experience.fill, dist.sum_gradients
+        steps, cut, sum_gradients = [], experience.cut_micro_batches, dist.sum_gradients
 
         def keep(minibatches, rollout):
-            fill(minibatches, rollout)
+            cut(minibatches, rollout)
             tensors = {name: getattr(rollout, name) for name in ("tokens", "mask", "rewards")}
             rows = sorted(row for rows in minibatches[0].micro_batch_rows for row in rows)
             steps.append(tensors | {"rows": rows, "updates": len(minibatches), "gradients": []})
@@ -104,7 +104,7 @@ def caught(main, folder, argv):
             sum_gradients(parameters)
             steps[-1]["gradients"].append(torch.cat([p.grad.flatten() for p in parameters]).clone())
 
-        experience.fill, dist.sum_gradients = keep, grab
+        experience.cut_micro_batches, dist.sum_gradients = keep, grab
         processes.call(main, argv)
         torch.save(steps, folder / "steps.pt")
 

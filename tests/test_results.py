@@ -50,7 +50,7 @@ def test_a_judge_that_is_good_enough_is_the_headline():
     assert tables["cells"]["judge"]["sft"]["value"] == pytest.approx(
         np.mean([line["scores"]["judge"] for line in system(1, 1.0)])
     )
-    assert "won all" in report.instrument(tables)[0] and tables["judge"]["pairs"] == 200
+    assert "won all" in report.judge_sentence(tables)[0] and tables["judge"]["pairs"] == 200
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_judge_that_is_not_has_no_column_and_no_verdict(tmp_path, judge, below
     tables = build(judge, below, base)
     assert not tables["gate"]["passed"] and tables["headline"] == "reward" == tables["item_score"]
     assert not any("judge" in tables[table] for table in ("cells", "pairs", "metrics", "by_seed"))
-    (sentence,) = report.instrument(tables)
+    (sentence,) = report.judge_sentence(tables)
     assert sentence.startswith("The judge was not good enough, so its scores are not shown and the verdicts go by")
     assert words in sentence and "the optimised reward" in sentence and "\n" not in sentence
     assert all("the judge (" not in verdict for verdict in report.verdicts(tables))

@@ -88,7 +88,7 @@ def next_steps(results):
     return [f"Next: {step}." for step in steps]
 
 
-def instrument(results):
+def judge_sentence(results):
     """What the judge was worth, where there is one: a sentence, by common.evaluation.gate."""
     gate = results.get("gate")
     if not gate:
@@ -107,7 +107,7 @@ def instrument(results):
 def prepared(results):
     """The results without numbers that are not finite, and with the verdict of each pair."""
     results = finite(results)
-    return results | {"pairs": judged(results)}
+    return results | {"pairs": pairs_with_verdict(results)}
 
 
 def finite(value):
@@ -170,7 +170,7 @@ def reference(results):
     return "base" if "base" in results["systems"] else results["systems"][0]
 
 
-def judged(results):
+def pairs_with_verdict(results):
     """{metric: pairs with their "verdict"}: better or worse (higher or lower), or None if not significant.
 
     A pair is turned round where that reads better: an arm against the base, staged against the others.
@@ -287,7 +287,7 @@ def contents(results, items):
         "verdicts": pair_verdicts(results),
         "certainty": certainty(results),
         "next_steps": next_steps(results),
-        "instrument": instrument(results),
+        "instrument": judge_sentence(results),
         "marks": {(name, pair["a"]): pair["verdict"] for name in metrics for pair in pairs[name] if pair["b"] == base},
         "compared": list(dict.fromkeys((pair["a"], pair["b"]) for rows in pairs.values() for pair in rows)),
         "seeded": [

@@ -41,7 +41,9 @@ def read(paths):
             raise UserError(f"--items: {path} is of a version that did not say what it answers: evaluate anew")
         first = first or (path, head["facts"])
         if head["facts"] != first[1]:
-            raise UserError(f"--items: {path} cannot be compared with {first[0]}: {other(head['facts'], first[1])}")
+            raise UserError(
+                f"--items: {path} cannot be compared with {first[0]}: {differences_in_words(head['facts'], first[1])}"
+            )
         own = head["key"] if head["of"] == "system" else head["of"]  # floors and judge may lie beside every system
         recordings.setdefault(own, Recording(head, rows))
     if not any(recording.head["of"] == "system" for recording in recordings.values()):
@@ -50,7 +52,7 @@ def read(paths):
     return list(recordings.values())
 
 
-def other(facts, first):
+def differences_in_words(facts, first):
     """What differs between the facts of two files, in words."""
     words = {"items": "it answers other items", "code": "another version of the code scored it"}
     words |= {"base": "its KL is to another base", "scorers": "other reward models or settings scored it"}
@@ -75,7 +77,7 @@ def build(recordings, draws):
     floors = {name: lines for kind in ("floors", "best") if kind in by_kind for name, lines in by_kind[kind].rows}
     known = metrics.table(facts["task"], facts["samples"], facts["metric"], facts["other_tasks"])
     table = comparison.cells(runs | {name: [lines] for name, lines in floors.items()}, known, draws)
-    verdict = judged(by_kind, runs, draws) if "judge" in table else None
+    verdict = gate_verdict(by_kind, runs, draws) if "judge" in table else None
     if verdict and not verdict["passed"]:
         del table["judge"]
     headline = next((name for name in tasks.load(facts["task"]).headline if name in table), next(iter(table)))
@@ -121,7 +123,7 @@ def first_seeds(recordings):
     return systems
 
 
-def judged(by_kind, runs, draws):
+def gate_verdict(by_kind, runs, draws):
     """What gate.decide says of the judge; answers that are not there fail it, as they were not set against it."""
     rivals = {"those of the base": runs["base"][0] if "base" in runs else []}
     fixed = by_kind["floors"].rows if "floors" in by_kind else [["any fixed answer", []]]
