@@ -57,7 +57,7 @@ def evaluate(net, head, pairs, budget, device):
     net.eval()
     rewards = torch.zeros(len(pairs), 2, dtype=torch.float64)
     lengths = [data.pair_tokens(pair) for pair in pairs]
-    for rows in data.micro_batches(range(dist.rank(), len(pairs), dist.world_size()), lengths, budget):
+    for rows in data.held_out_micro_batches(lengths, budget):
         tokens, mask = data.collate_pairs([pairs[i] for i in rows], device)
         rewards[rows] = reward_model.scores(net, head, tokens, mask).cpu().double().view(-1, 2)
     rewards = dist.sum_tensor(rewards)

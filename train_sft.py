@@ -43,7 +43,7 @@ def evaluate(net, examples, budget, device):
     net.eval()
     lengths = [len(example["ids"]) for example in examples]
     nll = hits = count = 0.0
-    for rows in data.micro_batches(range(dist.rank(), len(examples), dist.world_size()), lengths, budget):
+    for rows in data.held_out_micro_batches(lengths, budget):
         tokens, mask = data.collate([examples[i] for i in rows], device)
         logprobs, hit = model.sequence_logprobs_and_hits(net, tokens, mask)
         nll, hits, count = nll - logprobs.sum().item(), hits + hit.sum().item(), count + mask.sum().item()

@@ -354,18 +354,24 @@ def micro_batches(
 ) -> list[list[int]]:
     """Cut rows into lists whose lengths sum to at most `budget` tokens (one longer row stands alone), longest first.
 
-    Without `sort` they stay in order, so that rows of one prompt stay neighbours; shared[row], (which prompt, its
-    tokens), then says what a row that follows one of the same prompt does not cost.
+    Without `sort` rows keep their order. shared[row]: (number of its prompt, tokens of that prompt); a row that follows
+    one with the same prompt in the same list costs that many tokens less, since the prompt is computed once.
     """
     cuts, used = [], 0
     for row in sorted(rows, key=lambda i: (-lengths[i], i)) if sort else rows:
-        again = shared and cuts and shared[cuts[-1][-1]] == shared[row]
-        if not cuts or used + lengths[row] - (shared[row][1] if again else 0) > budget:
+        same_prompt = shared and cuts and shared[cuts[-1][-1]] == shared[row]
+        cost = lengths[row] - (shared[row][1] if same_prompt else 0)
+        if not cuts or used + cost > budget:
             cuts.append([])
-            used = again = 0
+            used, cost = 0, lengths[row]
         cuts[-1].append(row)
-        used += lengths[row] - (shared[row][1] if again else 0)
+        used += cost
     return cuts
+
+
+def held_out_micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """This rank's share of rows of these lengths, every world-size-th, as lists of at most `budget` tokens."""
+    return micro_batches(range(dist.rank(), len(lengths), dist.world_size()), lengths, budget)
 
 
 def collate(examples: list[dict], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

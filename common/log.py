@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -224,6 +224,11 @@ def write_record(path: Path | str, record: dict) -> None:
 def write_json(path: Path | str, value: object) -> None:
     """Write a JSON file, whole or not at all."""
     replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_records(path: Path | str, records: Iterable[dict]) -> None:
+    """Write JSON lines, whole or not at all."""
+    replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def write_records(path: Path | str, records: list[dict]) -> None:

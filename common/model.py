@@ -18,6 +18,7 @@ from common.log import UserError, say, warn
 from common.runtime import base, checkpoint, resume
 from common.runtime.types import Gemma, Tokenizer
 
+EXACT_KL_ROWS = 128  # held-out answers that an evaluation measures exactly: more would take too long
 OF_VERSION_5 = ("backend", "is_local", "local_files_only")  # keys of its tokenizer_config.json
 
 
@@ -142,12 +143,10 @@ def sequence_logprobs(model: Gemma, tokens: Tensor, mask: Tensor, temperature: f
     return spread(losses.token_logprobs(hidden, model.lm_head.weight, targets, temperature), mask)
 
 
-def sequence_logprobs_and_hits(
-    model: Gemma, tokens: Tensor, mask: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def sequence_logprobs_and_hits(model: Gemma, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """As sequence_logprobs, and (B, T-1) bool: was the target the most likely token?"""
     hidden, targets = target_states(model, tokens, mask)
-    logprobs, hits = losses.token_logprobs_and_hits(hidden, model.lm_head.weight, targets, temperature)
+    logprobs, hits = losses.token_logprobs_and_hits(hidden, model.lm_head.weight, targets)
     return spread(logprobs, mask), spread(hits, mask)
 
 

@@ -15,7 +15,6 @@ from common.run import Run
 from common.runtime import cache, flops, resume
 from common.runtime.types import Gemma, Tokenizer
 
-EXACT_KL_ROWS = 128  # held-out pairs whose exact entropy and KL are measured: whole distributions cost their time
 PANELS = (
     ("loss (nats per pair)", ("loss", "eval/loss")),
     ("pair accuracy", ("accuracy", "eval/accuracy")),
@@ -72,7 +71,7 @@ def encode(
 def held_out_micro_batches(dataset: PairDataset, budget: int) -> list[list[int]]:
     """This rank's held-out pairs, as lists of rows of at most `budget` tokens."""
     lengths = [data.pair_tokens(pair) for pair in dataset.val]
-    return data.micro_batches(range(dist.rank(), len(lengths), dist.world_size()), lengths, budget)
+    return data.held_out_micro_batches(lengths, budget)
 
 
 def training_micro_batches(dataset: PairDataset, step: int, budget: int) -> list[list[int]]:
@@ -174,7 +173,7 @@ def evaluate(
     pair_loss, token_loss = dist.sum_all(pair_loss, token_loss)
     chosen_tokens = sum(sum(pair["chosen"]["mask"]) for pair in dataset.val)
     loss = pair_loss / len(dataset.val) + token_loss / chosen_tokens
-    few = [[row for row in rows if row < EXACT_KL_ROWS] for rows in micro_batches]
+    few = [[row for row in rows if row < model.EXACT_KL_ROWS] for rows in micro_batches]
     chosen = [pair["chosen"] for pair in dataset.val]
     with run.autocast:
         exact = model.mean_entropy_and_kl(models.net, models.frozen, chosen, [rows for rows in few if rows])

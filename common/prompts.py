@@ -13,7 +13,6 @@ from common.run import Run
 from common.runtime import explain, resume
 from common.runtime.types import Tokenizer
 
-EXACT_KL_ROWS = 128  # held-out answers whose exact entropy and KL are measured: whole distributions cost their time
 TOKENS_PER_PASS = 2048  # of these answers
 PICKED_BY_REWARD = (
     "best/ is picked by the reward that is optimised: where that is hacked, it is the most hacked checkpoint; name a "
@@ -148,7 +147,7 @@ def evaluate(
     """(lines for held_out.jsonl, {eval/metric: mean}): one answer to each held-out prompt, scored as in training.
 
     The same numbers are drawn at every evaluation, so that two can be compared prompt by prompt. Entropy and KL to the
-    reference are exact, of the first EXACT_KL_ROWS answers, where there is a reference.
+    reference are exact, of the first model.EXACT_KL_ROWS answers, where there is a reference.
     """
     cfg, decoding = run.cfg, run.cfg.evaluation
     with run.autocast:
@@ -186,7 +185,7 @@ def exact_entropy_and_kl(models: Roles, prompts: dict[int, Prompt], rollout: exp
     examples = [
         {"ids": [*prompt.ids, *ids], "mask": [0] * len(prompt.ids) + [1] * len(ids)}
         for (number, prompt), ids in zip(prompts.items(), rollout.completions, strict=True)
-        if number < EXACT_KL_ROWS
+        if number < model.EXACT_KL_ROWS
     ]
     lengths = [len(example["ids"]) for example in examples]
     micro_batches = data.micro_batches(range(len(lengths)), lengths, TOKENS_PER_PASS)
@@ -222,7 +221,11 @@ def report(run_dir: Path, draws: int, missing_stop_penalty: float, best: str) ->
         f"reward of {reward['prompts']} val prompts: {reward['first']:.3f} -> {reward['last']:.3f}, "
         f"{reward['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
     )
-    parts = [f"{name[7:]} {row['first']:.2f} -> {row['last']:.2f}" for name, row in rows.items() if "reward/" in name]
+    parts = [
+        f"{name.removeprefix('reward/')} {row['first']:.2f} -> {row['last']:.2f}"
+        for name, row in rows.items()
+        if name.startswith("reward/")
+    ]
     say(
         f"  its parts: {', '.join(parts)}; tokens {length['first']:.1f} -> {length['last']:.1f}, "
         f"ended by themselves {stops['first']:.0%} -> {stops['last']:.0%}"

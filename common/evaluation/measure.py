@@ -142,7 +142,7 @@ def data_answers(records, tokenizer, limit):
 def cuts_of(examples):
     """This rank's share of the examples, as lists of rows that go through the model together."""
     sizes = [len(example["ids"]) for example in examples]
-    return data.micro_batches(range(dist.rank(), len(examples), dist.world_size()), sizes, TOKENS_PER_PASS)
+    return data.held_out_micro_batches(sizes, TOKENS_PER_PASS)
 
 
 def preferences(net, records, tokenizer, limit):

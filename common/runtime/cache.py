@@ -79,7 +79,7 @@ def records(path: Path, name: str, make: Callable[[], list], needed: bool = Fals
         lines = [{"key": name, "sha256": _digest(made)} | (head or {}), *made]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            log.replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            log.replace_records(path, lines)
         except (OSError, UserError) as error:
             if needed:
                 raise

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -61,14 +61,14 @@ def try_writing(run_dir: Path | str) -> None:
 
 
 @contextmanager
-def new_step(run_dir: Path | str, step: int, state: dict, room: int = MARGIN) -> Iterator[Path]:
+def new_step(run_dir: Path | str, step: int, state: dict) -> Iterator[Path]:
     """Yield a folder to write into; it becomes run_dir/step-%06d, with state.json in it, whole or not at all.
 
-    state: a dict that JSON can hold, written as it is when the body has ended; room: bytes that must be free. UserError
-    if the folder cannot be written.
+    state: a dict that JSON can hold, written as it is when the body has ended. UserError if the folder cannot be
+    written.
     """
     facts: dict = {"step": step}
-    with commit(Path(run_dir) / f"step-{step:06d}", facts, room) as temp:
+    with commit(Path(run_dir) / f"step-{step:06d}", facts, MARGIN) as temp:
         yield temp
         (temp / "state.json").write_bytes(json.dumps(state).encode())
         facts["tensors"] = sorted(name.removesuffix(".safetensors") for name in TRAINING_ONLY if (temp / name).exists())
@@ -119,10 +119,10 @@ def newest(run_dir: Path | str) -> Path | None:
     return None
 
 
-def prune(run_dir: Path | str, keep_last: int, keep: Iterable[Path | str] = ()) -> None:
-    """Remove all step folders but the newest `keep_last`, those in `keep`, and the newest that verifies."""
+def prune(run_dir: Path | str, keep_last: int) -> None:
+    """Remove all step folders but the newest `keep_last` (at least one) and the newest that verifies."""
     folders = _steps(run_dir)
-    kept = {folder.name for folder in folders[-max(1, keep_last) :]} | {Path(folder).name for folder in keep}
+    kept = {folder.name for folder in folders[-max(1, keep_last) :]}
     doomed = [folder for folder in folders if folder.name not in kept]
     spared = newest(run_dir) if doomed else None  # all of the kept ones may be damaged
     for folder in doomed:

@@ -94,8 +94,7 @@ def write_best_samples(cfg: Config, folder: Path, keys: Sequence[str]) -> None:
         val, train = (records["val"], kept) if answered else (kept[::10], [kept[i] for i in range(len(kept)) if i % 10])
         if train:
             for split, rows in (("val", val), ("train", train)):
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                log.replace(folder / f"{split}.jsonl", text)
+                log.replace_records(folder / f"{split}.jsonl", rows)
             mean = sum(row["reward"] for row in kept) / len(kept)
             say(f"kept the best of {n} samples for {len(kept)} of {groups} prompts, their mean reward is {mean:.3f}")
         else:

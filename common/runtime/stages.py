@@ -140,7 +140,7 @@ def write_halves(cfg: Config, out: Path) -> None:
                 raise UserError(f"{split}: no pair left for the half of the {name} model; more of them are needed")
             path = out / f"pairs-{name}" / f"{split}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            log.replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            log.replace_records(path, records)
 
 
 def check_arms(cfg: Config, arms: list[str], text: str) -> None:
