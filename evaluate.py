@@ -6,7 +6,8 @@
 A system is NAME=CHECKPOINT: a run's final/ (adapter or whole model), a hub id, a folder, a .gguf, or `tiny`; a name
 given several times is one system under several seeds. All get the same test prompts, the same random numbers and the
 same decoding. evaluation.reward_checkpoint judges: a reward model that no policy was trained on. Beside the systems
-stand floors, and the best of BEST_OF answers of the one named `base`. Left out: BERTScore, CodeBLEU, judges elsewhere.
+stand floors, and the best of BEST_OF answers of the one named `base`. Left out: BERTScore, CodeBLEU, judging by a
+hosted model.
 
     python evaluate.py --checkpoints base=google/gemma-3-270m-it sft=outputs/sft_lora_270m/final
     python evaluate.py --task conala --checkpoints base=FILE.gguf sft=outputs/conala/final
@@ -15,8 +16,8 @@ stand floors, and the best of BEST_OF answers of the one named `base`. Left out:
     python evaluate.py --items RUN/items/*.jsonl OTHER/items/*.jsonl.gz      compares what was recorded, without a model
     python evaluate.py --export DIR --checkpoints sft=outputs/RUN/final      merged, checked against the adapter
     python evaluate.py --export NAME.gguf --checkpoints sft=outputs/RUN/final      the same for llama.cpp and Ollama
-    python evaluate.py --human_results RATINGS.csv ... --human_key outputs/RUN/human_eval.key.csv     what they answered
-Run the same command again to go on: systems whose answers are there already are not asked again.
+    python evaluate.py --human_results RATINGS.csv ... --human_key outputs/RUN/human_eval.key.csv   analyses the ratings
+Run the same command again to go on: a system whose answers are already recorded is not run again.
 """
 
 import sys
@@ -27,19 +28,28 @@ from common import config
 
 SECTIONS = ("model", "training", "reward", "evaluation", "logging")
 PATH = {"type": config.expand_home}
+RECORDED = "compare recorded answers, files of a run's items/ folder, without loading a model"
+EXPORT = "merge the adapter of the one checkpoint into its base, check the result and write it"
+KEY = "key of the study that was rated [default: human_eval.key.csv of this run]"
 JOBS = (
     ("--checkpoints", {"nargs": "+", "metavar": "NAME=CHECKPOINT", "help": "what to compare, `base` first"}),
-    ("--items", PATH | {"nargs": "+", "metavar": "FILE", "help": "compare these of items/, without models"}),
-    ("--export", PATH | {"metavar": "DIR|NAME.gguf", "help": "merge the one checkpoint into a plain model, checked"}),
+    ("--items", PATH | {"nargs": "+", "metavar": "FILE", "help": RECORDED}),
+    ("--export", PATH | {"metavar": "DIR|NAME.gguf", "help": EXPORT}),
     (
         "--gguf_type",
-        {"choices": ("bf16", "f16", "f32", "q8_0"), "help": "of the weights of --export NAME.gguf [default bf16]"},
+        {
+            "choices": ("bf16", "f16", "f32", "q8_0"),
+            "help": "type of the weights in --export NAME.gguf [default bf16]",
+        },
     ),
     ("--push_to_hub", {"metavar": "OWNER/NAME", "help": "send the export to the hub; a new repository is private"}),
-    ("--human_eval", {"action": "store_true", "help": "write human_eval.csv, blind, and its key"}),
-    ("--human_results", PATH | {"nargs": "+", "metavar": "RATINGS", "help": "analyse what raters said"}),
-    ("--human_key", PATH | {"metavar": "KEY.csv", "help": "of the study they rated [the run's own]"}),
-    ("--human_pairs", PATH | {"metavar": "NEW.jsonl", "help": "also write the ratings as training pairs"}),
+    ("--human_eval", {"action": "store_true", "help": "also write human_eval.csv for blind human raters, and its key"}),
+    ("--human_results", PATH | {"nargs": "+", "metavar": "RATINGS", "help": "analyse these files of human ratings"}),
+    ("--human_key", PATH | {"metavar": "KEY.csv", "help": KEY}),
+    (
+        "--human_pairs",
+        PATH | {"metavar": "NEW.jsonl", "help": "also write the ratings as preference pairs to train on"},
+    ),
 )
 FLAGS = dict(script="evaluate.py", description=__doc__, sections=SECTIONS, modes=(), jobs=JOBS)
 if __name__ == "__main__":

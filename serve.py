@@ -36,13 +36,36 @@ from pathlib import Path
 from common import config
 
 JOBS = (
-    ("--checkpoint", {"nargs": "+", "metavar": "[NAME=]CHECKPOINT", "help": "what to serve, the first by default"}),
-    ("--human_eval", {"metavar": "FILE.csv", "type": config.expand_home, "help": "blind file, to be rated at /rate"}),
+    (
+        "--checkpoint",
+        {
+            "nargs": "+",
+            "metavar": "[NAME=]CHECKPOINT",
+            "help": "checkpoints to serve; a request that names no model gets the first",
+        },
+    ),
+    (
+        "--human_eval",
+        {
+            "metavar": "FILE.csv",
+            "type": config.expand_home,
+            "help": "blind file of evaluate.py --human_eval, shown to raters at /rate",
+        },
+    ),
     ("--host", {"default": "127.0.0.1", "help": "address to listen on; any but loopback needs GEMMA_ALIGNMENT_TOKEN"}),
-    ("--port", {"type": int, "default": 5000, "help": "0 takes a free one"}),
-    ("--rows", {"type": int, "default": 16, "help": "requests that decode at a time on each base [default 16]"}),
-    ("--queue", {"type": int, "default": 32, "help": "requests that wait for them [default 32]"}),
-    ("--context", {"type": int, "default": 4096, "help": "tokens of prompt and answer together [default 4096]"}),
+    ("--port", {"type": int, "default": 5000, "help": "port to listen on; 0 takes a free one [default 5000]"}),
+    (
+        "--rows",
+        {"type": int, "default": 16, "help": "requests that are answered at the same time on each base [default 16]"},
+    ),
+    (
+        "--queue",
+        {"type": int, "default": 32, "help": "requests that may wait; further ones get status 429 [default 32]"},
+    ),
+    (
+        "--context",
+        {"type": int, "default": 4096, "help": "most tokens of a prompt and its answer together [default 4096]"},
+    ),
 )
 FLAGS = dict(script="serve.py", description=__doc__, sections=("model",), modes=(), jobs=JOBS)
 if __name__ == "__main__":
@@ -359,7 +382,8 @@ async def serve(app, job, device, dtype):
     await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if loading.done():
         loading.result()
-        say(f"ready: {', '.join(app.sources)} at most {job.context} tokens, {job.rows} at a time; Ctrl-C stops")
+        sizes = f"at most {job.context} tokens per request, {job.rows} requests at a time"
+        say(f"ready: {', '.join(app.sources)}; {sizes}; Ctrl-C stops")
     await stopped
     server.close()
     end = time.monotonic() + DRAIN_SECONDS
@@ -382,7 +406,8 @@ def main(argv=None):
     token = os.environ.get("GEMMA_ALIGNMENT_TOKEN", "")
     local = job.host == "localhost" or (httpd.is_address(job.host) and ipaddress.ip_address(job.host).is_loopback)
     if not local and not token:
-        raise UserError(f"--host {job.host} is open to others: set GEMMA_ALIGNMENT_TOKEN to a secret of 16 characters")
+        secret = "a secret of at least 16 characters"
+        raise UserError(f"--host {job.host} is open to others: set GEMMA_ALIGNMENT_TOKEN to {secret}")
     if token and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
         raise UserError("GEMMA_ALIGNMENT_TOKEN: 16 or more printable ASCII characters without spaces are needed")
     names = {"localhost", job.host.lower(), socket.gethostname().lower()}

@@ -3,9 +3,9 @@
     loss = mean over the step's pairs of  -log sigmoid(r_chosen - r_rejected - margin) + c (r_chosen + r_rejected)^2
 
 r is read at the last token of prompt and answer (its <end_of_turn>); the prompt that the two answers share is computed
-once. c is reward.center_coefficient. Left out, compared with TRL's RewardTrainer: full fine-tuning (policy, reference,
-critic and reward model share one base here). A task whose data has no pairs
-gets them made: the reference and samples of the base, ranked by the task's metric.
+once. c is reward.center_coefficient. Left out, compared with TRL's RewardTrainer: full fine-tuning, since policy,
+reference, critic and reward model share one base here. If a task's data has no pairs, they are made from the reference
+answers and from samples of the model before training, ranked by the task's metric.
 
     python train_reward.py --config configs/reward_270m.yml --debug                    two cores, nothing to download
     python train_reward.py --config configs/reward_270m.yml --explain                  what would be trained
@@ -13,8 +13,8 @@ gets them made: the reference and samples of the base, ranked by the task's metr
     python train_reward.py --config configs/reward_270m.yml --training.micro_batch_tokens 16384       one GPU
     python train_reward.py --config configs/reward_270m.yml --seeds 0,1,2,3               the members of an ensemble
     torchrun --nproc-per-node 8 train_reward.py --config configs/reward_270m.yml --training.batch_size 128
-Run the same command again to resume. At its end report.json and reliability.png say what the model is worth beside
-floors that need no training.
+Run the same command again to resume. At its end report.json compares the model with rules that need no training, and
+reliability.png shows how far its probabilities can be trusted.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import gc
 
 from common import config
 
-SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl, how to sample where pairs have to be made
+SECTIONS = ("model", "training", "rl", "reward", "logging")  # of rl only how to sample, where pairs have to be made
 JOBS = (config.EXPLAIN, config.SEEDS)
 FLAGS = dict(script="train_reward.py", description=__doc__, sections=SECTIONS, modes=("reward",), jobs=JOBS)
 if __name__ == "__main__":
@@ -86,7 +86,10 @@ def alike(record):
 
 
 def make_pairs(net, tokenizer, records, sampling, task):
-    """Two pairs per record, ranked by the task's metric: its reference and its best sample, each against its worst."""
+    """Up to two pairs per record by the task's metric: its reference and its best sample, each against its worst one.
+
+    The first only where the worst sample scores below 1, the second only where best and worst score differently.
+    """
     metric = tasks.load(task).rank
     if metric is None:
         raise UserError(

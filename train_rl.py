@@ -3,7 +3,7 @@
     r     pi(token) / pi_old(token);  L(A) = max(-A r, -A clip(r, 1 - rl.ppo_clip, 1 + rl.clip_high)) for each token
     ppo   L(A) - c H;  A = whitened GAE of -k log(pi_old / ref) on each token, plus the score on the last one
           critic: v max((V - R)^2, (clip(V) - R)^2) / 2,  R = GAE + V
-    grpo  L(A) + k KL(pi || ref) - c H;  A = (score - mean of its group) / deviation of its group [rl.baseline]
+    grpo  L(A) + k KL(pi || ref) - c H;  A = (score - mean of its group [rl.baseline]) / deviation [rl.scale_rewards]
     dpo   -(1 - e) log sigmoid(b h) - e log sigmoid(-b h) for each pair, h = log pi / ref (chosen) - the same (rejected)
           + s times the mean of -log pi over the tokens of chosen answers
     H entropy; of rl: k kl_coef, c entropy_coeff, v value_coeff, b dpo_beta, e dpo_label_smoothing, s dpo_sft_coeff
@@ -96,9 +96,9 @@ def sample_and_score(run, models, dataset, score, step):
 def make_minibatches(run, rollout, has_gradient, step):
     """Set rollout.weight, each token's weight in the loss; return the minibatches of all updates.
 
-    An update's loss is sum(weight * token_loss) / minibatch.divisor. Over all ranks, the divisor counts the minibatch's
-    tokens (rl.loss_aggregation token) or rows (sequence; constant, whose weight is 1 / max_new_tokens). Excluded rows
-    are not in it; rows that are only skipped, as their gradient is zero, are.
+    An update's loss is sum(weight * token_loss) / minibatch.divisor. Over all ranks the divisor counts the minibatch's
+    tokens (rl.loss_aggregation token) or its rows (sequence, and constant, whose weight is 1 / max_new_tokens).
+    Excluded rows do not count in it. Rows that are skipped only because their gradient is zero do count.
     """
     cfg, rl = run.cfg, run.cfg.rl
     rollout.weight, row_divisor = experience.loss_weights(rollout.mask, rl.loss_aggregation, rl.max_new_tokens)
@@ -293,7 +293,7 @@ def train_on_prompts(run, models, records, score):
     flops_per_token = roles.flops_per_token(models, longest + rl.max_new_tokens)
     expected = optim.expected_steps(0, steps, 0, training.budget_tokens, tokens_per_step)
     expected = optim.expected_steps(0, expected, 0, training.budget_flops, tokens_per_step * flops_per_token)
-    if algorithm["critic"] and rl.critic_warmup >= expected:
+    if algorithm["critic"] and rl.critic_warmup >= expected:  # the end that Run.planned_end will give
         raise UserError(f"rl.critic_warmup: {rl.critic_warmup} leaves none of the {expected} steps to the policy")
     row_lengths = [len(prompt.ids) + rl.max_new_tokens for prompt in dataset.train]
     sizes = explain.rollout_sizes(dataset, rl, cfg.evaluation)

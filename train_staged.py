@@ -6,21 +6,21 @@
     --paradigms sft,rl,staged    these arms at equal cost: tokens trained + tokens sampled = training.budget_tokens, or
                                  by training.budget_flops
 
-        base            nothing; it is in every comparison
+        base            trains nothing; it is in every comparison
         sft             SFT on the data's answers
         rft             SFT on the best of rl.group_size samples of the base, by the reward (rejection sampling; RAFT,
                         Dong et al. 2023, one round): half of the budget for samples, half for SFT
         dpo, grpo, ppo  RL from the base by this algorithm; rl: by rl.algorithm
         staged          half of the budget for SFT, half for RL by rl.algorithm
-        half            nothing; in the comparison every adapter stands once more, at half its scale
+        half            trains nothing; adds every adapter to the comparison a second time, at half its scale
 
     --seeds 0,1,2                all of this for each seed, in folders of their own, then one comparison over the seeds
 
 After each stage one prompt of val is answered before and after it; at the end evaluate.py compares the base with what
-was trained. A reward model is trained where the reward wants one and reward.checkpoint names none; its cost is shown
-apart. In a comparison on preference data it learns from one half of the pairs, as dpo does, and from the other half a
-second one, which no policy sees, to judge by; of several seeds that of the first judges all. Left out: a search over
-settings; all stages share one config.
+was trained. A reward model is trained where the reward wants one and reward.checkpoint names none; its cost is reported
+separately. In a comparison on preference data it learns from one half of the pairs, as dpo does, and from the other
+half a second one, which no policy sees, to judge by; with several seeds, the first seed's judge scores all of them.
+Left out: a search over settings; all stages share one config.
 
     python train_staged.py --config configs/staged_sft_then_ppo.yml --debug
     python train_staged.py --config configs/staged_sft_then_ppo.yml --training.budget_tokens 2000000 \\

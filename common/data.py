@@ -67,7 +67,7 @@ def load_train_and_val(cfg: Config) -> dict[str, list[dict]]:
 def load_split(source: Path | str, split: str, data_keys: str | None = None) -> list[dict]:
     """The records of a split of a source (sources.py); every fault is a UserError naming file, line and key.
 
-    Where there is no val, it is cut from train; from train alone, test too. Says what was read.
+    Where the source has no val, it is cut from train. Where it has train alone, val and test are. Says what was read.
     """
     return _read_splits(source, (split,), data_keys)[split]
 
@@ -219,7 +219,10 @@ def _sides(record):
 
 
 def _pair(record, sides, encoded, tokenizer, max_length, report):
-    """One pair, or the name of the reason why there is none. encoded: the next of it are the sides not sampled."""
+    """One pair, or the name of the reason why there is none.
+
+    encoded: an iterator over (ids, mask); this takes one for each answer without answer_ids.
+    """
     pair = {"id": record["id"], "margin": record.get("margin", 0.0), "texts": (record["response"], record["rejected"])}
     answer_ids, ends = record.get("answer_ids", {}), {}
     for side, key in (("chosen", "response"), ("rejected", "rejected")):

@@ -3,7 +3,7 @@
     x += norm(attention(norm(x)));  x += norm(mlp(norm(x)))     as in gemma.py, without gradients, from a cache
 
 Every row has its own length and its own stretch of the cache, and none holds a pad: rows of any lengths stand side by
-side, come (`admit`) and go (`select`) between two tokens. Linears that read the same input are one product. Rows may
+side, come (`prefill`) and go (`keep`) between two tokens. Linears that read the same input are one product. Rows may
 have an adapter each over one base, as in serving: they share the base's products.
 """
 
@@ -34,8 +34,8 @@ class Decoder:
 
         merge: the adapter is added to the weights in fp32 and the sum rounded to their dtype; otherwise it stays beside
         them as a thin product. A 4-bit base is dequantised here, and under autocast fp32 masters are cast here.
-        adapters: names of those that rows may take (`admit`) instead of the active one, which must then be None.
-        row_invariant: on a CPU, a row that was admitted alone has the same bits whatever rows stand beside it.
+        adapters: names of those that rows may take (`prefill`) instead of the active one, which must then be None.
+        row_invariant: on a CPU, a row whose prompt was prefilled alone has the same bits whatever rows stand beside it.
         """
         config, body, head = model.config, model.model, model.lm_head.weight
         kind = head.device.type

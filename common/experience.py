@@ -212,7 +212,7 @@ def minibatches(
 
     Whole groups are dealt out anew in every pass, by a permutation of all prompts of the step: any number of ranks
     makes the same minibatches. One without a row that has_gradient (B,) bool on any rank is left out. row_divisor (B,):
-    of loss_weights. budget: tokens of a micro-batch, in which a prompt counts once for its neighbours.
+    of loss_weights. budget: tokens of a micro-batch; a prompt that neighbouring rows share counts once.
     """
     row_tokens, has_gradient = [int(n) for n in rollout.row_tokens.tolist()], has_gradient.tolist()
     prompt_tokens = [n - int(m) for n, m in zip(row_tokens, rollout.completion_tokens.tolist(), strict=True)]

@@ -199,7 +199,7 @@ def share_prompts(
     """Lay rows end to end with the prompt of neighbours that share it stored once, for hidden_states.
 
     tokens (B, T); of row b the first lengths[b] count, of them the first starts[b] are its prompt (both lists of ints).
-    -> (flat tokens (N,), lengths, parents, index (B, T): where a row's token lies in flat; 0 behind its end).
+    -> (flat tokens (N,), lengths, parents, index (B, T): where a row's token lies in flat; 0 after its end).
     """
     words, index = tokens.tolist(), torch.zeros(tokens.shape, dtype=torch.long)
     pieces, sizes, parents = [], [], []
@@ -238,7 +238,7 @@ def norm(x: Tensor, module: torch.nn.Module) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """y = x / rms(x) * (1 + w) with frozen w; keeps x as it came and one number a row."""
+    """y = x / rms(x) * (1 + w) with frozen w; keeps x as it came and one number per row."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):

@@ -197,7 +197,8 @@ def dpo_loss(
     sigmoid            -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)    Rafailov et al. 2023, eq. 7; e: cDPO
     length_normalised  the same on averages per token (Lambert et al. 2024, `dpo_norm`)
     ipo                (h - 1 / (2 beta))^2 on averages per token                 Azar et al. 2023, eq. 17
-    The caller sums or averages; this function only says which one it wants: sums for sigmoid, averages for the others.
+    The caller has to pass sums over the answer for sigmoid, and averages per token for the other two: this function
+    cannot tell them apart.
     """
     h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
     if kind == "ipo":
@@ -301,7 +302,7 @@ def gspo_loss(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Tensor:
-    """policy_loss with one ratio a sequence, s = exp(mean of log r) -> (B, T-1). Zheng et al. 2025, eq. 5 and 7.
+    """policy_loss with one ratio per sequence, s = exp(mean of log r) -> (B, T-1). Zheng et al. 2025, eq. 5 and 7.
 
     Wants the mean of sequence means as its reduction: by tokens, long sequences would weigh more than eq. 5 says."""
     assert logprobs.shape == old_logprobs.shape == mask.shape, (logprobs.shape, old_logprobs.shape, mask.shape)

@@ -229,7 +229,8 @@ def mean_entropy_and_kl(
 def trim_memory(device: torch.device) -> None:
     """Give freed pages back to the system, which glibc keeps: 0.4 GB in 45 steps of the 270M.
 
-    Faulting them in again takes 7 to 10 % of a step, so the scripts call this at every 16th.
+    Faulting them in again takes 7 to 10 % of a step, so `Run.count` does this at every 16th step, and the scripts
+    between two runs.
     """
     if device.type == "cpu" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none

@@ -42,21 +42,21 @@ def learning_rate(step: float, steps: int, peak: float, warmup_ratio: float, sha
     return peak * {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}[shape]
 
 
-def expected_steps(step: int, steps: int, seen: float, budget: int | None, tokens_per_step: float) -> int:
-    """The step at which a run of at most `steps` will have spent `budget` tokens (None: no budget).
+def expected_steps(step: int, steps: int, spent: float, budget: float | None, per_step: float) -> int:
+    """The step at which a run of at most `steps` will have spent its budget of tokens or of FLOPs (None: no budget).
 
-    seen: tokens of the first `step` steps; tokens_per_step: what a step is expected to take before any was seen. A
-    function of what a checkpoint holds, so resume is exact.
+    spent: by the first `step` steps; per_step: what a step is expected to take before any was made. A function of what
+    a checkpoint holds, so resume is exact.
     """
     if budget is None:
         return steps
-    return min(steps, math.ceil(budget / (seen / step if seen else tokens_per_step)))
+    return min(steps, math.ceil(budget / (spent / step if spent else per_step)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: float, steps: int, training: Config) -> float:
     """Set the learning rate of each group for this step of `steps`; returns that of the first group.
 
-    By a budget of tokens, step and steps are Run.position and Run.planned_end.
+    In SFT and RL step and steps are Run.position and Run.planned_end, which also follow a budget of tokens or FLOPs.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, group["peak_lr"], training.warmup_ratio, training.schedule)
@@ -116,9 +116,9 @@ def optimizer_step(
 ) -> bool:
     """Sum loss, metrics and gradients over ranks, clip each role by its own norm, and step. Returns: was it made?
 
-    parameters: {role: its tensors}. No step is made where the mean of `policy_kl` is above target_kl, which is far
-    enough from the policy that sampled. UserError on all ranks where the loss or a norm is not finite; then nothing was
-    updated.
+    parameters: {role: its tensors}. No step is made where the mean of `policy_kl` is above target_kl: the policy has
+    then moved far enough from the one that sampled. UserError on all ranks where the loss or a norm is not finite; then
+    nothing was updated.
     """
     update.sum_over_ranks()
     for role, tensors in parameters.items():

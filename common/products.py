@@ -66,8 +66,10 @@ def pack(weight: Tensor) -> Tensor:
 def row_invariant(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
     """As `product`, of weights that `pack` made, but the bits of a row do not depend on the rows beside it.
 
-    Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN's sum alike from 2 rows on,
-    and in bf16 to 32; without them every product has 4 rows. Rows that are missing are empty.
+    Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN adds in the same order for 2
+    or more rows (bf16: for 2 to 32), so a single row gets an empty one beside it, and bf16 products are cut at 32 rows.
+    Weights that are not packed: fp32 products have exactly 4 rows; in other dtypes the rows are filled up with empty
+    ones to a multiple of 8.
     """
     weight, _ = linear
     if len(x) > 64:  # a prompt, which is computed alone

@@ -197,7 +197,7 @@ def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], s
         keys = next((keys for keys in SHAPES if all(key in row for key in keys)), None)
         shape = shape or keys
         if keys is None or keys != shape:
-            why = f"not {'+'.join(shape)} as before" if keys else "no known shape"
+            why = f"the rows before have {'+'.join(shape)}" if keys else "no known shape"
             known = ", ".join("+".join(each) for each in SHAPES)
             raise UserError(f"{where}: {why}; keys found: {_listed(row)}; known: {known} (or --data_keys)")
         is_ours = keys == ("prompt", "response")

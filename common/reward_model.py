@@ -42,7 +42,7 @@ def parameters(net: Gemma, name: str, head: Parameter) -> dict[str, Parameter]:
 def scores(net: Gemma, head: Parameter, tokens: Tensor, mask: Tensor) -> Tensor:
     """Reward of each row (B,) fp32, read at its last masked token; a prompt shared by neighbours is computed once.
 
-    tokens (B, T), mask (B, T-1) with at least one 1 a row, as for model.sequence_logprobs. What lies behind the last
+    tokens (B, T), mask (B, T-1) with at least one 1 per row, as for model.sequence_logprobs. What lies after the last
     masked token has no influence. Runs the active adapter.
     """
     at = torch.arange(1, tokens.shape[1], device=tokens.device)
@@ -67,7 +67,7 @@ def values(net: Gemma, head: Parameter, tokens: Tensor, mask: Tensor) -> Tensor:
 def score_completions(
     net: Gemma, head: Parameter, prompts: list[list[int]], completions: list[list[int]], budget: int
 ) -> Tensor:
-    """Rewards (n,) fp32 on the CPU of completions behind prompts (lists of ids), `budget` tokens a pass."""
+    """Rewards (n,) fp32 on the CPU of completions after their prompts (lists of ids), `budget` tokens per pass."""
     examples = [{"ids": [*p, *c], "mask": [0] * len(p) + [1] * len(c)} for p, c in zip(prompts, completions)]
     lengths, rewards = [len(example["ids"]) for example in examples], torch.zeros(len(examples))
     for rows in data.micro_batches(range(len(examples)), lengths, budget, sort=False):

@@ -127,7 +127,7 @@ def _prefill(decoder, prompts, group, rows):
 def draw(
     logits: Tensor, uniforms: Tensor, temperature: float = 1.0, greedy: bool = False, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse distribution function -> (tokens (rows,), log-probs (rows,) fp32).
+    """One token per row by the inverse of the distribution function -> (tokens (rows,), log-probs (rows,) fp32).
 
     logits (rows, V), uniforms (rows,) in [0, 1). First a block of WIDTH words, then the word in it, both sums in fp64:
     exact, and a sixteenth of what `multinomial` costs over 262,144 words. A word of probability zero is never drawn.

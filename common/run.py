@@ -25,7 +25,7 @@ from common.log import UserError, say
 from common.optim import expected_steps
 from common.runtime import base, card, checkpoint, explain, resume, tracker, watch
 
-EXPLAIN_STEPS, EXPLAIN_SECONDS = 3, 20.0  # what --explain runs: so many steps, or as many as take so long
+EXPLAIN_STEPS, EXPLAIN_SECONDS = 3, 20.0  # --explain runs 3 steps, or fewer if they take over 20 s
 
 
 @dataclass
@@ -358,7 +358,8 @@ class Run:
             folder = self.step_folder(self.step)
             if not folder.is_dir():  # the script left its loop between two checkpoints
                 folder = checkpoint.newest(self.folder)
-                say(f"step {self.step} was not saved: final is {folder.name if folder else 'not written'}")
+                final = f"final/ is a copy of {folder.name}" if folder else "no final/ is written"
+                say(f"step {self.step} was not saved; {final}")
             if folder:
                 text = card.of_run(self.cfg, self.state.facts, self.base_name, self.state.evaluation or {})
                 checkpoint.publish(folder, self.folder, "final", {card.NAME: text})
@@ -369,7 +370,7 @@ class Run:
         return self.record
 
     def _say_time(self):
-        """How long the run will take, by the last step: the first one warms up."""
+        """How long the run will take, by the last step that was timed, since the first one warms up."""
         seconds, steps = self.timed[-1], self.expected_end(len(self.timed))
         whole = f"{steps:,} steps {explain.duration(seconds * steps)}"
         say(f"one step takes about {explain.duration(seconds)} here, {whole}, evaluations apart")

@@ -103,7 +103,7 @@ def test_show_prints_counts(tokenizer, tiny_model, capsys):
     plan = [line for line in out.splitlines() if " GB  " in line]
     assert "estimated peak" in plan[-1] and not any(" 0.00 GB" in line for line in plan[:-1])
     assert all(parameter.grad is None for parameter in net.parameters())
-    assert f"one: {len(one['ids'])} tokens, {sum(one['mask'])} trained" in out
+    assert f"one: {len(one['ids'])} tokens, {sum(one['mask'])} of them trained, shown in [[ ]]\n" in out
     assert f"trainable: {sum(p.numel() for p in net.parameters()):,} parameters" in out
 
 

@@ -197,7 +197,7 @@ def questions(cfg, tokenizer):
     items, _ = measure.items(data.from_config(cfg, cfg.evaluation.split), tokenizer, row - most, count, cfg.seed)
     examples = measure.data_answers([item.record for item in items], tokenizer, row)
     if not examples:
-        raise UserError(f"--export: none of {len(items)} test records has an answer to compare log-probabilities on")
+        raise UserError(f"--export: none of {len(items)} records has an answer to compare log-probabilities on")
     return {"prompts": [item.ids for item in items], "examples": examples, "most": most}
 
 

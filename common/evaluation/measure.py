@@ -27,7 +27,7 @@ def items(records, tokenizer, longest, most, seed):
     counts["not_drawn"] = len(encoded) - len(order)
     if not order:
         raise UserError(
-            f"test: none of {len(records)} prompts has at most {longest} tokens (training.max_seq_length "
+            f"none of {len(records)} prompts has at most {longest} tokens (training.max_seq_length "
             "minus evaluation.max_new_tokens)"
         )
     return [encoded[i] for i in order], counts | {"kept": len(order)}
@@ -146,7 +146,10 @@ def cuts_of(examples):
 
 
 def preferences(net, records, tokenizer, limit):
-    """Loss per byte of the data's answers and, where there are pairs, which of the two answers is more likely."""
+    """Loss per byte of the data's answers and, where there are pairs, which of the two answers is more likely.
+
+    As soon as one record has a rejected answer, records without one do not count, not even in the loss.
+    """
     if any(record["rejected"] is not None for record in records):
         pairs, _ = data.encode_pairs(records, tokenizer, limit)
         rows = [pair[side] for pair in pairs for side in ("chosen", "rejected")]

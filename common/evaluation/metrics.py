@@ -166,7 +166,7 @@ def score(task, records, texts):
     task = tasks.load(task)
     require(task)
     if len(records) != len(texts) or not texts:
-        raise ValueError(f"expected one text a record, got {len(texts)} texts for {len(records)} records")
+        raise ValueError(f"expected one text per record, got {len(texts)} texts for {len(records)} records")
     rows = [_any_task(text) for text in texts]
     if task.statistics:
         rows = [_of_task(task, record, text) | row for record, text, row in zip(records, texts, rows, strict=True)]

@@ -21,7 +21,7 @@ from common.log import UserError
 from common.runtime import cache
 
 DECODING = ("max_new_tokens", "temperature", "top_p", "samples", "metric", "drift")  # of section evaluation
-DATA = "data's answer"  # the floor that is none: what the data has for an answer
+DATA = "data's answer"  # listed with the floors, but no rival of the judge: the data's own answer
 
 
 @dataclass

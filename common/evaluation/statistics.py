@@ -56,9 +56,10 @@ def compare(a, b, value, draws, seed=0):
 
     Seeds are paired one to one; a single one meets every seed of the other. low and high are those of `interval`.
     p: in paired randomisation each item is swapped between the systems with probability 1/2, with all its seeds, as if
-    it did not matter who answered (Noreen 1989; Riezler and Maxwell 2005). That speaks of these trained models. With
-    several seeds p is at least that of the bootstrap, twice the smaller tail, so that luck with seeds is seldom taken
-    for a difference; with three it still may be, as few seeds vary too little. A nan is never evidence.
+    it did not matter who answered (Noreen 1989; Riezler and Maxwell 2005). So p says something about these trained
+    models only, not about the method that trained them. With several seeds p is at least that of the bootstrap, twice
+    the smaller tail, so that luck with seeds is seldom taken for a difference; with three it still may be, as few seeds
+    vary too little. A draw whose value is nan never counts as evidence of a difference.
     ValueError: other items, or seeds that cannot be paired.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)

@@ -218,8 +218,8 @@ def show(
     width, colour = shutil.get_terminal_size((100, 24)).columns, sys.stdout.isatty()
     for example in examples:
         say("-" * width)
-        mark = f"{GREEN}green{PLAIN}" if colour else "[[so]]"
-        say(f"{example['id']}: {len(example['ids'])} tokens, {sum(example['mask'])} trained, {mark}")
+        mark = f"in {GREEN}green{PLAIN}" if colour else "in [[ ]]"
+        say(f"{example['id']}: {len(example['ids'])} tokens, {sum(example['mask'])} of them trained, shown {mark}")
         say(token_view(tokenizer, example, colour))
         wrong = [] if example.get("sampled") else check_example(example)  # a sample holds what it holds
         if wrong:

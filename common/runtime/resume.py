@@ -1,4 +1,4 @@
-"""What a run needs to go on bit for bit: where to resume, what must not have changed, optimizer state, random numbers.
+"""What a run needs to go on bit for bit: the folder to resume from, what must not change, random numbers, signals.
 
 Random numbers are a function of (seed, step, rank), set anew before every step, so no generator's state is ever saved
 and a fork that draws its own numbers inside a step resumes exactly too.

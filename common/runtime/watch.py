@@ -15,19 +15,19 @@ import torch
 WATCHED = ("reward", "length", "distinct_bigrams")  # and each component of the reward
 BEYOND = 2.0  # deviations of single good answers that a mean of answers cannot honestly reach
 BEGIN = 32  # tokens of an answer
-WINDOW = 8  # steps of the first window and of the last; no word before the two are apart
+WINDOW = 8  # steps in the first window and in the last; no warning before both are full
 FALL = 0.1  # of a component: heuristics lie in [0, 1], a trained score has deviation 1
-LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios of length and of distinct bigrams that are worth a word
-FEW_GROUPS, FLAT_STEPS = 0.1, 10  # share of groups with any spread; so many steps in a row below it get a word
+LONGER, SHORTER, ALIKE = 1.5, 1 / 1.5, 0.7  # ratios, last window to first, of length and of distinct bigrams that warn
+FEW_GROUPS, FLAT_STEPS = 0.1, 10  # warn after 10 steps in a row in which rewards differed in under a tenth of groups
 ALARM = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats per token between sampler and trainer, on average
-HALF = 0.5  # of an adapter that reaches weights it is merged into
-SPIKE, RECENT, FEWEST = 10.0, 32, 4  # times the median norm of so many steps; no word before there are a few
-SLOW, SLOW_SECONDS = 5.0, 1.0  # times the median of recent steps, and longer than it by so much, is worth a word
+HALF = 0.5  # warn if less than this share of an adapter would survive merging
+SPIKE, RECENT, FEWEST = 10.0, 32, 4  # warn at over 10 times the median norm of the last 32 steps, once there are 4
+SLOW, SLOW_SECONDS = 5.0, 1.0  # warn if a step takes over 5 times the median, and over 1 s longer
 COLLAPSE = 0.5  # nats per token: chosen answers that became this much less likely
 COLLAPSED = (
     "the chosen answers themselves became {:.2f} nats per token less likely than at the start: DPO pushes both "
     "answers down, the rejected one faster, and what it pushes up instead is unknown; lower rl.learning_rate, "
-    "raise rl.dpo_beta, or hold on with rl.dpo_sft_coeff 1"
+    "raise rl.dpo_beta, or set rl.dpo_sft_coeff to 1, which also trains on the chosen answers"
 )
 
 

@@ -93,7 +93,8 @@ class Engine:
     def __init__(self, models, rows=16, slots=2048, waiting=32):
         """models: {name: (model, its adapter's name or None)}; room for `rows` requests of `slots` tokens at a time on
         each base, and for `waiting` more in line."""
-        torch.set_num_threads(torch.get_num_threads())  # a new thread's OpenMP, which oneDNN asks, has not heard of it
+        # OpenMP's number of threads is set per thread: a new thread has the default, not torch's, and oneDNN reads it
+        torch.set_num_threads(torch.get_num_threads())
         self.slots, self.limit = slots, waiting
         self.adapters = {name: adapter for name, (_, adapter) in models.items()}
         by_base = {}

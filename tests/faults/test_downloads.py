@@ -467,7 +467,10 @@ BAD = {
     "deep": ("[" * 100_000, "not a JSON record"),
     "a list": ("[1]", "expected an object, got list"),
     "a number as id": (record(id=3), "id: expected text"),
-    "no response": (without("response"), "not prompt+response as before; keys found: id, prompt, reference, rejected"),
+    "no response": (
+        without("response"),
+        "rows before have prompt+response; keys found: id, prompt, reference, rejected",
+    ),
     "null response": (record(response=None), "response: expected text"),
     "rejected": (record(rejected=["x"]), "rejected: expected text or null"),
     "reference": (record(reference=1), "reference: expected text or null"),
