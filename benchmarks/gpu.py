@@ -40,9 +40,12 @@ import torch  # noqa: E402
 import train_reward  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
+from benchmarks.graph import GraphDecoder  # noqa: E402
 from common import log, lora, model, pairs, prompts, rollouts  # noqa: E402
+from common.decoder import Decoder  # noqa: E402
 from common.runtime import checkpoint, explain, resume, tiny  # noqa: E402
 
+DECODERS = {"plain": Decoder, "captured": GraphDecoder}
 SHAPES = {
     "270m": step_1b.SHAPE | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
     "1b": step_1b.SHAPE,
@@ -368,17 +371,16 @@ def sampler(setting):
             net, _ = model.load(setting.base(shape), torch.device(setting.device), getattr(torch, dtype))
             random_adapter(net)
             plain = None
-            for captured in (False, True):
+            for kind, decoder in DECODERS.items():
                 uniforms = rollouts.uniforms(0, 0, range(rows), new)
                 ids = [[2, *range(200, 200 + n)] for n in (5, 20)]
-                out = rollouts.sample(net, ids, rows // 2, new, uniforms=uniforms, stop=(), captured=captured)
+                out = rollouts.sample(net, ids, rows // 2, new, uniforms=uniforms, stop=(), decoder_class=decoder)
                 with torch.no_grad():
                     right = model.sequence_logprobs(net, out["tokens"], out["mask"])
                 gap = (out["sampled_logprobs"] - right)[out["mask"].bool()].abs()
                 plain = plain or out["completions"]
                 same = sum(a == b for a, b in zip(plain, out["completions"], strict=True))
                 bound = judged(gap.mean(), SAMPLER_BOUND[dtype])
-                kind = "captured" if captured else "plain"
                 cells = [f"{gap.mean():.1e} ({gap.max():.1e})", bound, f"{same}/{rows}"]
                 yield f"| {shape} | {dtype} | {kind} | {' | '.join(cells)} |"
             del net
@@ -398,8 +400,8 @@ def decoding(setting):
         floor = 1000 * model.memory_bytes(net) / rate
         for rows in sizes:
             speeds = []
-            for captured in (False, True):
-                how = {"uniforms": rollouts.uniforms(0, 0, range(rows), new), "stop": (), "captured": captured}
+            for decoder in DECODERS.values():
+                how = {"uniforms": rollouts.uniforms(0, 0, range(rows), new), "stop": (), "decoder_class": decoder}
                 prompt = [[2, *range(200, 219)]]
                 seconds = best_of(setting, 3, rollouts.sample, net, prompt, rows, new, **how)
                 speeds.append(rows * new / seconds)
@@ -412,11 +414,9 @@ def synchronisations(setting):
     """Which lines made the host wait for the GPU: 16 sampled tokens of 4 rows, then one step of SFT's loss."""
     net, _ = model.load(setting.base(setting.shapes[0]), torch.device(setting.device), torch.bfloat16)
     random_adapter(net)
-    for captured in (False, True):
-        how = {"uniforms": rollouts.uniforms(0, 0, range(4), 16), "stop": (), "captured": captured}
-        yield f"- sampling, {'captured' if captured else 'plain'}: " + waits(
-            setting, rollouts.sample, net, [[2, 200]], 4, 16, **how
-        )
+    for kind, decoder in DECODERS.items():
+        how = {"uniforms": rollouts.uniforms(0, 0, range(4), 16), "stop": (), "decoder_class": decoder}
+        yield f"- sampling, {kind}: " + waits(setting, rollouts.sample, net, [[2, 200]], 4, 16, **how)
     yield "- log-probs and backward: " + waits(setting, loss_and_backward, setting, net)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from common import chat, lora
 from common.decoder import Decoder
-from common.runtime.graph import GraphDecoder
 from common.runtime.types import Gemma
 
 WIDTH = 512  # words of a block: Gemma's 262,144 are 512 blocks, so both searches are short
@@ -41,7 +40,7 @@ def sample(
     top_k: int = 0,
     stop: Sequence[int] = chat.STOP_TOKENS,
     merge: Any = "auto",
-    captured: bool = False,
+    decoder_class: type[Decoder] = Decoder,
 ) -> dict:
     """`group_size` completions of each prompt (a list of ids) -> the batch that trainers take; prompt 0's rows first.
 
@@ -51,7 +50,7 @@ def sample(
     log-probs are always those of softmax(logits / temperature).
     merge: the adapter inside the weights (True), beside them (False), or auto: inside in fp32, beside in bf16, where
     rounding swallows a young adapter (benchmarks/rollout.md).
-    captured: steps of fixed shapes, on CUDA as graphs (runtime/graph.py).
+    decoder_class: another class of decoder, as benchmarks/graph.py has one for CUDA graphs.
     """
     if not prompts or not all(prompts) or group_size < 1 or max_new_tokens < 1 or temperature <= 0:
         raise ValueError("sample needs prompts, none of them empty, and counts and a temperature above zero")
@@ -62,8 +61,7 @@ def sample(
     if merge == "auto":
         merge = model.lm_head.weight.dtype == torch.float32
     slots = max(map(len, prompts)) + max_new_tokens
-    kind = GraphDecoder if captured else Decoder
-    decoder = kind(model, min(rows, 64 if device.type == "cpu" else 256), slots, merge)
+    decoder = decoder_class(model, min(rows, 64 if device.type == "cpu" else 256), slots, merge)
     choose = functools.partial(draw, temperature=temperature, greedy=greedy, top_k=top_k, top_p=top_p)
     with torch.autocast(device.type, enabled=False):
         completions, logprobs = _generate(decoder, prompts, uniforms.cpu(), set(stop), choose)

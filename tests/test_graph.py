@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from benchmarks.graph import SLOTS, GraphDecoder
 from common import rollouts
 from common.decoder import Decoder
-from common.runtime.graph import SLOTS, GraphDecoder
 from tests.test_decoder import ids
 from tests.test_gemma import random_gemma
 
@@ -64,7 +64,9 @@ def test_steps_equal_the_plain_decoder(monkeypatch, capture):
 def test_samples_are_the_same(micro_model):
     net, _ = micro_model
     how = {"group_size": 3, "max_new_tokens": 12, "uniforms": rollouts.uniforms(0, 0, range(6), 12), "stop": range(100)}
-    plain, fixed = (rollouts.sample(net, [ids(9, 0), ids(4, 1)], captured=captured, **how) for captured in (0, 1))
+    plain, fixed = (
+        rollouts.sample(net, [ids(9, 0), ids(4, 1)], decoder_class=kind, **how) for kind in (Decoder, GraphDecoder)
+    )
     assert plain["completions"] == fixed["completions"] and len({len(row) for row in plain["completions"]}) > 1
     assert (plain["sampled_logprobs"] - fixed["sampled_logprobs"]).abs().max() < 1e-5
 
