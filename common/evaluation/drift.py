@@ -49,20 +49,15 @@ def kl_both_ways(net, base_net, items, answers, tokenizer, limit):
     place = {item.id: i for i, item in enumerate(items)}
     by_data = measure.data_answers([item.record for item in items], tokenizer, limit)
     own = measure.own_answers(items, answers)
-    modules = list(lora.lora_modules(net).values())
-    adapter = modules[0].active if modules else None
+    policy, base = (net, lora.active(net)), (base_net, None)
     stats = {}
-    for name, examples, forward in (
-        ("kl_forward", by_data, True),
-        ("kl_reverse", by_data, False),
-        ("kl_base_forward", own, True),
+    for name, examples, (first, adapter), second in (  # KL(first || second)
+        ("kl_forward", by_data, base, policy),
+        ("kl_reverse", by_data, policy, base),
+        ("kl_base_forward", own, base, policy),
     ):
-        cuts = measure.cuts_of(examples)
-        if forward:
-            with lora.using(base_net, None):
-                sums = model.exact_entropy_and_kl(base_net, net, adapter, examples, cuts)
-        else:
-            sums = model.exact_entropy_and_kl(net, base_net, None, examples, cuts)
+        with lora.using(first, adapter):
+            sums = model.exact_entropy_and_kl(first, *second, examples, measure.cuts_of(examples))
         stats[name] = np.zeros((len(items), 2))
         for example, row in zip(examples, dist.sum_tensor(sums).numpy(), strict=True):
             stats[name][place[example["id"]]] = row[1:]

@@ -145,6 +145,7 @@ def cuts_of(examples):
     return data.held_out_micro_batches(sizes, TOKENS_PER_PASS)
 
 
+@torch.no_grad()
 def preferences(net, records, tokenizer, limit):
     """Loss per byte of the data's answers and, where there are pairs, which of the two answers is more likely.
 
@@ -152,45 +153,31 @@ def preferences(net, records, tokenizer, limit):
     """
     if any(record["rejected"] is not None for record in records):
         pairs, _ = data.encode_pairs(records, tokenizer, limit)
-        rows = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
-        names = [pair["id"] for pair in pairs]
+        answers = {pair["id"]: [pair["chosen"], pair["rejected"]] for pair in pairs}
     else:
-        rows = data_answers(records, tokenizer, limit)
-        names = [row["id"] for row in rows]
-    if not rows:
+        answers = {row["id"]: [row] for row in data_answers(records, tokenizer, limit)}
+    if not answers:
         return {}
-    rows_per_item = len(rows) // len(names)
-    cuts = data.micro_batches(
-        range(dist.rank(), len(names), dist.world_size()),
-        [sum(len(row["ids"]) for row in rows[i * rows_per_item : (i + 1) * rows_per_item]) for i in range(len(names))],
-        TOKENS_PER_PASS,
-    )
-    totals = dist.sum_tensor(_logprobs(net, rows, rows_per_item, cuts)).view(-1, rows_per_item).numpy()
-    tokens = np.array([sum(row["mask"]) for row in rows], dtype=np.float64).reshape(-1, rows_per_item)
+    groups = list(answers.values())
+    totals = torch.zeros(len(groups), len(groups[0]), dtype=torch.float64)  # summed log-probs; zeros for other ranks
+    sizes = [sum(len(row["ids"]) for row in group) for group in groups]
+    for cut in data.held_out_micro_batches(sizes, TOKENS_PER_PASS):
+        tokens, mask = data.collate([row for i in cut for row in groups[i]], net.device)
+        summed = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1)
+        totals[cut] = summed.cpu().double().view(len(cut), -1)
+    totals = dist.sum_tensor(totals).numpy()
     place = {record["id"]: i for i, record in enumerate(records)}
-    stats = {"loss_per_byte": np.zeros((len(records), 2))}
-    if rows_per_item == 2:
-        stats |= {"preference": np.zeros((len(records), 2)), "preference_per_token": np.zeros((len(records), 2))}
-    for number, name in enumerate(names):
-        good = rows[number * rows_per_item]
+    names = ("loss_per_byte", "preference", "preference_per_token") if len(groups[0]) == 2 else ("loss_per_byte",)
+    stats = {name: np.zeros((len(records), 2)) for name in names}
+    for (name, group), sums in zip(answers.items(), totals, strict=True):
+        good = group[0]
         text = chat.decode(tokenizer, [token for token, m in zip(good["ids"], good["mask"]) if m])
-        stats["loss_per_byte"][place[name]] = -totals[number, 0], max(1, len(text.encode("utf-8")))
-        if rows_per_item == 2:
-            sums, means = totals[number], totals[number] / tokens[number]
+        stats["loss_per_byte"][place[name]] = -sums[0], max(1, len(text.encode("utf-8")))
+        if len(group) == 2:
+            means = sums / [sum(row["mask"]) for row in group]
             for metric, (a, b) in (("preference", sums), ("preference_per_token", means)):
                 stats[metric][place[name]] = (a > b) + 0.5 * (a == b), 1
     return stats
-
-
-@torch.no_grad()
-def _logprobs(net, rows, rows_per_item, cuts):
-    """Summed log-probs of the rows of these items (`rows_per_item` of each), zeros elsewhere -> (rows,) fp64."""
-    totals = torch.zeros(len(rows), dtype=torch.float64)
-    for cut in cuts:
-        at = [i * rows_per_item + side for i in cut for side in range(rows_per_item)]
-        tokens, mask = data.collate([rows[i] for i in at], net.device)
-        totals[at] = (model.sequence_logprobs(net, tokens, mask) * mask).sum(1).cpu().double()
-    return totals
 
 
 def merge(lines, stats):
