@@ -232,21 +232,17 @@ def generated(made: list[dict], where: str, split: str) -> list[dict]:
     """Records that a user's task made, checked as those of a file are."""
     if not isinstance(made, list) or not made:
         raise UserError(f"{where} returned {made!r:.40} for {split}, expected a list of records")
-    records, ids = [], set()
-    for i, record in enumerate(made):
+    records, places = [], {}
+    for i, row in enumerate(made):
+        here = f"{where}: record {i} of {split}"
         try:
-            if not isinstance(record, dict) or "prompt" not in record:
-                raise ValueError(f"expected a dict with a prompt, got {record!r:.40}")
-            records.append(_checked(_ours(record), record.get("id"), True))
-            name, number = records[-1]["id"], 1
-            if record.get("id") is not None and name in ids:
-                raise ValueError(f"id: {name!r:.40} was used before")
-            while records[-1]["id"] in ids:  # the hash of equal records
-                number += 1
-                records[-1]["id"] = f"{name}-{number}"
-            ids.add(records[-1]["id"])
+            if not isinstance(row, dict) or "prompt" not in row:
+                raise ValueError(f"expected a dict with a prompt, got {row!r:.40}")
+            record = _checked(_ours(row), row.get("id"), True)
         except ValueError as error:
-            raise UserError(f"{where}: record {i} of {split}: {error}") from error
+            raise UserError(f"{here}: {error}") from error
+        record["id"] = _unique(record["id"], here, places, may_repeat=row.get("id") is None)
+        records.append(record)
     return records
 
 
@@ -278,7 +274,7 @@ def _unique(name, where, places, may_repeat):
     """The id with its place. Equal ids of our own shape are refused; hashes and the ids of others get a number."""
     if name in places and not may_repeat:
         path, _, line = places[name].rpartition(":")
-        earlier = f"line {line}" if where.startswith(f"{path}:") else places[name]
+        earlier = f"line {line}" if line.isdecimal() and where.startswith(f"{path}:") else places[name]
         raise UserError(f"{where}: id {name!r} was used in {earlier}")
     first, number = name, 1
     while name in places:

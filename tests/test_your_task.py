@@ -89,7 +89,7 @@ def test_the_weights_and_the_help_know_its_parts(tmp_path, page, capsys):
         (
             '    return generate(draw, "mine", split, count, seed)',
             "    return [{'id': 'a', 'prompt': w, 'response': 'x', 'reference': 'x'} for w in ('a', 'b')]",
-            ("synthetic: record 1 of train: id: 'a' was used before",),
+            ("synthetic: record 1 of train: id 'a' was used in", "synthetic: record 0 of train"),
         ),
     ],
     ids=["no TASK", "exits", "2", "no records", "no list", "arguments", "bad record", "an id twice"],
