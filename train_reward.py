@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from common import chat, data, dist, log, lora, losses, model, optim, preferences, reward_model, stats, tasks
+from common import chat, data, dist, log, losses, model, optim, preferences, reward_model, roles, stats, tasks
 from common import pairs as preference_pairs
 from common import rewards as heuristics
 from common.log import UserError, command, say
@@ -208,13 +208,7 @@ def main(argv=None):
     run = Run(cfg, job, "reward", PANELS)
 
     # --- model: an adapter on the frozen base, and a scalar head
-    net, tokenizer = model.load(run.base_folder, run.device, run.dtype, quantize=peft.peft_type == "qlora")
-    torch.manual_seed(cfg.seed)
-    if peft.adapter:
-        model.load_adapter(net, ADAPTER, peft.adapter)
-        say(f"starting from {peft.adapter}, whose sizes the adapter takes")
-    else:
-        lora.inject(net, ADAPTER, peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
+    net, tokenizer, *_ = roles.load_policy(run.base_folder, run.device, run.dtype, peft, cfg.seed, ADAPTER)
     head = reward_model.new_head(net.config.hidden_size, run.device)
     named = reward_model.parameters(net, ADAPTER, head)
     parameters = list(named.values())

@@ -228,11 +228,6 @@ def read_config(text: str) -> tuple[int, float, list[str], float]:
     return rank, float(alpha), [str(target) for target in targets], float(dropout)
 
 
-def load_adapter_state(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    """Fill adapter `name` from PEFT-named tensors; ValueError as `fill`."""
-    fill(adapter_parameters(model, name), tensors)
-
-
 @torch.no_grad()
 def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Put tensors into the parameters of their names; ValueError names what is missing, unknown or of another shape."""

@@ -325,10 +325,11 @@ def load_adapter(
         alpha *= scale
         tensors = load_file(folder / "adapter_model.safetensors")
         lora.inject(model, name, rank, alpha, targets, dropout)
-        lora.load_adapter_state(model, name, tensors)
+        parameters = lora.adapter_parameters(model, name)
+        lora.fill(parameters, tensors)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder} cannot be used ({error})") from error
-    for parameter in lora.adapter_parameters(model, name).values():
+    for parameter in parameters.values():
         parameter.requires_grad_(trainable)
     return rank, alpha, targets
 
@@ -384,6 +385,7 @@ def save(model: Gemma, tokenizer: Tokenizer, folder: Path | str, adapter: str | 
 def restore(model: Gemma, adapter: str | None, folder: Path | str) -> None:
     """Put back, bit for bit, what `save` wrote into a step folder, into a model of the same shape."""
     if adapter:
-        lora.load_adapter_state(model, adapter, load_file(Path(folder) / "adapter_model.safetensors"))
+        named = lora.adapter_parameters(model, adapter)
+        lora.fill(named, load_file(Path(folder) / "adapter_model.safetensors"))
     else:
         lora.fill(dict(model.named_parameters()), load_file(Path(folder) / "model.safetensors"))

@@ -55,12 +55,8 @@ def scores(net: Gemma, head: Parameter, tokens: Tensor, mask: Tensor) -> Tensor:
 
 def values(net: Gemma, head: Parameter, tokens: Tensor, mask: Tensor) -> Tensor:
     """V before each token where mask is 1, else 0 -> (B, T-1) fp32: a critic reads the state before the token."""
-    kept = mask.bool()
-    if not kept.any():
-        return torch.zeros(mask.shape, device=tokens.device)
-    hidden, index = model.sequence_hidden(net, tokens, mask)
-    target_values = (hidden[index[:, :-1][kept]].float() * head).sum(-1)
-    return torch.zeros(mask.shape, device=tokens.device).masked_scatter(kept, target_values)
+    hidden, _ = model.target_states(net, tokens, mask)
+    return model.spread((hidden.float() * head).sum(-1), mask)
 
 
 @torch.no_grad()
@@ -95,7 +91,7 @@ def restore(net: Gemma, name: str, head: Parameter, folder: Path | str) -> dict:
     """Put back, bit for bit, what `save` wrote, into adapter and head of the same shape; returns its reward_stats."""
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     head.copy_(tensors.pop(HEAD))
-    lora.load_adapter_state(net, name, tensors)
+    lora.fill(lora.adapter_parameters(net, name), tensors)
     return json.loads((Path(folder) / "reward.json").read_text())
 
 
@@ -105,8 +101,7 @@ def load(net: Gemma, name: str, folder: Path | str, fingerprint: str) -> tuple[P
     `fingerprint` is that of the base in `net`: a reward model belongs to the base it was trained on. UserError if the
     folder is none of ours or does not fit. The adapter that was active stays so.
     """
-    folder, modules = Path(folder), lora.lora_modules(net)
-    active = next(iter(modules.values())).active if modules else None
+    folder, active = Path(folder), lora.active(net)
     key = "evaluation.reward_checkpoint" if name == "judge" else "reward.checkpoint"
     checkpoint.verify(folder, optional=True)
     base.check_adapter(folder, key)

@@ -59,7 +59,7 @@ class Roles:
 
 
 def load_policy(
-    folder: str, device: torch.device, dtype: torch.dtype, peft: Config, seed: int
+    folder: str, device: torch.device, dtype: torch.dtype, peft: Config, seed: int, name: str = "policy"
 ) -> tuple[Gemma, Tokenizer, str | None, dict[str, Parameter]]:
     """(net, tokenizer, adapter's name or None, {name: parameter to train}) by section `model` of the config.
 
@@ -77,11 +77,11 @@ def load_policy(
         net.requires_grad_(True)
         return net, tokenizer, None, dict(net.named_parameters())
     if peft.adapter:
-        model.load_adapter(net, "policy", peft.adapter)
+        model.load_adapter(net, name, peft.adapter)
         say(f"starting from {peft.adapter}, whose sizes the adapter takes")
     else:
-        lora.inject(net, "policy", peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
-    return net, tokenizer, "policy", lora.adapter_parameters(net, "policy")
+        lora.inject(net, name, peft.peft_rank, peft.peft_alpha, peft.peft_target_modules, peft.peft_dropout)
+    return net, tokenizer, name, lora.adapter_parameters(net, name)
 
 
 def build(

@@ -103,10 +103,6 @@ def read(row: dict, where: str, index: int) -> Row | str:
     return Row(number, question(f"{task}\n\n{dialogue}"), summary)
 
 
-def synthetic(split: str, count: int, seed: int = 0) -> list[dict]:
-    return generate(draw, "clinical", split, count, seed)
-
-
 TASK = Task(
     name="clinical",
     parts={
@@ -128,7 +124,7 @@ TASK = Task(
     headline=("rougeL",),
     library="rouge_score",
     floors=floors,
-    synthetic=synthetic,
+    synthetic=lambda split, count, seed: generate(draw, "clinical", split, count, seed),
     files={
         "test": File(
             MTS + "TestSet-1-MEDIQA-Chat-2023.csv", "b4d38dd2c99b2e9860099abcf653f1e0f3e9b69f9fcc45be2a2699b37a4d2f37"

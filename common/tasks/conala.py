@@ -136,10 +136,6 @@ def read(row: dict, where: str, index: int) -> Row | str:
     return Row(f"{number}-{index}", question(f"{task}\n\n{intent}"), snippet)
 
 
-def synthetic(split: str, count: int, seed: int = 0) -> list[dict]:
-    return generate(draw, "conala", split, count, seed)
-
-
 TASK = Task(
     name="conala",
     parts={
@@ -159,7 +155,7 @@ TASK = Task(
     headline=("bleu",),
     library="sacrebleu",
     floors=floors,
-    synthetic=synthetic,
+    synthetic=lambda split, count, seed: generate(draw, "conala", split, count, seed),
     files={
         "test": File(CONALA + "#conala-corpus/conala-test.json"),
         "train": File(CONALA + "#conala-corpus/conala-train.json"),

@@ -48,10 +48,6 @@ def draw(rng, split):
     return question(f"{INSTRUCTION}\n\n{problem}"), good, bad
 
 
-def synthetic(split: str, count: int, seed: int = 0) -> list[dict]:
-    return generate(draw, "gsm8k", split, count, seed)
-
-
 def read(row: dict, where: str, index: int) -> Row | str:
     """The solution without the calculator's annotations; the reference is the number after ####."""
     problem, answer = text_of(row, "question", where).strip(), text_of(row, "answer", where)
@@ -82,7 +78,7 @@ TASK = Task(
     correct="exact",
     vote=vote,
     floors=floors,
-    synthetic=synthetic,
+    synthetic=lambda split, count, seed: generate(draw, "gsm8k", split, count, seed),
     files={
         "test": File(DATA + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
         "train": File(DATA + "train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),

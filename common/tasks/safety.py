@@ -156,10 +156,6 @@ def read(row: dict, where: str, index: int) -> Row | str:
     return Row(str(index), chosen[:-1], answer, rejected_answer, flag=flag)
 
 
-def synthetic(split: str, count: int, seed: int = 0) -> list[dict]:
-    return generate(draw, "safety", split, count, seed, pairs=True)
-
-
 HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/"
 TASK = Task(
     name="safety",
@@ -201,7 +197,7 @@ TASK = Task(
     statistics=statistics,
     library="rouge_score",
     floors=floors,
-    synthetic=synthetic,
+    synthetic=lambda split, count, seed: generate(draw, "safety", split, count, seed, pairs=True),
     files={
         "test": File(HH + "test.jsonl.gz", "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03"),
         "train": File(HH + "train.jsonl.gz"),
