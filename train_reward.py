@@ -120,7 +120,7 @@ def load_pairs(run, net, tokenizer, explain_only):
     if paired or tasks.load(cfg.task).has_pairs:
         return records
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
-    key = resume.fingerprint([run.start_key[:4], sampling, cfg.seed, tasks.fingerprint(cfg.task), records])
+    key = resume.fingerprint([run.start_key, sampling, cfg.seed, tasks.fingerprint(cfg.task), records])
     if explain_only:  # one batch is enough, and it leaves nothing in the cache
         records, key = {split: rows[: cfg.training.batch_size] for split, rows in records.items()}, None
 
