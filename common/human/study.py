@@ -94,7 +94,13 @@ def write(items, systems, path, num_samples=200, seed=None):
         )
     mark = hashlib.sha256(json.dumps([items, systems, count, seed], default=str).encode()).hexdigest()[:6]
     blind_rows, key_rows = _tables(items, rows, mark, seed)
-    save({key_path(path): key_rows, path: blind_rows})  # the key first: a blind file without one would be worthless
+    try:
+        save(key_path(path), key_rows)  # the key first: a blind file without one would be worthless
+        save(path, blind_rows)
+    except BaseException:
+        for file in (path, key_path(path)):
+            file.unlink(missing_ok=True)
+        raise
     return {"items": count, "duplicates": kinds["duplicate"], "checks": kinds["check"], "seed": seed}
 
 
@@ -318,27 +324,12 @@ def _risky(text):
     return unicodedata.normalize("NFKC", first)[:1] in ("=", "+", "-", "@", "\u2212")
 
 
-def save(files):
-    """Write {path: rows of texts} as CSV, all files or none; UserError if one cannot be written."""
-    drafts = {path: path.with_name(f".tmp-{path.name}-{os.getpid()}") for path in files}
-    placed, target = [], None
-    try:
-        for target, draft in drafts.items():
-            with open(draft, "w", encoding="utf-8-sig", newline="") as file:
-                writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-                writer.writerows([neutralise(text) for text in row] for row in files[target])
-                file.flush()
-                log.fsync(file.fileno())
-        for target, draft in drafts.items():
-            os.replace(draft, target)
-            placed.append(target)
-            checkpoint.fsync(target.parent)
-    except BaseException as error:
-        for path in (*drafts.values(), *placed):
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
-        raise
+def save(path, rows):
+    """Write rows of texts as a CSV file, whole or not at all; UserError if it cannot be written."""
+    cells = io.StringIO(newline="")
+    csv.writer(cells, quoting=csv.QUOTE_ALL).writerows([neutralise(text) for text in row] for row in rows)
+    log.replace(path, "\ufeff" + cells.getvalue())
+    checkpoint.fsync(path.parent)
 
 
 def text_of(path, data=None):
