@@ -39,7 +39,7 @@ from common.runtime import checkpoint
 
 SLOTS, WIDTHS = "ABCD", ("AB", "ABC", "ABCD")
 KINDS = ("item", "duplicate", "check")
-KEY = ("item_id", "slot", "system", "kind", "trap", "original", "source", "characters", "digest", "seed")
+KEY = ["item_id", "slot", "system", "kind", "trap", "original", "source", "characters", "digest", "seed"]
 LONGEST_CELL = 2**31 - 1  # csv's own limit is 131,072 characters; the largest that every platform takes
 
 
@@ -51,7 +51,7 @@ class Row:
     source: int
     systems: list
     texts: list
-    trap: int | None = None  # the slot of the shuffled answer of a check
+    trap: str | None = None  # the slot of the shuffled answer of a check
 
 
 def generate_manifest(prompts, references, sft_outputs, rl_outputs, staged_outputs, output_path, num_samples=200):
@@ -83,17 +83,28 @@ def write(items, systems, path, num_samples=200, seed=None):
         raise UserError(f"{path}: num_samples must be at least 1, not {num_samples}")
     seed = secrets.randbits(48) if seed is None else seed
     count = min(num_samples, len(items))
-    rows = _plan(systems, count, np.random.default_rng(seed))
+    checks = max(2, round(0.05 * count))
+    rows = _plan(systems, count, checks, np.random.default_rng(seed))
     kinds = Counter(row.kind for row in rows)
     if count < num_samples:
         say(f"{path}: only {count} items were given, so all are in the study ({num_samples} were asked for)")
-    if kinds["check"] < _checks_wanted(count):
-        say(
-            f"{path}: {kinds['check']} attention checks instead of {_checks_wanted(count)}: a check shuffles the words "
-            "of an answer, and too few answers have five different words"
-        )
+    if kinds["check"] < checks:
+        few = "a check shuffles the words of an answer, and too few answers have five different words"
+        say(f"{path}: {kinds['check']} attention checks instead of {checks}: {few}")
     mark = hashlib.sha256(json.dumps([items, systems, count, seed], default=str).encode()).hexdigest()[:6]
-    blind_rows, key_rows = _tables(items, rows, mark, seed)
+    has_task, item_ids = any(item.get("task") for item in items), {}
+    blind_rows, key_rows = [_columns(has_task, len(systems))], [KEY]
+    for number, row in enumerate(rows, 1):
+        item, item_id = items[row.source], f"{mark}-item-{number:0{len(str(len(rows)))}d}"
+        if row.kind == "item":
+            item_ids[row.source] = item_id
+        task = [item.get("task") or ""] if has_task else []
+        blind_rows.append([item_id, *task, item["prompt"], item.get("reference") or "", *row.texts])
+        original = item_ids[row.source] if row.kind == "duplicate" else ""
+        for slot, system, text in zip(SLOTS, row.systems, row.texts, strict=False):
+            trap = "1" if slot == row.trap else ""
+            cells = (system, row.kind, trap, original, row.source, len(text), digest(text), seed)
+            key_rows.append([item_id, slot, *map(str, cells)])
     try:
         save(key_path(path), key_rows)  # the key first: a blind file without one would be worthless
         save(path, blind_rows)
@@ -135,36 +146,31 @@ def _check_texts(path, items, systems):
     if not items or not 2 <= len(systems) <= len(SLOTS) or "" in systems:
         given = f"{len(items)} items and the systems {', '.join(map(repr, systems))}"
         raise UserError(f"{path}: a study needs items and two to four named systems, these are {given}")
-    texts = {"prompt": [item.get("prompt") for item in items]}
-    texts |= {column: [item.get(column) or "" for item in items] for column in ("reference", "task")}
-    for name, values in systems.items():
-        if len(values) != len(items):
-            raise UserError(f"{path}: {len(items)} items, but {len(values)} answers of {name}")
-        texts[f"answer of {name}"] = values
-    for column, values in texts.items():
-        for index, value in enumerate(values):
-            if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
-                raise UserError(f"{path}: item {index}, {column}: no text that UTF-8 can hold: {value!r:.60}")
+    for name, answers in systems.items():
+        if len(answers) != len(items):
+            raise UserError(f"{path}: {len(items)} items, but {len(answers)} answers of {name}")
+    for index, item in enumerate(items):
+        texts = {"prompt": item.get("prompt"), **{name: item.get(name) or "" for name in ("reference", "task")}}
+        texts |= {f"answer of {name}": answers[index] for name, answers in systems.items()}
+        for column, text in texts.items():
+            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+                raise UserError(f"{path}: item {index}, {column}: no text that UTF-8 can hold: {text!r:.60}")
 
 
-def _checks_wanted(count):
-    return max(2, round(0.05 * count))
-
-
-def _plan(systems, count, rng):
+def _plan(systems, count, checks, rng):
     """The rows of a study in their order."""
     names = list(systems)
-    sources = rng.permutation(len(systems[names[0]]))
+    sources = rng.permutation(len(systems[names[0]])).tolist()
     orders = list(itertools.permutations(names))
     blocks = [orders[i] for _ in range(math.ceil(count / len(orders))) for i in rng.permutation(len(orders))]
-    plans = [("item", int(source), order) for source, order in zip(sources[:count], blocks[:count], strict=True)]
+    plans = [("item", source, order) for source, order in zip(sources[:count], blocks[:count], strict=True)]
     for index in rng.choice(count, max(1, round(0.1 * count)), replace=False):
         _, source, order = plans[index]
         shift = rng.integers(1, len(names))  # every system moves
         plans.append(("duplicate", source, (*order[shift:], *order[:shift])))
     rows = [Row(kind, source, order, [systems[name][source] for name in order]) for kind, source, order in plans]
-    checks = (_check(systems, int(source), rng) for source in sources[::-1])  # first those that are no items
-    rows += itertools.islice((row for row in checks if row), _checks_wanted(count))
+    made = (_check(systems, source, rng) for source in sources[::-1])  # first those that are no items
+    rows += itertools.islice(filter(None, made), checks)
     rows = [rows[i] for i in rng.permutation(len(rows))]
     place = {row.source: i for i, row in enumerate(rows) if row.kind == "item"}
     for i, row in enumerate(rows):
@@ -176,7 +182,7 @@ def _plan(systems, count, rng):
 def _check(systems, source, rng):
     """A check row, or None where no answer can be shuffled. The answer itself stays in another slot, so that no rater
     who reads can find the shuffled one better, as he might a shuffled refusal beside a harmful answer."""
-    for name in map(str, rng.permutation(list(systems))):
+    for name in rng.permutation(list(systems)).tolist():
         shuffled = _shuffle_words(systems[name][source], rng)
         if shuffled is not None:
             others = [other for other in systems if other != name]
@@ -184,7 +190,7 @@ def _check(systems, source, rng):
             answers = [(other, systems[other][source]) for other in systems if other != dropped] + [(name, shuffled)]
             order = rng.permutation(len(answers)).tolist()
             shown_systems, texts = zip(*(answers[i] for i in order), strict=True)
-            return Row("check", source, shown_systems, texts, trap=order.index(len(answers) - 1))
+            return Row("check", source, shown_systems, texts, trap=SLOTS[order.index(len(answers) - 1)])
     return None
 
 
@@ -199,26 +205,9 @@ def _shuffle_words(text, rng):
     return None
 
 
-def _tables(items, rows, mark, seed):
-    """(lines of the blind file, lines of the key), their headers first."""
-    has_task = any(item.get("task") for item in items)
-    blind_rows, key_rows, item_ids = [_blind_columns(has_task, SLOTS[: len(rows[0].texts)])], [KEY], {}
-    for number, row in enumerate(rows, 1):
-        item, item_id = items[row.source], f"{mark}-item-{number:0{len(str(len(rows)))}d}"
-        if row.kind == "item":
-            item_ids[row.source] = item_id
-        original = item_ids[row.source] if row.kind == "duplicate" else ""
-        task = [item.get("task") or ""] if has_task else []
-        blind_rows.append([item_id, *task, item["prompt"], item.get("reference") or "", *row.texts])
-        for place, (system, text) in enumerate(zip(row.systems, row.texts, strict=True)):
-            trap = "1" if place == row.trap else ""
-            cells = (system, row.kind, trap, original, row.source, len(text), digest(text), seed)
-            key_rows.append([item_id, SLOTS[place], *map(str, cells)])
-    return blind_rows, key_rows
-
-
-def _blind_columns(has_task, slots):
-    return ["item_id", *["task"] * has_task, "prompt", "reference", *(f"response_{slot}" for slot in slots)]
+def _columns(has_task, systems):
+    """Those of a blind file of so many systems."""
+    return ["item_id", *["task"] * has_task, "prompt", "reference", *(f"response_{slot}" for slot in SLOTS[:systems])]
 
 
 def digest(text):
@@ -232,7 +221,7 @@ def read_manifest(path):
     """{item_id: {"slots": "ABC", "task", "prompt", "reference", "answers": {slot: text}}} in the order of the file."""
     columns, rows = read_csv(path)
     slots = "".join(name.removeprefix("response_") for name in columns if name.startswith("response_"))
-    if slots not in WIDTHS or columns != _blind_columns("task" in columns, slots):
+    if slots not in WIDTHS or columns != _columns("task" in columns, len(slots)):
         raise UserError(f"{path}, line 1: a blind file has other columns than {', '.join(columns)}")
     items = {}
     for line, row in rows:
@@ -251,7 +240,7 @@ def read_key(path):
     """{item_id: {"slots": "ABC", "kind", "original", "source", "seed", "trap": slot or None, and by slot "systems",
     "characters" and "digests"}} in the order of the file; UserError names the line."""
     columns, rows = read_csv(path)
-    if tuple(columns) != KEY:
+    if columns != KEY:
         raise UserError(f"{path}, line 1: a key's columns are {', '.join(KEY)}")
     entries = {}
     for line, row in rows:
