@@ -37,8 +37,7 @@ from common import log
 from common.log import UserError, say
 from common.runtime import checkpoint
 
-SLOTS, WIDTHS = "ABCD", ("AB", "ABC", "ABCD")
-KINDS = ("item", "duplicate", "check")
+SLOTS, KINDS = "ABCD", ("item", "duplicate", "check")
 KEY = ["item_id", "slot", "system", "kind", "trap", "original", "source", "characters", "digest", "seed"]
 LONGEST_CELL = 2**31 - 1  # csv's own limit is 131,072 characters; the largest that every platform takes
 
@@ -220,18 +219,15 @@ def digest(text):
 def read_manifest(path):
     """{item_id: {"slots": "ABC", "task", "prompt", "reference", "answers": {slot: text}}} in the order of the file."""
     columns, rows = read_csv(path)
-    slots = "".join(name.removeprefix("response_") for name in columns if name.startswith("response_"))
-    if slots not in WIDTHS or columns != _columns("task" in columns, len(slots)):
+    if columns not in [_columns(has_task, systems) for has_task in (False, True) for systems in (2, 3, 4)]:
         raise UserError(f"{path}, line 1: a blind file has other columns than {', '.join(columns)}")
     items = {}
     for line, row in rows:
-        if not row["item_id"] or row["item_id"] in items:
-            raise UserError(f"{path}, line {line}: item_id {row['item_id']!r} is empty or stands twice")
-        items[row["item_id"]] = {
-            "slots": slots,
-            **{name: row[name] for name in ("task", "prompt", "reference") if name in row},
-            "answers": {slot: row[f"response_{slot}"] for slot in slots},
-        }
+        item_id = row.pop("item_id")
+        if not item_id or item_id in items:
+            raise UserError(f"{path}, line {line}: item_id {item_id!r} is empty or stands twice")
+        answers = {name[-1]: row.pop(name) for name in columns if name.startswith("response_")}
+        items[item_id] = row | {"slots": "".join(answers), "answers": answers}
     _check_marks(path, items)
     return items
 
@@ -257,9 +253,9 @@ def read_key(path):
         entry["systems"][slot], entry["digests"][slot] = row["system"], row["digest"]
         entry["characters"][slot] = int(row["characters"])
     for item, entry in entries.items():
-        first = entries.get(entry["original"], {}).get("kind")
-        fits = (entry["kind"] == "check") == (entry["trap"] is not None)
-        if not fits or entry["slots"] not in WIDTHS or (entry["kind"] == "duplicate") != (first == "item"):
+        is_check, is_duplicate = entry["kind"] == "check", entry["kind"] == "duplicate"
+        repeats = entries.get(entry["original"], {}).get("kind") == "item"
+        if len(entry["slots"]) < 2 or is_check != bool(entry["trap"]) or is_duplicate != repeats:
             facts = ", ".join(f"{name} {entry[name]!r}" for name in ("slots", "kind", "trap", "original"))
             raise UserError(f"{path}: item {item} is damaged: {facts}")
         entry["source"] = int(entry["source"])
@@ -281,13 +277,11 @@ def mark_of(item_id):
 
 def _check_marks(path, items):
     """UserError if a file holds items of several studies; a warning where its items carry no mark."""
-    first = {}
-    for item in items:
-        first.setdefault(mark_of(item), item)
-    if len(first) > 1:
-        item, other = list(first.values())[:2]
+    of_mark = {mark_of(item): item for item in reversed(items)}  # the first of each
+    if len(of_mark) > 1:
+        item, other, *_ = of_mark.values()
         raise UserError(f"{path}: {item!r:.80} and {other!r:.80} are items of two studies: one file for each is needed")
-    if "" in first:
+    if "" in of_mark:
         say(f"{path}: its items carry no study mark, as it is of an earlier version: use it with its own ratings only")
 
 
@@ -307,10 +301,8 @@ def restore(cell):
 def _risky(text):
     """Does it start with a tab, a line end or an apostrophe, or is its first character after spaces and control
     characters = + - @ or a Unicode form of them?"""
-    if text.startswith(("'", "\t", "\r", "\n")):
-        return True
     first = next((c for c in text if unicodedata.category(c)[0] not in "ZC"), "")  # separators, control and format
-    return unicodedata.normalize("NFKC", first)[:1] in ("=", "+", "-", "@", "\u2212")
+    return text.startswith(("'", "\t", "\r", "\n")) or unicodedata.normalize("NFKC", first)[:1] in set("=+-@\u2212")
 
 
 def save(path, rows):
@@ -342,29 +334,28 @@ def read_csv(path, from_spreadsheet=False):
     """
     text = text_of(path)
     header = next((line for line in text.splitlines() if line.strip(",;\t ")), "")
-    separator = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows, columns, line = [], None, 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    columns, rows, line = [], [], 1
     limit = csv.field_size_limit(LONGEST_CELL)  # of the whole process
     try:
         for row in reader:
-            filled = next((i for i in range(len(row), 0, -1) if row[i - 1].strip()), 0)  # cells up to the last text
-            is_blank = not filled if from_spreadsheet or columns is None else not row
-            if columns is None and not is_blank:
-                columns = [name.strip() for name in row[:filled]]
+            while row and not row[-1].strip() and (from_spreadsheet or len(row) > len(columns)):
+                row.pop()
+            if not columns:
+                columns = [name.strip() for name in row]
                 names = [name.lower() for name in columns if name]
                 if len(set(names)) < len(names):
                     raise UserError(f"{path}, line {line}: a column stands twice in {columns}")
-            elif not is_blank:
-                if filled > len(columns) or (len(row) < len(columns) and not from_spreadsheet):
+            elif row:
+                cells = row + [""] * (len(columns) - len(row) if from_spreadsheet else 0)
+                if len(cells) != len(columns):
                     raise UserError(f"{path}, line {line}: {len(row)} cells, but {len(columns)} columns")
-                cells = row[: len(columns)] + [""] * (len(columns) - len(row))
-                rows.append((line, {name: restore(cell) for name, cell in zip(columns, cells, strict=True)}))
+                rows.append((line, dict(zip(columns, map(restore, cells), strict=True))))
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: no valid CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
-    if columns is None:
+    if not columns:
         raise UserError(f"{path}, line 1: empty, a header is needed")
     return columns, rows
