@@ -119,20 +119,11 @@ def key_path(path):
     path = Path(path)
     if path.suffix != ".csv" or path.name.endswith(".key.csv"):
         raise UserError(f"{path}: a blind file is named NAME.csv, its key NAME.key.csv")
-    return path.with_name(f"{path.stem}.key.csv")
-
-
-def blind_path(key):
-    """The blind file that lies beside a key: NAME.key.csv -> NAME.csv."""
-    path = Path(key)
-    if not path.name.endswith(".key.csv"):
-        raise UserError(f"{key}: a key is named NAME.key.csv, the blind file beside it NAME.csv")
-    return path.with_name(path.name.removesuffix(".key.csv") + ".csv")
+    return path.with_suffix(".key.csv")
 
 
 def check_free(path):
     """UserError where a study may not be written: its files are there, or the ratings of an earlier one."""
-    path = Path(path)
     for taken in (path, key_path(path), path.with_suffix(".ratings.jsonl")):
         if os.path.lexists(taken):
             raise UserError(
