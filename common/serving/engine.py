@@ -27,13 +27,6 @@ PATIENCE = 3  # steps in a row that may fail before the engine gives up
 GENERATE_SECONDS = 600  # of an answer
 
 
-class Busy(Refused):
-    """No room in the queue."""
-
-    def __init__(self, seconds):
-        super().__init__(429, "too many requests wait", Retry_After=seconds)
-
-
 class Stopped(Refused):
     """The engine's thread has ended: nothing is decoded any more."""
 
@@ -108,7 +101,7 @@ class Engine:
         self.thread.start()
 
     def submit(self, requests):
-        """Take all of these requests or none. Busy if they do not fit into the queue, Stopped if nothing runs."""
+        """Take all of these requests or none. Refused if they do not fit into the queue, Stopped if nothing runs."""
         for request in requests:
             if len(request.ids) + request.max_tokens > self.slots:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens, more than {self.slots}")
@@ -120,10 +113,11 @@ class Engine:
             self.lock.notify()
 
     def check_room(self, count):
-        """Busy if `count` requests more would not be taken now."""
+        """Refused if `count` requests more would not be taken now."""
         rows, (running, waiting) = sum(group.rows for group in self.groups), self.in_flight()
         if running + waiting + count > self.limit + rows:
-            raise Busy(1 + waiting // max(1, rows))  # seconds, if an answer took one
+            seconds = 1 + waiting // max(1, rows)  # if an answer took one
+            raise Refused(429, "too many requests wait", Retry_After=seconds)
 
     def cancel(self, requests):
         """Stop these at the next token; nothing is emitted for them any more."""
