@@ -241,8 +241,6 @@ async def requests_of(app, dialogues, asked):
     app.engine.check_room(len(dialogues))  # before the work of tokenising
     tokenizer, context, requests = app.tokenizers[asked["model"]], app.engine.slots, []
     for name, turns in dialogues.items():
-        if len(turns) > context:
-            raise too_long(f"{name} has {len(turns)} turns, too many for {context} tokens", name)
         try:
             ids = await asyncio.to_thread(chat.encode_prompt, tokenizer, turns)
         except ValueError as error:
@@ -250,13 +248,10 @@ async def requests_of(app, dialogues, asked):
         wanted = asked["max_tokens"] or max(1, context - len(ids))
         if len(ids) + wanted > context:
             numbers = f"{name} has {len(ids)} tokens and max_tokens is {wanted}"
-            raise too_long(f"{numbers}: together more than the context of {context}", name)
+            message = f"{numbers}: together more than the context of {context}"
+            raise Refused(400, message, name, "context_length_exceeded")
         requests.append(Request(ids, **asked | {"max_tokens": wanted}))
     return requests
-
-
-def too_long(message, param):
-    return Refused(400, message, param, "context_length_exceeded")
 
 
 async def texts_of(app, call, requests, stops=()):
