@@ -480,6 +480,7 @@ def test_H10_a_token_guards_all_but_the_pages_and_health(tmp_path, micro_folder)
                 ("POST", "/rate"),
                 ("GET", "/rate/items?rater=a"),
                 ("GET", "/nothing"),
+                ("DELETE", "/"),
             ):
                 found = ask(one, method, path, body if method == "POST" else None, given)
                 assert (found.status, found.headers["WWW-Authenticate"]) == (401, "Bearer"), (given, path)
@@ -588,7 +589,7 @@ def test_H11_a_log_that_cannot_be_written_harms_nobody(tmp_path, micro_folder):
     def change():
         httpd.sys = SimpleNamespace(stderr=open("/dev/full", "w"))
         real = serve.health
-        serve.ROUTES["/health"] = {"GET": lambda app, call: real(app if call.query != "fail" else None, call)}
+        serve.GET["/health"] = lambda app, call: real(app if call.query != "fail" else None, call)
 
     with serving(tmp_path, "--checkpoint", micro_folder, change=change) as one:
         files = process(one.pid)[2]
