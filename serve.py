@@ -85,7 +85,6 @@ STARTED = int(time.time())
 
 WEB = Path(__file__).resolve().parent / "web"
 PAGES = {"/": "chat.html", "/rate": "rate.html"} | {f"/{n}": n for n in ("style.css", "page.js", "chat.js", "rate.js")}
-READ = ("GET", "HEAD")
 KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript; charset=utf-8"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -114,19 +113,20 @@ class App:
         return "loading" if self.engine is None else "ok" if self.engine.alive else "failed"
 
     def route_of(self, path):
-        """The one of ROUTES that answers a path, "other" where none does."""
+        """The one of GET and POST that answers a path, "other" where none does."""
         route = "/v1/models" if path.startswith("/v1/models/") else path
-        return route if route in ROUTES else "other"
+        return route if route in GET | POST else "other"
 
     def handler_of(self, call):
         """The function that answers; Refused where there is none, or this client may not ask."""
-        handlers, health = ROUTES.get(self.route_of(call.path), {}), call.path == "/health"
+        route, health = self.route_of(call.path), call.path == "/health"
+        handlers = {method: routes[route] for method, routes in METHODS.items() if route in routes}
         if not self.token and not health:  # no page can make a browser send a token, behind a proxy or a rebound name
             httpd.check_origin(call.headers, self.names)
-        if call.method not in READ or call.path not in ("/health", *PAGES):
+        if call.method not in ("GET", "HEAD") or call.path not in ("/health", *PAGES):
             httpd.check_token(call.headers, self.token)
         if not handlers:
-            near = difflib.get_close_matches(call.path[:80], ROUTES, 1)
+            near = difflib.get_close_matches(call.path[:80], GET | POST, 1)
             raise Refused(404, f"there is no {call.path[:80]}" + "".join(f"; did you mean {path}?" for path in near))
         if call.method not in handlers:
             raise Refused(405, f"{call.path} answers {', '.join(handlers)}", Allow=", ".join(handlers))
@@ -301,17 +301,11 @@ def check_rater(name):
     return " ".join(name.split())  # as ratings.py writes names
 
 
-PAGE = dict.fromkeys(READ, page)
-ROUTES = dict.fromkeys(PAGES, PAGE) | {
-    "/health": dict.fromkeys(READ, health),
-    "/metrics": dict.fromkeys(READ, metrics),
-    "/generate": {"POST": generate},
-    "/batch_generate": {"POST": batch_generate},
-    "/v1/models": dict.fromkeys(READ, models),
-    "/v1/chat/completions": {"POST": chat_completions},
-    "/rate/items": dict.fromkeys(READ, rating_items),
-    "/rate": PAGE | {"POST": rate},
-}
+GET = dict.fromkeys(PAGES, page) | {"/health": health, "/metrics": metrics}
+GET |= {"/v1/models": models, "/rate/items": rating_items}
+POST = {"/generate": generate, "/batch_generate": batch_generate, "/v1/chat/completions": chat_completions}
+POST |= {"/rate": rate}
+METHODS = {"GET": GET, "HEAD": GET, "POST": POST}
 
 
 # ---------------------------------------------------------------- start and stop

@@ -600,7 +600,7 @@ def cells(number, bench):
     parts = [*test_hostile.ALPHABET, "−", "\ufeff"]
     texts = ["".join(bench.dice.choices(parts, k=bench.dice.randrange(9))) for _ in range(1000)]
     path = bench.folder / "cells.csv"
-    study.save({path: [("text",), *((text,) for text in texts)]})
+    study.save(path, [("text",), *((text,) for text in texts)])
     assert [row["text"] for _, row in study.read_csv(path)[1]] == texts
     assert not [
         text

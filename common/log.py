@@ -191,14 +191,15 @@ def replace(path: Path | str, text: str) -> None:
     path = Path(path)
     draft = path.with_name(f".tmp-{path.name}-{os.getpid()}")  # of a killed run, checkpoint.lock_run removes it
     try:
-        with open(draft, "w", encoding="utf-8") as file:
+        with open(draft, "w", encoding="utf-8", newline="") as file:  # line ends as given: CSV has its own
             file.write(text)
             file.flush()
             fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise _unwritable(path, text, error) from error
+    finally:
+        draft.unlink(missing_ok=True)  # there is none where all went well
 
 
 def fsync(number: int) -> None:
@@ -211,7 +212,8 @@ def fsync(number: int) -> None:
 
 
 def _unwritable(path, text, error):
-    needed, free = len(text.encode()), shutil.disk_usage(Path(path).parent).free
+    folder = next(folder for folder in Path(path).parents if os.path.exists(folder))
+    needed, free = len(text.encode()), shutil.disk_usage(folder).free
     return UserError(f"cannot write {path}: {error.strerror} ({needed} bytes needed, {free} free)")
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 
 import evalica
 import krippendorff
@@ -269,9 +270,12 @@ def test_alpha_with_weights_is_that_of_repeated_units():
 def test_agreement_that_is_not_defined_is_no_number():
     assert math.isnan(human.krippendorff_alpha([[3, 0], [2, 0]]))  # one label only
     assert math.isnan(human.krippendorff_alpha([[1, 0], [0, 1]]))  # nobody shares a unit
-    assert math.isnan(human.raw_agreement([[1, 0]]))
-    assert human.raw_agreement([[2, 1], [0, 1]]) == pytest.approx(1 / 3)
     assert human.krippendorff_alpha([[2, 0], [0, 2]]) == 1.0
+    key = made_key(2)
+    ratings = [rated(key, "i0", name, rater=r) for r, name in (("a", "rl"), ("b", "rl"), ("c", "sft"))]
+    ratings += [rated(key, "i1", "sft", rater="a")]
+    assert human.analyse(key, ratings, draws=10)["agreement"]["raw"] == pytest.approx(1 / 3)
+    assert human.analyse(key, ratings[2:], draws=10)["agreement"]["raw"] is None
 
 
 def random_wins(rng, k=4):
@@ -317,10 +321,16 @@ def test_bradley_terry_settles_on_lopsided_wins():
         human.bradley_terry([[0, 5], [0, 0]], most=50)
 
 
-def test_connected_is_every_way_of_splitting_the_systems():
-    rng = np.random.default_rng(0)
+def test_strengths_are_finite_unless_the_systems_can_be_split():
+    rng, key, found = np.random.default_rng(0), made_key(9, tuple("wxyz")), Counter()
     for _ in range(200):
-        wins = (rng.random((4, 4)) < 0.3) * (1 - np.eye(4))
+        ratings = [
+            rated(key, f"i{i}", *rng.choice(list("wxyz"), rng.integers(1, 4))) for i in range(rng.integers(2, 9))
+        ]
+        results = human.analyse(key, ratings, draws=1)
+        wins = np.array(results["wins"])
         splits = (set(part) for size in (1, 2, 3) for part in itertools.combinations(range(4), size))
         expected = all(any(wins[i, j] for i in part for j in set(range(4)) - part) for part in splits)
-        assert human.connected(wins) == expected
+        assert results["strengths_finite"] == expected
+        found[expected] += 1
+    assert min(found[True], found[False]) > 40, found

@@ -154,11 +154,11 @@ def test_batches_are_taken_whole_or_not_at_all(tokenizer, start, monkeypatch):
     while machine.in_flight() != (2, 0):
         assert machine.alive
     boxes += ask(machine, [job] * 2)
-    with pytest.raises(engine.Busy):
+    with pytest.raises(engine.Refused, match="too many requests wait"):
         ask(machine, [job] * 2)
     assert machine.in_flight() == (2, 2), "a part was taken"
     boxes += ask(machine, [job])
-    with pytest.raises(engine.Busy):
+    with pytest.raises(engine.Refused, match="too many requests wait"):
         ask(machine, [job])
     with pytest.raises(ValueError, match=r"200 \+ 100 tokens, more than 256"):
         ask(machine, [([5] * 200, "base", {"max_tokens": 100})])

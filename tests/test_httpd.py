@@ -61,6 +61,7 @@ def test_H3_sizes_are_bounded_before_anything_is_read(server, data, status):
         ),
         (framed("Transfer-Encoding: chunked", body=b"100001\r\n"), {413}),
         (framed("Transfer-Encoding: chunked", body=b"1\r\n \r\n" * 20_000), {413}),
+        (framed("Transfer-Encoding: chunked", body=b"0\r\n" + b"X: y\r\n" * 20_000), {413}),
         (framed("Transfer-Encoding: chunked", body=b"2;" + b"a" * 20_000 + b"\r\n{}\r\n0\r\n\r\n"), {400}),
         *((framed(f"Transfer-Encoding: {name}"), {501}) for name in ("gzip", "gzip, chunked", "identity", "")),
         (framed("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), {400}),

@@ -71,6 +71,25 @@ def test_a_disk_without_fsync_is_written_one_that_fails_is_not(tmp_path, monkeyp
 def test_write_names_the_file_and_the_room(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*Is a directory \(4 bytes needed, \d+ free\)"):
         log.write(tmp_path, "text")
+    for write in (log.write, log.replace):
+        with pytest.raises(UserError, match=r"cannot write .*a\.txt: No such file .* \(4 bytes needed, \d+ free\)"):
+            write(tmp_path / "none" / "none" / "a.txt", "text")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), ZeroDivisionError])
+def test_replace_that_is_stopped_leaves_no_draft(tmp_path, monkeypatch, error):
+    def stop(*names):
+        raise error
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises((KeyboardInterrupt, UserError, ZeroDivisionError)):
+        log.replace(tmp_path / "a.txt", "text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_replace_keeps_line_ends(tmp_path):
+    log.replace(tmp_path / "a.csv", "a\r\nb\nc\r")
+    assert (tmp_path / "a.csv").read_bytes() == b"a\r\nb\nc\r"
 
 
 def out_of_memory():

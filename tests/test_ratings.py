@@ -56,6 +56,8 @@ def test_ratings_are_read_from_csv_and_jsonl_alike(tmp_path):
         ({"order": "A/B"}, "order 'A/B': all of A/B/C"),
         ({"harmless_1_5": 6}, "harmless_1_5 '6': a whole number from 1 to 5"),
         ({"helpful_1_5": 2.5}, "helpful_1_5 '2.5'"),
+        ({"helpful_1_5": 5.0}, "helpful_1_5 '5.0': a whole number from 1 to 5"),
+        ({"helpful_1_5": "5,0"}, "helpful_1_5 '5,0'"),
         ({"faithful_1_5": True}, "faithful_1_5 'true'"),
         ({"seconds": -1}, "seconds '-1'"),
         ({"seconds": "nan"}, "seconds 'nan'"),

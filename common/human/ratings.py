@@ -38,12 +38,13 @@ def read_ratings(paths, entries, remedy="read this file with the key of the stud
     UserError names file and line. remedy: what the user should do where an item is of another study.
     """
     ratings = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        ending = Path(path).suffix.lower()
-        if ending not in (".csv", ".tsv", ".jsonl"):
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        if path.suffix.lower() == ".jsonl":
+            ratings += _parse(path, enumerate(study.text_of(path).split("\n"), 1), entries, remedy)
+        elif path.suffix.lower() in (".csv", ".tsv"):
+            ratings += _parse(path, _csv_rows(path), entries, remedy)
+        else:
             raise UserError(f"{path}: ratings are a .csv or a .jsonl file")
-        rows = _json_rows(path, study.text_of(path)) if ending == ".jsonl" else _csv_rows(path)
-        ratings += _parse_rows(path, rows, entries, remedy, may_skip=ending != ".jsonl")
     names = {}
     for name in sorted({rating["rater_id"] for rating in ratings}):
         names.setdefault(name.casefold(), []).append(name)
@@ -57,34 +58,28 @@ def _csv_rows(path):
     """[(line, {column: text})] of a .csv file, of the columns of a rating alone."""
     columns, rows = study.read_csv(path, from_spreadsheet=True)
     ours = {name: name.lower() for name in columns if name.lower() in COLUMNS}
-    missing = [name for name in ("item_id", "preferred") if name not in ours.values()]
-    if missing:
-        raise UserError(f"{path}, line 1: no column {missing[0]!r} among {log.listed(columns)}")
+    for name in ("item_id", "preferred"):
+        if name not in ours.values():
+            raise UserError(f"{path}, line 1: no column {name!r} among {log.listed(columns)}")
     rows = [(line, {ours[name]: cell for name, cell in row.items() if name in ours}) for line, row in rows]
-    if "rater_id" not in ours.values():
-        rater = str(Path(path).with_suffix(""))
-        say(f"{path}: no column rater_id, so all is by one rater, {rater}")
-        return [(line, row | {"rater_id": rater}) for line, row in rows]
-    return [(line, row) for line, row in rows if row["rater_id"].strip() or row["preferred"].strip()]
+    if "rater_id" in ours.values():
+        return [(line, row) for line, row in rows if row["rater_id"].strip() or row["preferred"].strip()]
+    rater = str(path.with_suffix(""))
+    say(f"{path}: no column rater_id, so all is by one rater, {rater}")
+    return [(line, row | {"rater_id": rater}) for line, row in rows]
 
 
-def _json_rows(path, text):
-    """[(line, value)] of the text of a .jsonl file."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [(number, json.loads(line))] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: no valid JSON: {error}") from error
-    return rows
-
-
-def _parse_rows(path, rows, entries, remedy, may_skip=False):
-    """The ratings in the rows [(line, {column: value})] of a file."""
+def _parse(path, rows, entries, remedy):
+    """The ratings in the rows [(line, row)] of a file: {column: text}, or texts of JSON, where no item is skipped."""
     ratings = []
     for line, row in rows:
         try:
-            ratings.append(parse_rating(row, entries, may_skip))
+            if isinstance(row, dict):
+                ratings.append(parse_rating(row, entries, may_skip=True))
+            elif row.strip():
+                ratings.append(parse_rating(json.loads(row), entries))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path}, line {line}: no valid JSON: {error}") from error
         except ValueError as error:
             hint = f": {remedy}" if isinstance(error, ForeignItem) else ""
             raise UserError(f"{path}, line {line}: {error}{hint}") from error
@@ -106,11 +101,9 @@ def parse_rating(row, entries, may_skip=False):
         raise ValueError("rater_id is empty")
     if row["item_id"] not in entries:
         raise _unknown_item(row["item_id"], entries)
-    slots = entries[row["item_id"]]["slots"]
-    said = row["preferred"].strip().lower()
-    if may_skip and not said:
-        preferred = None
-    else:
+    slots, said = entries[row["item_id"]]["slots"], row["preferred"].strip().lower()
+    preferred = None
+    if said or not may_skip:
         preferred = () if said == "none" else tuple(sorted(_slots(row, "preferred", slots)))
     order = _slots(row, "order", slots) if row["order"].strip() else None
     if order and len(order) != len(slots):
@@ -138,9 +131,8 @@ def _slots(row, column, slots):
     """The slots of "B/A" as a tuple; ValueError for another slot, or one that stands twice."""
     chosen = tuple(part.strip().upper() for part in row[column].split("/"))
     if len(set(chosen)) < len(chosen) or not set(chosen) <= set(slots):
-        raise ValueError(
-            f"{column} {row[column]!r}: slots of {'/'.join(slots)}, joined by / , or none where none is best"
-        )
+        expected = f"slots of {'/'.join(slots)}, joined by / , or none where none is best"
+        raise ValueError(f"{column} {row[column]!r}: {expected}")
     return chosen
 
 
@@ -177,9 +169,9 @@ class Sheet:
 
 def append(path, row):
     """Add a rating to a .jsonl file as one line and wait until the disk has it; after OSError the file is as before."""
-    data, new = json.dumps(row, ensure_ascii=False).encode() + b"\n", not Path(path).exists()
-    with FileLock(Path(path).with_name(f".{Path(path).name}.lock")), open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
+    data = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with FileLock(path.with_name(f".{path.name}.lock")), open(path, "ab", buffering=0) as file:
+        size = file.tell()
         try:
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -187,8 +179,8 @@ def append(path, row):
         except OSError:
             file.truncate(size)
             raise
-    if new:
-        checkpoint.fsync(Path(path).parent)
+    if not size:
+        checkpoint.fsync(path.parent)
 
 
 def reopen(path, entries):
@@ -196,14 +188,13 @@ def reopen(path, entries):
 
     The file stays as it is where one of its ratings is refused.
     """
-    path = Path(path)
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    rows = _json_rows(path, study.text_of(path, whole)) if whole else []
-    ratings = _parse_rows(path, rows, entries, "move this file away, or serve the blind file that it rates")
-    if whole != data:
-        os.truncate(path, len(whole))
-        say(f"{path}: the last line was cut off and is dropped ({len(data) - len(whole)} bytes)")
+    end = data.rfind(b"\n") + 1
+    lines = study.text_of(path, data[:end]).split("\n")
+    ratings = _parse(path, enumerate(lines, 1), entries, "move this file away, or serve the blind file that it rates")
+    if end < len(data):
+        os.truncate(path, end)
+        say(f"{path}: the last line was cut off and is dropped ({len(data) - end} bytes)")
     return ratings

@@ -61,7 +61,10 @@ def write_pairs(target, key_path, key, rated):
 
     Where the answers of the run lie beside the key, a pair says which of its two were cut off at max_new_tokens.
     """
-    records, left_out = analysis.training_pairs(key, study.read_manifest(study.blind_path(key_path)), rated)
+    if not key_path.name.endswith(".key.csv"):
+        raise UserError(f"{key_path}: a key is named NAME.key.csv, the blind file beside it NAME.csv")
+    items = study.read_manifest(key_path.with_name(key_path.name.removesuffix(".key.csv") + ".csv"))
+    records, left_out = analysis.training_pairs(key, items, rated)
     reasons = "".join(f"; {count} left out: {why}" for why, count in left_out.items())
     if not records:
         raise UserError(f"--human_pairs: raters preferred no answer over another{reasons}")

@@ -37,9 +37,8 @@ from common import log
 from common.log import UserError, say
 from common.runtime import checkpoint
 
-SLOTS, WIDTHS = "ABCD", ("AB", "ABC", "ABCD")
-KINDS = ("item", "duplicate", "check")
-KEY = ("item_id", "slot", "system", "kind", "trap", "original", "source", "characters", "digest", "seed")
+SLOTS, KINDS = "ABCD", ("item", "duplicate", "check")
+KEY = ["item_id", "slot", "system", "kind", "trap", "original", "source", "characters", "digest", "seed"]
 LONGEST_CELL = 2**31 - 1  # csv's own limit is 131,072 characters; the largest that every platform takes
 
 
@@ -51,7 +50,7 @@ class Row:
     source: int
     systems: list
     texts: list
-    trap: int | None = None  # the slot of the shuffled answer of a check
+    trap: str | None = None  # the slot of the shuffled answer of a check
 
 
 def generate_manifest(prompts, references, sft_outputs, rl_outputs, staged_outputs, output_path, num_samples=200):
@@ -83,18 +82,35 @@ def write(items, systems, path, num_samples=200, seed=None):
         raise UserError(f"{path}: num_samples must be at least 1, not {num_samples}")
     seed = secrets.randbits(48) if seed is None else seed
     count = min(num_samples, len(items))
-    rows = _plan(systems, count, np.random.default_rng(seed))
+    checks = max(2, round(0.05 * count))
+    rows = _plan(systems, count, checks, np.random.default_rng(seed))
     kinds = Counter(row.kind for row in rows)
     if count < num_samples:
         say(f"{path}: only {count} items were given, so all are in the study ({num_samples} were asked for)")
-    if kinds["check"] < _checks_wanted(count):
-        say(
-            f"{path}: {kinds['check']} attention checks instead of {_checks_wanted(count)}: a check shuffles the words "
-            "of an answer, and too few answers have five different words"
-        )
+    if kinds["check"] < checks:
+        few = "a check shuffles the words of an answer, and too few answers have five different words"
+        say(f"{path}: {kinds['check']} attention checks instead of {checks}: {few}")
     mark = hashlib.sha256(json.dumps([items, systems, count, seed], default=str).encode()).hexdigest()[:6]
-    blind_rows, key_rows = _tables(items, rows, mark, seed)
-    save({key_path(path): key_rows, path: blind_rows})  # the key first: a blind file without one would be worthless
+    has_task, item_ids = any(item.get("task") for item in items), {}
+    blind_rows, key_rows = [_columns(has_task, len(systems))], [KEY]
+    for number, row in enumerate(rows, 1):
+        item, item_id = items[row.source], f"{mark}-item-{number:0{len(str(len(rows)))}d}"
+        if row.kind == "item":
+            item_ids[row.source] = item_id
+        task = [item.get("task") or ""] if has_task else []
+        blind_rows.append([item_id, *task, item["prompt"], item.get("reference") or "", *row.texts])
+        original = item_ids[row.source] if row.kind == "duplicate" else ""
+        for slot, system, text in zip(SLOTS, row.systems, row.texts, strict=False):
+            trap = "1" if slot == row.trap else ""
+            cells = (system, row.kind, trap, original, row.source, len(text), digest(text), seed)
+            key_rows.append([item_id, slot, *map(str, cells)])
+    try:
+        save(key_path(path), key_rows)  # the key first: a blind file without one would be worthless
+        save(path, blind_rows)
+    except BaseException:
+        for file in (path, key_path(path)):
+            file.unlink(missing_ok=True)
+        raise
     return {"items": count, "duplicates": kinds["duplicate"], "checks": kinds["check"], "seed": seed}
 
 
@@ -103,20 +119,11 @@ def key_path(path):
     path = Path(path)
     if path.suffix != ".csv" or path.name.endswith(".key.csv"):
         raise UserError(f"{path}: a blind file is named NAME.csv, its key NAME.key.csv")
-    return path.with_name(f"{path.stem}.key.csv")
-
-
-def blind_path(key):
-    """The blind file that lies beside a key: NAME.key.csv -> NAME.csv."""
-    path = Path(key)
-    if not path.name.endswith(".key.csv"):
-        raise UserError(f"{key}: a key is named NAME.key.csv, the blind file beside it NAME.csv")
-    return path.with_name(path.name.removesuffix(".key.csv") + ".csv")
+    return path.with_suffix(".key.csv")
 
 
 def check_free(path):
     """UserError where a study may not be written: its files are there, or the ratings of an earlier one."""
-    path = Path(path)
     for taken in (path, key_path(path), path.with_suffix(".ratings.jsonl")):
         if os.path.lexists(taken):
             raise UserError(
@@ -129,36 +136,31 @@ def _check_texts(path, items, systems):
     if not items or not 2 <= len(systems) <= len(SLOTS) or "" in systems:
         given = f"{len(items)} items and the systems {', '.join(map(repr, systems))}"
         raise UserError(f"{path}: a study needs items and two to four named systems, these are {given}")
-    texts = {"prompt": [item.get("prompt") for item in items]}
-    texts |= {column: [item.get(column) or "" for item in items] for column in ("reference", "task")}
-    for name, values in systems.items():
-        if len(values) != len(items):
-            raise UserError(f"{path}: {len(items)} items, but {len(values)} answers of {name}")
-        texts[f"answer of {name}"] = values
-    for column, values in texts.items():
-        for index, value in enumerate(values):
-            if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
-                raise UserError(f"{path}: item {index}, {column}: no text that UTF-8 can hold: {value!r:.60}")
+    for name, answers in systems.items():
+        if len(answers) != len(items):
+            raise UserError(f"{path}: {len(items)} items, but {len(answers)} answers of {name}")
+    for index, item in enumerate(items):
+        texts = {"prompt": item.get("prompt"), **{name: item.get(name) or "" for name in ("reference", "task")}}
+        texts |= {f"answer of {name}": answers[index] for name, answers in systems.items()}
+        for column, text in texts.items():
+            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+                raise UserError(f"{path}: item {index}, {column}: no text that UTF-8 can hold: {text!r:.60}")
 
 
-def _checks_wanted(count):
-    return max(2, round(0.05 * count))
-
-
-def _plan(systems, count, rng):
+def _plan(systems, count, checks, rng):
     """The rows of a study in their order."""
     names = list(systems)
-    sources = rng.permutation(len(systems[names[0]]))
+    sources = rng.permutation(len(systems[names[0]])).tolist()
     orders = list(itertools.permutations(names))
     blocks = [orders[i] for _ in range(math.ceil(count / len(orders))) for i in rng.permutation(len(orders))]
-    plans = [("item", int(source), order) for source, order in zip(sources[:count], blocks[:count], strict=True)]
+    plans = [("item", source, order) for source, order in zip(sources[:count], blocks[:count], strict=True)]
     for index in rng.choice(count, max(1, round(0.1 * count)), replace=False):
         _, source, order = plans[index]
         shift = rng.integers(1, len(names))  # every system moves
         plans.append(("duplicate", source, (*order[shift:], *order[:shift])))
     rows = [Row(kind, source, order, [systems[name][source] for name in order]) for kind, source, order in plans]
-    checks = (_check(systems, int(source), rng) for source in sources[::-1])  # first those that are no items
-    rows += itertools.islice((row for row in checks if row), _checks_wanted(count))
+    made = (_check(systems, source, rng) for source in sources[::-1])  # first those that are no items
+    rows += itertools.islice(filter(None, made), checks)
     rows = [rows[i] for i in rng.permutation(len(rows))]
     place = {row.source: i for i, row in enumerate(rows) if row.kind == "item"}
     for i, row in enumerate(rows):
@@ -170,7 +172,7 @@ def _plan(systems, count, rng):
 def _check(systems, source, rng):
     """A check row, or None where no answer can be shuffled. The answer itself stays in another slot, so that no rater
     who reads can find the shuffled one better, as he might a shuffled refusal beside a harmful answer."""
-    for name in map(str, rng.permutation(list(systems))):
+    for name in rng.permutation(list(systems)).tolist():
         shuffled = _shuffle_words(systems[name][source], rng)
         if shuffled is not None:
             others = [other for other in systems if other != name]
@@ -178,7 +180,7 @@ def _check(systems, source, rng):
             answers = [(other, systems[other][source]) for other in systems if other != dropped] + [(name, shuffled)]
             order = rng.permutation(len(answers)).tolist()
             shown_systems, texts = zip(*(answers[i] for i in order), strict=True)
-            return Row("check", source, shown_systems, texts, trap=order.index(len(answers) - 1))
+            return Row("check", source, shown_systems, texts, trap=SLOTS[order.index(len(answers) - 1)])
     return None
 
 
@@ -193,26 +195,9 @@ def _shuffle_words(text, rng):
     return None
 
 
-def _tables(items, rows, mark, seed):
-    """(lines of the blind file, lines of the key), their headers first."""
-    has_task = any(item.get("task") for item in items)
-    blind_rows, key_rows, item_ids = [_blind_columns(has_task, SLOTS[: len(rows[0].texts)])], [KEY], {}
-    for number, row in enumerate(rows, 1):
-        item, item_id = items[row.source], f"{mark}-item-{number:0{len(str(len(rows)))}d}"
-        if row.kind == "item":
-            item_ids[row.source] = item_id
-        original = item_ids[row.source] if row.kind == "duplicate" else ""
-        task = [item.get("task") or ""] if has_task else []
-        blind_rows.append([item_id, *task, item["prompt"], item.get("reference") or "", *row.texts])
-        for place, (system, text) in enumerate(zip(row.systems, row.texts, strict=True)):
-            trap = "1" if place == row.trap else ""
-            cells = (system, row.kind, trap, original, row.source, len(text), digest(text), seed)
-            key_rows.append([item_id, SLOTS[place], *map(str, cells)])
-    return blind_rows, key_rows
-
-
-def _blind_columns(has_task, slots):
-    return ["item_id", *["task"] * has_task, "prompt", "reference", *(f"response_{slot}" for slot in slots)]
+def _columns(has_task, systems):
+    """Those of a blind file of so many systems."""
+    return ["item_id", *["task"] * has_task, "prompt", "reference", *(f"response_{slot}" for slot in SLOTS[:systems])]
 
 
 def digest(text):
@@ -225,18 +210,15 @@ def digest(text):
 def read_manifest(path):
     """{item_id: {"slots": "ABC", "task", "prompt", "reference", "answers": {slot: text}}} in the order of the file."""
     columns, rows = read_csv(path)
-    slots = "".join(name.removeprefix("response_") for name in columns if name.startswith("response_"))
-    if slots not in WIDTHS or columns != _blind_columns("task" in columns, slots):
+    if columns not in [_columns(has_task, systems) for has_task in (False, True) for systems in (2, 3, 4)]:
         raise UserError(f"{path}, line 1: a blind file has other columns than {', '.join(columns)}")
     items = {}
     for line, row in rows:
-        if not row["item_id"] or row["item_id"] in items:
-            raise UserError(f"{path}, line {line}: item_id {row['item_id']!r} is empty or stands twice")
-        items[row["item_id"]] = {
-            "slots": slots,
-            **{name: row[name] for name in ("task", "prompt", "reference") if name in row},
-            "answers": {slot: row[f"response_{slot}"] for slot in slots},
-        }
+        item_id = row.pop("item_id")
+        if not item_id or item_id in items:
+            raise UserError(f"{path}, line {line}: item_id {item_id!r} is empty or stands twice")
+        answers = {name[-1]: row.pop(name) for name in columns if name.startswith("response_")}
+        items[item_id] = row | {"slots": "".join(answers), "answers": answers}
     _check_marks(path, items)
     return items
 
@@ -245,7 +227,7 @@ def read_key(path):
     """{item_id: {"slots": "ABC", "kind", "original", "source", "seed", "trap": slot or None, and by slot "systems",
     "characters" and "digests"}} in the order of the file; UserError names the line."""
     columns, rows = read_csv(path)
-    if tuple(columns) != KEY:
+    if columns != KEY:
         raise UserError(f"{path}, line 1: a key's columns are {', '.join(KEY)}")
     entries = {}
     for line, row in rows:
@@ -262,9 +244,9 @@ def read_key(path):
         entry["systems"][slot], entry["digests"][slot] = row["system"], row["digest"]
         entry["characters"][slot] = int(row["characters"])
     for item, entry in entries.items():
-        first = entries.get(entry["original"], {}).get("kind")
-        fits = (entry["kind"] == "check") == (entry["trap"] is not None)
-        if not fits or entry["slots"] not in WIDTHS or (entry["kind"] == "duplicate") != (first == "item"):
+        is_check, is_duplicate = entry["kind"] == "check", entry["kind"] == "duplicate"
+        repeats = entries.get(entry["original"], {}).get("kind") == "item"
+        if len(entry["slots"]) < 2 or is_check != bool(entry["trap"]) or is_duplicate != repeats:
             facts = ", ".join(f"{name} {entry[name]!r}" for name in ("slots", "kind", "trap", "original"))
             raise UserError(f"{path}: item {item} is damaged: {facts}")
         entry["source"] = int(entry["source"])
@@ -286,13 +268,11 @@ def mark_of(item_id):
 
 def _check_marks(path, items):
     """UserError if a file holds items of several studies; a warning where its items carry no mark."""
-    first = {}
-    for item in items:
-        first.setdefault(mark_of(item), item)
-    if len(first) > 1:
-        item, other = list(first.values())[:2]
+    of_mark = {mark_of(item): item for item in reversed(items)}  # the first of each
+    if len(of_mark) > 1:
+        item, other, *_ = of_mark.values()
         raise UserError(f"{path}: {item!r:.80} and {other!r:.80} are items of two studies: one file for each is needed")
-    if "" in first:
+    if "" in of_mark:
         say(f"{path}: its items carry no study mark, as it is of an earlier version: use it with its own ratings only")
 
 
@@ -312,33 +292,16 @@ def restore(cell):
 def _risky(text):
     """Does it start with a tab, a line end or an apostrophe, or is its first character after spaces and control
     characters = + - @ or a Unicode form of them?"""
-    if text.startswith(("'", "\t", "\r", "\n")):
-        return True
     first = next((c for c in text if unicodedata.category(c)[0] not in "ZC"), "")  # separators, control and format
-    return unicodedata.normalize("NFKC", first)[:1] in ("=", "+", "-", "@", "\u2212")
+    return text.startswith(("'", "\t", "\r", "\n")) or unicodedata.normalize("NFKC", first)[:1] in set("=+-@\u2212")
 
 
-def save(files):
-    """Write {path: rows of texts} as CSV, all files or none; UserError if one cannot be written."""
-    drafts = {path: path.with_name(f".tmp-{path.name}-{os.getpid()}") for path in files}
-    placed, target = [], None
-    try:
-        for target, draft in drafts.items():
-            with open(draft, "w", encoding="utf-8-sig", newline="") as file:
-                writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-                writer.writerows([neutralise(text) for text in row] for row in files[target])
-                file.flush()
-                log.fsync(file.fileno())
-        for target, draft in drafts.items():
-            os.replace(draft, target)
-            placed.append(target)
-            checkpoint.fsync(target.parent)
-    except BaseException as error:
-        for path in (*drafts.values(), *placed):
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
-        raise
+def save(path, rows):
+    """Write rows of texts as a CSV file, whole or not at all; UserError if it cannot be written."""
+    cells = io.StringIO(newline="")
+    csv.writer(cells, quoting=csv.QUOTE_ALL).writerows([neutralise(text) for text in row] for row in rows)
+    log.replace(path, "\ufeff" + cells.getvalue())
+    checkpoint.fsync(path.parent)
 
 
 def text_of(path, data=None):
@@ -362,29 +325,28 @@ def read_csv(path, from_spreadsheet=False):
     """
     text = text_of(path)
     header = next((line for line in text.splitlines() if line.strip(",;\t ")), "")
-    separator = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows, columns, line = [], None, 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    columns, rows, line = [], [], 1
     limit = csv.field_size_limit(LONGEST_CELL)  # of the whole process
     try:
         for row in reader:
-            filled = next((i for i in range(len(row), 0, -1) if row[i - 1].strip()), 0)  # cells up to the last text
-            is_blank = not filled if from_spreadsheet or columns is None else not row
-            if columns is None and not is_blank:
-                columns = [name.strip() for name in row[:filled]]
+            while row and not row[-1].strip() and (from_spreadsheet or len(row) > len(columns)):
+                row.pop()
+            if not columns:
+                columns = [name.strip() for name in row]
                 names = [name.lower() for name in columns if name]
                 if len(set(names)) < len(names):
                     raise UserError(f"{path}, line {line}: a column stands twice in {columns}")
-            elif not is_blank:
-                if filled > len(columns) or (len(row) < len(columns) and not from_spreadsheet):
+            elif row:
+                cells = row + [""] * (len(columns) - len(row) if from_spreadsheet else 0)
+                if len(cells) != len(columns):
                     raise UserError(f"{path}, line {line}: {len(row)} cells, but {len(columns)} columns")
-                cells = row[: len(columns)] + [""] * (len(columns) - len(row))
-                rows.append((line, {name: restore(cell) for name, cell in zip(columns, cells, strict=True)}))
+                rows.append((line, dict(zip(columns, map(restore, cells), strict=True))))
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: no valid CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
-    if columns is None:
+    if not columns:
         raise UserError(f"{path}, line 1: empty, a header is needed")
     return columns, rows

@@ -27,13 +27,6 @@ PATIENCE = 3  # steps in a row that may fail before the engine gives up
 GENERATE_SECONDS = 600  # of an answer
 
 
-class Busy(Refused):
-    """No room in the queue."""
-
-    def __init__(self, seconds):
-        super().__init__(429, "too many requests wait", Retry_After=seconds)
-
-
 class Stopped(Refused):
     """The engine's thread has ended: nothing is decoded any more."""
 
@@ -109,7 +102,7 @@ class Engine:
         self.thread.start()
 
     def submit(self, requests):
-        """Take all of these requests or none. Busy if they do not fit into the queue, Stopped if nothing runs."""
+        """Take all of these requests or none. Refused if they do not fit into the queue, Stopped if nothing runs."""
         for request in requests:
             if len(request.ids) + request.max_tokens > self.slots:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens, more than {self.slots}")
@@ -121,10 +114,11 @@ class Engine:
             self.lock.notify()
 
     def check_room(self, count):
-        """Busy if `count` requests more would not be taken now."""
+        """Refused if `count` requests more would not be taken now."""
         rows, (running, waiting) = sum(group.rows for group in self.groups), self.in_flight()
         if running + waiting + count > self.limit + rows:
-            raise Busy(1 + waiting // max(1, rows))  # seconds, if an answer took one
+            seconds = 1 + waiting // max(1, rows)  # if an answer took one
+            raise Refused(429, "too many requests wait", Retry_After=seconds)
 
     def cancel(self, requests):
         """Stop these at the next token; nothing is emitted for them any more."""
@@ -248,8 +242,6 @@ async def requests_of(app, dialogues, asked):
     app.engine.check_room(len(dialogues))  # before the work of tokenising
     tokenizer, context, requests = app.tokenizers[asked["model"]], app.engine.slots, []
     for name, turns in dialogues.items():
-        if len(turns) > context:
-            raise too_long(f"{name} has {len(turns)} turns, too many for {context} tokens", name)
         try:
             ids = await asyncio.to_thread(chat.encode_prompt, tokenizer, turns)
         except ValueError as error:
@@ -257,13 +249,10 @@ async def requests_of(app, dialogues, asked):
         wanted = asked["max_tokens"] or max(1, context - len(ids))
         if len(ids) + wanted > context:
             numbers = f"{name} has {len(ids)} tokens and max_tokens is {wanted}"
-            raise too_long(f"{numbers}: together more than the context of {context}", name)
+            message = f"{numbers}: together more than the context of {context}"
+            raise Refused(400, message, name, "context_length_exceeded")
         requests.append(Request(ids, **asked | {"max_tokens": wanted}))
     return requests
-
-
-def too_long(message, param):
-    return Refused(400, message, param, "context_length_exceeded")
 
 
 async def texts_of(app, call, requests, stops=()):

@@ -19,7 +19,7 @@ import traceback
 
 # >>> edit here: what clients may take
 CONNECTIONS, READ_SECONDS, WRITE_SECONDS = 256, 10, 30  # a process has 1,024 files by default
-HEAD_BYTES, BODY_BYTES, CHUNKS, TRAILERS = 16 * 1024, 1024 * 1024, 16 * 1024, 64
+HEAD_BYTES, BODY_BYTES, CHUNKS = 16 * 1024, 1024 * 1024, 16 * 1024
 ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
@@ -58,15 +58,13 @@ class Call:
 
     async def read_head(self):
         """Method, path, query and headers; Refused for whatever HTTP/1.1 (RFC 9112) leaves open to a guess."""
-        head, consumed = self.begin, 0
-        try:
+        head = self.begin
+        with contextlib.suppress(asyncio.LimitOverrunError):  # one line is longer than a head may be
             while not head.endswith(b"\r\n\r\n") and len(head) <= HEAD_BYTES:
                 head += await self.reader.readuntil(b"\n")
                 if not head.endswith(b"\r\n"):
                     raise Refused(400, "a line of a request's head ends with CR LF")
-        except asyncio.LimitOverrunError as error:
-            consumed = len(await self.reader.readexactly(error.consumed))
-        if len(head) + consumed > HEAD_BYTES:
+        if not head.endswith(b"\r\n\r\n") or len(head) > HEAD_BYTES:
             status = 431 if b"\r\n" in head else 414  # 414: the first line alone is too long
             raise Refused(status, f"the head of a request may have {HEAD_BYTES} bytes")
         start, *lines = head[:-4].decode("latin-1").split("\r\n")
@@ -119,22 +117,16 @@ class Call:
             if len(data) + size > BODY_BYTES:
                 break
             if size == 0:
-                await self._trailer()
-                return bytes(data)
+                for _ in range(CHUNKS):  # a trailer: headers, read and thrown away
+                    if (line := await self.reader.readuntil(b"\r\n")) == b"\r\n":
+                        return bytes(data)
+                    if not HEADER.fullmatch(line[:-2].decode("latin-1")):
+                        raise Refused(400, "after the last chunk there may be headers and an empty line")
+                break
             data += await self.reader.readexactly(size)
             if await self.reader.readexactly(2) != b"\r\n":
                 raise Refused(400, "a chunk is longer than its size")
-        raise Refused(413, f"a body may have {BODY_BYTES} bytes in {CHUNKS} chunks")
-
-    async def _trailer(self):
-        """Headers after the last chunk, up to an empty line: read and thrown away."""
-        for _ in range(TRAILERS):
-            line = await self.reader.readuntil(b"\r\n")
-            if line == b"\r\n":
-                return
-            if not HEADER.fullmatch(line[:-2].decode("latin-1")):
-                break
-        raise Refused(400, f"after the last chunk there may be {TRAILERS} headers and an empty line")
+        raise Refused(413, f"a body may have {BODY_BYTES} bytes in {CHUNKS} chunks, and {CHUNKS} headers behind")
 
     async def left(self):
         """Returns when the client has closed its end; one that sends more before its answer gets no answer to that."""

@@ -324,7 +324,7 @@ def test_S8_neutralised_texts_come_back_and_cannot_run():
 
 def test_S8_a_file_round_trips_and_plain_csv_reads_it(tmp_path):
     path, values = tmp_path / "a.csv", texts()
-    study.save({path: [("one", "two"), *zip(values, reversed(values))]})
+    study.save(path, [("one", "two"), *zip(values, reversed(values))])
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")
     columns, rows = study.read_csv(path)
     assert columns == ["one", "two"] and [row["one"] for _, row in rows] == values
