@@ -3,6 +3,7 @@
 Imports the standard library alone, and others where they are used: the downloader works before they are installed.
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -199,7 +200,8 @@ def replace(path: Path | str, text: str) -> None:
     except OSError as error:
         raise _unwritable(path, text, error) from error
     finally:
-        draft.unlink(missing_ok=True)  # there is none where all went well
+        with contextlib.suppress(OSError):  # there is none where all went well, or where the folder is a file
+            draft.unlink()
 
 
 def fsync(number: int) -> None:

@@ -87,6 +87,12 @@ def test_replace_that_is_stopped_leaves_no_draft(tmp_path, monkeypatch, error):
     assert not list(tmp_path.iterdir())
 
 
+def test_replace_below_a_file_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match="cannot write .*: Not a directory"):
+        log.replace(tmp_path / "a.txt" / "b.txt", "text")
+
+
 def test_replace_keeps_line_ends(tmp_path):
     log.replace(tmp_path / "a.csv", "a\r\nb\nc\r")
     assert (tmp_path / "a.csv").read_bytes() == b"a\r\nb\nc\r"

@@ -1,7 +1,6 @@
 """The human side of evaluate.py: blind sheets of what systems answered; from ratings the results and training pairs."""
 
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def write_pairs(target, key_path, key, rated):
     for record in records:
         record["prompt"] = turns(record["prompt"])
         record["unfinished"] = [side for side in ("response", "rejected") if study.digest(record[side]) in unfinished]
-    log.replace(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    log.replace_records(target, records)
     say(f"wrote {len(records)} pairs to {target}{reasons}; measure what they train on other prompts than these")
 
 
