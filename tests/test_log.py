@@ -89,7 +89,7 @@ def test_replace_that_is_stopped_leaves_no_draft(tmp_path, monkeypatch, error):
 
 def test_replace_below_a_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(UserError, match="cannot write .*: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory"):
         log.replace(tmp_path / "a.txt" / "b.txt", "text")
 
 
