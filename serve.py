@@ -19,8 +19,6 @@ than loopback needs a token. Prompts and answers are never logged.
 import asyncio
 import contextlib
 import difflib
-import errno
-import hashlib
 import ipaddress
 import os
 import secrets
@@ -38,45 +36,25 @@ from common import config
 JOBS = (
     (
         "--checkpoint",
-        {
-            "nargs": "+",
-            "metavar": "[NAME=]CHECKPOINT",
-            "help": "checkpoints to serve; a request that names no model gets the first",
-        },
+        {"nargs": "+", "metavar": "[NAME=]CHECKPOINT", "help": "to serve; the first is the default model"},
     ),
-    (
-        "--human_eval",
-        {
-            "metavar": "FILE.csv",
-            "type": config.expand_home,
-            "help": "blind file of evaluate.py --human_eval, shown to raters at /rate",
-        },
-    ),
+    ("--human_eval", {"metavar": "FILE.csv", "type": config.expand_home, "help": "blind study, to be rated at /rate"}),
     ("--host", {"default": "127.0.0.1", "help": "address to listen on; any but loopback needs GEMMA_ALIGNMENT_TOKEN"}),
     ("--port", {"type": int, "default": 5000, "help": "port to listen on; 0 takes a free one [default 5000]"}),
-    (
-        "--rows",
-        {"type": int, "default": 16, "help": "requests that are answered at the same time on each base [default 16]"},
-    ),
-    (
-        "--queue",
-        {"type": int, "default": 32, "help": "requests that may wait; further ones get status 429 [default 32]"},
-    ),
-    (
-        "--context",
-        {"type": int, "default": 4096, "help": "most tokens of a prompt and its answer together [default 4096]"},
-    ),
+    ("--rows", {"type": int, "default": 16, "help": "requests answered at a time on each base [default 16]"}),
+    ("--queue", {"type": int, "default": 32, "help": "requests that may wait; more get status 429 [default 32]"}),
+    ("--context", {"type": int, "default": 4096, "help": "most tokens of prompt and answer together [default 4096]"}),
 )
 FLAGS = dict(script="serve.py", description=__doc__, sections=("model",), modes=(), jobs=JOBS)
 if __name__ == "__main__":
     config.check_flags(**FLAGS)  # before torch is imported, which takes seconds
 
-from common import chat, lora, model
+from common import model
 from common.human import ratings
 from common.log import UserError, command, say
 from common.runtime import base
 from common.serving import fields, httpd
-from common.serving.engine import Engine, requests_of, texts_of, whole_texts
+from common.serving.engine import Engine, load, requests_of, texts_of, whole_texts
 from common.serving.httpd import Refused
 
 # >>> edit here: what clients may take, as in common/serving/httpd.py (bytes, connections) and engine.py (seconds)
@@ -266,15 +244,8 @@ def sheet_of(app):
 
 
 async def rating_items(app, call):
-    """What one rater sees: every item of the blind file, its answers in an order of the rater's own."""
-    sheet, rater = sheet_of(app), check_rater(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
-    items = []
-    for name, item in sheet.items.items():
-        order = sorted(item["slots"], key=lambda slot: hashlib.sha256(f"{rater}/{name}/{slot}".encode()).digest())
-        texts = {key: item[key] for key in ("task", "prompt", "reference") if key in item}
-        items.append({"item_id": name, **texts, "answers": [{"slot": s, "text": item["answers"][s]} for s in order]})
-    rated = sheet.rated.get(rater, {})
-    await call.respond(200, {"file": sheet.path.name, "total": len(items), "items": items, "rated": rated})
+    rater = check_rater(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
+    await call.respond(200, sheet_of(app).shown_to(rater))
 
 
 async def rate(app, call):
@@ -323,29 +294,6 @@ def parse_models(arguments):
     return checkpoints
 
 
-def load(sources, device, dtype, given=None):
-    """({name: (model, its adapter's name or None)}, {name: tokenizer}); a base that several share is loaded once.
-
-    And once more in 4 bits where adapters were trained on it so: beside the unquantised base they say something else.
-    given: the base of all adapters, in place of those that their files name.
-    """
-    bases, models, tokenizers = {}, {}, {}
-    for name, source in sources.items():
-        folder, adapter = base.locate(source, given)
-        quantised = adapter is not None and model.trained_quantised(adapter)
-        key = folder.resolve(), quantised
-        if key not in bases:
-            bases[key] = model.load(folder, device, dtype, quantize=quantised)
-            lora.wrap(bases[key][0])
-        net, tokenizers[name] = bases[key]
-        inner = f"adapter{len(models)}" if adapter else None  # a part of a model cannot have a dot in its name
-        if adapter:
-            model.load_adapter(net, inner, adapter, trainable=False)
-        models[name] = (net, inner)
-        chat.encode_text(tokenizers[name], "warm")  # sets the tokenizer's options, which later threads only read
-    return models, tokenizers
-
-
 async def serve(app, job, device, dtype):
     """Listen, load, answer until SIGTERM or SIGINT, then finish what is in flight; a second signal ends at once."""
     loop = asyncio.get_running_loop()
@@ -362,14 +310,7 @@ async def serve(app, job, device, dtype):
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     loop.set_default_executor(ThreadPoolExecutor(2))  # loads, tokenises, and writes ratings
-    try:
-        server = await asyncio.start_server(
-            lambda *ends: httpd.connection(app, *ends), job.host, job.port, limit=httpd.HEAD_BYTES, backlog=128
-        )
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if getattr(error, "errno", 0) > 0 else error
-        taken = "; 5000 is AirPlay's on macOS: take another --port" if error.args[0] == errno.EADDRINUSE else ""
-        raise UserError(f"--host {job.host} --port {job.port}: {reason}{taken}") from error
+    server = await httpd.listen(app, job.host, job.port)
     host, port = server.sockets[0].getsockname()[:2]
     say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, loading {', '.join(app.sources)}")
     loading, stopped = loop.run_in_executor(None, start), asyncio.create_task(app.stopping.wait())

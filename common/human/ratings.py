@@ -11,6 +11,7 @@ An item_id begins with the mark of its study (study.py). A rating of another stu
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -158,6 +159,17 @@ class Sheet:
         for rating in saved:
             self.add(rating)
         say(f"{len(self.items)} items to rate at /rate, {len(saved)} ratings in {self.file}")
+
+    def shown_to(self, rater):
+        """What one rater sees: every item of the blind file, its answers in an order of the rater's own."""
+        shown = []
+        for name, item in self.items.items():
+            order = sorted(item["slots"], key=lambda slot: hashlib.sha256(f"{rater}/{name}/{slot}".encode()).digest())
+            texts = {key: item[key] for key in ("task", "prompt", "reference") if key in item}
+            answers = [{"slot": slot, "text": item["answers"][slot]} for slot in order]
+            shown.append({"item_id": name, **texts, "answers": answers})
+        rated = self.rated.get(rater, {})
+        return {"file": self.path.name, "total": len(shown), "items": shown, "rated": rated}
 
     def add(self, rating):
         """Take a rating of parse_rating in place of an earlier one -> how many items its rater has rated."""

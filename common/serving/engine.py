@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from common import chat, lora, rollouts
+from common import chat, lora, model, rollouts
 from common.decoder import Decoder
+from common.runtime import base
 from common.serving.httpd import Refused
 
 PREFILL = 512  # prompt tokens computed between two tokens of the others, a longer prompt apart
@@ -294,3 +295,29 @@ async def whole_texts(app, call, requests, stops=()):
     async for request, text, finish in texts_of(app, call, requests, stops):  # noqa: B007 - the last one is returned
         texts[request] += text
     return list(texts.values()), finish
+
+
+# ---------------------------------------------------------------- models
+
+
+def load(sources, device, dtype, given=None):
+    """({name: (model, its adapter's name or None)}, {name: tokenizer}); a base that several share is loaded once.
+
+    And once more in 4 bits where adapters were trained on it so: beside the unquantised base they say something else.
+    given: the base of all adapters, in place of those that their files name.
+    """
+    bases, models, tokenizers = {}, {}, {}
+    for name, source in sources.items():
+        folder, adapter = base.locate(source, given)
+        quantised = adapter is not None and model.trained_quantised(adapter)
+        key = folder.resolve(), quantised
+        if key not in bases:
+            bases[key] = model.load(folder, device, dtype, quantize=quantised)
+            lora.wrap(bases[key][0])
+        net, tokenizers[name] = bases[key]
+        inner = f"adapter{len(models)}" if adapter else None  # a part of a model cannot have a dot in its name
+        if adapter:
+            model.load_adapter(net, inner, adapter, trainable=False)
+        models[name] = (net, inner)
+        chat.encode_text(tokenizers[name], "warm")  # sets the tokenizer's options, which later threads only read
+    return models, tokenizers

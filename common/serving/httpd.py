@@ -7,15 +7,19 @@ are bounded before anything is kept. A connection stays only after a request tha
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import http
 import ipaddress
 import json
+import os
 import re
 import secrets
 import sys
 import time
 import traceback
+
+from common.log import UserError
 
 # >>> edit here: what clients may take
 CONNECTIONS, READ_SECONDS, WRITE_SECONDS = 256, 10, 30  # a process has 1,024 files by default
@@ -208,6 +212,18 @@ def parse(data):
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object")
     return {key: value for key, value in body.items() if value is not None}
+
+
+async def listen(app, host, port):
+    """A server that answers every connection by `connection`; UserError where the address cannot be had."""
+    try:
+        return await asyncio.start_server(
+            lambda *ends: connection(app, *ends), host, port, limit=HEAD_BYTES, backlog=128
+        )
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if getattr(error, "errno", 0) > 0 else error
+        taken = "; 5000 is AirPlay's on macOS: take another --port" if error.args[0] == errno.EADDRINUSE else ""
+        raise UserError(f"--host {host} --port {port}: {reason}{taken}") from error
 
 
 async def connection(app, reader, writer):
