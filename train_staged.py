@@ -19,8 +19,8 @@
 After each stage one prompt of val is answered before and after it; at the end evaluate.py compares the base with what
 was trained. A reward model is trained where the reward wants one and reward.checkpoint names none; its cost is reported
 separately. In a comparison on preference data it learns from one half of the pairs, as dpo does, and from the other
-half a second one, which no policy sees, to judge by; with several seeds, the first seed's judge scores all of them.
-Left out: a search over settings; all stages share one config.
+half a second one, the judge, which no policy is trained on: it scores the arms and picks their best/. With several
+seeds, the first seed's judge serves all. Left out: a search over settings; all stages share one config.
 
     python train_staged.py --config configs/staged_sft_then_ppo.yml --debug
     python train_staged.py --config configs/staged_sft_then_ppo.yml --training.budget_tokens 2000000 \\
@@ -76,6 +76,7 @@ EARLIER = {  # {flag: the file by which one sees that an earlier stage left what
     "model.adapter": "adapter_config.json",
     "model.base_checkpoint": "config.json",
     "reward.checkpoint": "reward.json",
+    "evaluation.reward_checkpoint": "reward.json",
     "dataset_path": "train.jsonl",
 }
 ENDLESS = 10**6  # epochs: the budget ends the run
@@ -137,10 +138,12 @@ def stages(cfg, arms, out, judge=None):
     if not arms:
         return [Stage(mode, mode, {})]
 
-    # --- arms: only the budget ends a run
+    # --- arms: only the budget ends a run, and the judge picks best/ where the task has no truth of its own
     sft = dict.fromkeys(("training.max_steps", "rl.max_steps", "training.patience"), "null")
     sft["training.epochs"] = ENDLESS
     rl = sft | scorer
+    if judged and not full:  # a whole model has its reference apart, and the judge may be of another base
+        rl["evaluation.reward_checkpoint"] = judge or out / "judge" / "final"
     sampled_data = {"dataset_path": out / "rft-samples", "data_keys": "null"}
     dpo_data = half_of_pairs("reward") if judged and cfg.rl.pairs == "data" else {}
     runs = {

@@ -99,11 +99,14 @@ def test_stages_of_each_mode(tmp_path):
     assert arms["rft-samples"][0] == "samples" and arms["rft"][0] == "sft"
     assert arms["rft"][1]["dataset_path"] == tmp_path / "rft-samples"
     assert arms["rft-samples"][1]["training.budget_tokens"] == arms["rft"][1]["training.budget_tokens"] == 4
+    assert arms["grpo"][1]["evaluation.reward_checkpoint"] == tmp_path / "judge" / "final"  # picks best/
+    assert "evaluation.reward_checkpoint" not in arms["rft"][1]
     second = train_staged.stages(
         config.load_config(None, {"training.budget_tokens": 9}), every, tmp_path, tmp_path / "judge"
     )
     assert [name for name, _, _ in second] == ["reward", "sft", "rl", "staged-sft", "staged-rl"]
     assert second[0][2]["dataset_path"] == tmp_path / "pairs-reward"  # it still leaves the judge's half out
+    assert second[2][2]["evaluation.reward_checkpoint"] == tmp_path / "judge"
 
     staged = {name: flags for name, _, flags in plan(every, training__budget_tokens=9)}
     assert [staged[name].get("training.budget_tokens") for name in ("sft", "staged-sft", "staged-rl")] == [None, 4, 4]
@@ -259,6 +262,9 @@ def test_the_judge_has_never_seen_the_reward_models_pairs(compared, few):
     for name in ("rl", "staged-rl"):
         cfg = config.load_config(out / name / "config.yml")
         assert cfg.reward.checkpoint == str(out / "reward" / "final") and cfg.dataset_path == str(few)
+        assert "eval/judge" in lines(out / name)[0] and lines(out / name)[0]["eval/judge"] is not None
+        state = json.loads(next((out / name).glob("step-*/state.json")).read_text())
+        assert state["best_metric"] == "eval/judge"  # safety has no truth of its own: the judge picks best/
     judge = config.load_config(out / "judge" / "config.yml")
     assert judge.dataset_path == str(out / "pairs-judge") and judge.seed == 1
 
@@ -342,7 +348,8 @@ def test_seeds_are_runs_of_their_own_and_one_comparison(tmp_path, settings):
     train(tmp_path, alone)
     for name in ("reward", "sft", "grpo"):
         folders = tmp_path / "run" / "seed1" / name, tmp_path / "alone" / "run" / name
-        checks.assert_same_records(*folders)
+        of_the_judge = ("eval/judge", "best_eval_judge") if name == "grpo" else ()  # which seed 0 has trained
+        checks.assert_same_records(*folders, apart=of_the_judge)
         weights = [checkpoint.sha256(folder / "final" / "adapter_model.safetensors") for folder in folders]
         assert weights[0] == weights[1]
 
