@@ -130,7 +130,7 @@ def test_explain_writes_nothing(tmp_path, settings):
     status, out, err = run(tmp_path, settings(out_dir, "--explain"))
     assert status == 0 and not err and not out_dir.exists()
     assert "[[" in out and "checked 4 examples" in out and "estimated peak" in out
-    assert re.search(r"synthetic-conala-train-0-\d+: \d+ tokens, \d+ trained", out)
+    assert re.search(r"synthetic-conala-train-0-\d+: \d+ tokens, \d+ of them trained", out)
 
 
 def test_bad_input_is_one_line(tmp_path, settings):
