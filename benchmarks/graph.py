@@ -97,4 +97,4 @@ class GraphDecoder(Decoder):
             return out.flatten(1, 2)
 
         self._share([None])
-        return self._run(tokens, at, attend)
+        return self._run(tokens, at, attend, self.product)

@@ -78,7 +78,8 @@ class Decoder:
             return torch.cat(outs)
 
         self._share([name for name, length in zip(adapters, lengths) for _ in range(length)])
-        hidden = self._run(tokens, positions, attend)[torch.tensor(lengths, device=device).cumsum(0) - 1]
+        product = products.product if len(prompts) == 1 else self.product  # alone, a prompt has no rows beside it
+        hidden = self._run(tokens, positions, attend, product)[torch.tensor(lengths, device=device).cumsum(0) - 1]
         self.lengths += [length for length, n in zip(lengths, copies) for _ in range(n)]
         self.names += [name for name, n in zip(adapters, copies) for _ in range(n)]
         repeats = torch.tensor(copies, device=device)
@@ -104,7 +105,7 @@ class Decoder:
             return torch.cat(out).flatten(1, 2)
 
         self._share(self.names)
-        hidden = self._run(tokens, at, attend)
+        hidden = self._run(tokens, at, attend, self.product)
         self.lengths = [length + 1 for length in self.lengths]
         return hidden
 
@@ -137,33 +138,35 @@ class Decoder:
             for name, at in places.items()
         }
 
-    def _linear(self, x, layer, kind):
+    def _linear(self, x, layer, kind, product):
         """A layer's product of x (N, in), with what the adapters of its rows add."""
-        y = self.product(x, layer.products[kind])
+        y = product(x, layer.products[kind])
         for name, rows in self.parts.items():
             if name in layer.adapters[kind]:
                 a, b = layer.adapters[kind][name]
-                y[rows] += self.product(self.product(x[rows], (a, None)), (b, None))
+                y[rows] += product(product(x[rows], (a, None)), (b, None))
         return y
 
-    def _run(self, tokens, positions, attend):
+    def _run(self, tokens, positions, attend, product):
         """The layers over tokens (N,) at positions (N,) -> (N, d); attend(layer's index, q, k, v, window)."""
         config, eps = self.config, self.config.rms_norm_eps
         rotations = {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self.rotations.items()}
         x = self.embed(tokens).to(self.dtype)
         for index, (layer, kind) in enumerate(zip(self.layers, config.layer_types)):
             window = config.sliding_window if kind == "sliding_attention" else None
-            q, k, v = self._heads(_norm(x, layer.before_attention, eps), layer, *rotations[kind])
-            out = self._linear(attend(index, q, k, v, window).flatten(1), layer, "out")
+            q, k, v = self._heads(_norm(x, layer.before_attention, eps), layer, *rotations[kind], product)
+            out = self._linear(attend(index, q, k, v, window).flatten(1), layer, "out", product)
             x = x + _norm(out, layer.after_attention, eps)
-            gate, up = self._linear(_norm(x, layer.before_mlp, eps), layer, "gate_up").chunk(2, -1)
-            x = x + _norm(self._linear(F.gelu(gate, approximate="tanh") * up, layer, "down"), layer.after_mlp, eps)
+            gate, up = self._linear(_norm(x, layer.before_mlp, eps), layer, "gate_up", product).chunk(2, -1)
+            x = x + _norm(
+                self._linear(F.gelu(gate, approximate="tanh") * up, layer, "down", product), layer.after_mlp, eps
+            )
         return _norm(x, self.norm, eps)
 
-    def _heads(self, h, layer, cos, sin):
+    def _heads(self, h, layer, cos, sin, product):
         """(N, d) -> q (N, heads, dim), k and v (N, groups, dim); q and k normed and rotated in fp32."""
         groups, dim = self.config.num_key_value_heads, self.config.head_dim
-        qkv = self._linear(h, layer, "qkv").unflatten(1, (-1, dim))
+        qkv = self._linear(h, layer, "qkv", product).unflatten(1, (-1, dim))
         qk = F.rms_norm(qkv[:, :-groups].float(), (dim,), None, self.config.rms_norm_eps) * layer.heads
         a, b = qk.chunk(2, -1)
         qk = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(h.dtype)
