@@ -8,7 +8,6 @@ random answer is kept if it stops by itself, right or wrong.
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -42,7 +41,7 @@ def main():
         if one["stopped"] and one["completion"].strip():
             rows.append(rejection.answered_by(one, prompts.batch(step)[number].record))
     control.mkdir(exist_ok=True)
-    (control / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log.replace_records(control / "train.jsonl", rows)
     (control / "val.jsonl").write_bytes((best / "val.jsonl").read_bytes())
     print(f"{len(groups)} groups, {len(rows)} random answers kept")
 

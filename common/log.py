@@ -232,13 +232,17 @@ def write_json(path: Path | str, value: object) -> None:
 
 def replace_records(path: Path | str, records: Iterable[dict]) -> None:
     """Write JSON lines, whole or not at all."""
-    replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    replace(path, _json_lines(records))
 
 
 def write_records(path: Path | str, records: list[dict]) -> None:
     """Append JSON lines, on the main rank; none leave no file."""
     if is_main() and records:
-        write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "a")
+        write(path, _json_lines(records), "a")
+
+
+def _json_lines(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def read_records(path: Path | str) -> list[dict]:
