@@ -42,22 +42,8 @@ def run(cfg, job):
 
     UserError, and nothing is written, where the files are not what the adapter says.
     """
-    named = systems.parse(job.checkpoints or [])
-    if [len(sources) for sources in named.values()] != [1] or job.human_eval or job.human_results:
-        raise UserError("--export: needs --checkpoints NAME=CHECKPOINT with one checkpoint, and does nothing beside it")
-    ((source,),), target = named.values(), Path(job.export)
+    source, target, kind = asked_for(cfg, job)
     is_file = target.suffix == ".gguf"
-    if job.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", job.push_to_hub):
-        raise UserError(f"--push_to_hub: expected OWNER/NAME, got {job.push_to_hub!r:.80}")
-    if job.gguf_type and not is_file:
-        raise UserError(f"--gguf_type {job.gguf_type}: is of --export NAME.gguf; the type of a folder is --model.dtype")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--export: runs in one process: start it with python, not with torchrun")
-    refuse_target(target)
-    if is_file:
-        kind = job.gguf_type or "bf16"
-    else:
-        kind = "bfloat16" if cfg.model.dtype == "bfloat16" else "float32"  # auto is float32
 
     # --- what the adapter says, beside its base
     device = model.pick_device(cfg.device)
@@ -110,6 +96,25 @@ def run(cfg, job):
     if job.push_to_hub:
         push(target, job.push_to_hub)
     return figures
+
+
+def asked_for(cfg, job):
+    """(checkpoint, Path to write to, type of the weights); UserError for flags that do not go together."""
+    named = systems.parse(job.checkpoints or [])
+    if [len(sources) for sources in named.values()] != [1] or job.human_eval or job.human_results:
+        raise UserError("--export: needs --checkpoints NAME=CHECKPOINT with one checkpoint, and does nothing beside it")
+    ((source,),), target = named.values(), Path(job.export)
+    is_file = target.suffix == ".gguf"
+    if job.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", job.push_to_hub):
+        raise UserError(f"--push_to_hub: expected OWNER/NAME, got {job.push_to_hub!r:.80}")
+    if job.gguf_type and not is_file:
+        raise UserError(f"--gguf_type {job.gguf_type}: is of --export NAME.gguf; the type of a folder is --model.dtype")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--export: runs in one process: start it with python, not with torchrun")
+    refuse_target(target)
+    if is_file:
+        return source, target, job.gguf_type or "bf16"
+    return source, target, "bfloat16" if cfg.model.dtype == "bfloat16" else "float32"  # auto is float32
 
 
 def write_folder(folder, net, tokenizer, adapter, base_folder, dtype):
