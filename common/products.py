@@ -67,21 +67,20 @@ def row_invariant(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
     """As `product`, of weights that `pack` made, but the bits of a row do not depend on the rows beside it.
 
     Otherwise the number of rows chooses the kernel, and with it the order of a sum. oneDNN adds in the same order for 2
-    or more rows (bf16: for 2 to 32), so a single row gets an empty one beside it, and bf16 products are cut at 32 rows.
-    Weights that are not packed: fp32 products have exactly 4 rows; in other dtypes the rows are filled up with empty
-    ones to a multiple of 8.
+    or more rows (bf16: for 2 to 32), so a single row gets an empty one beside it, and products are cut at 64 rows
+    (bf16: at 32). Weights that are not packed: fp32 products have exactly 4 rows; in other dtypes at most 64 rows are
+    filled up with empty ones to a multiple of 8.
     """
     weight, _ = linear
-    if len(x) > 64:  # a prompt, which is computed alone
-        return product(x, linear)
     if weight.is_mkldnn:
-        parts = x.split(32 if x.dtype == torch.bfloat16 else 64)
-        outs = [_packed_product(F.pad(part, (0, 0, 0, int(len(part) == 1))), weight)[: len(part)] for part in parts]
-        return torch.cat(outs) if len(outs) > 1 else outs[0]
-    if x.dtype != torch.float32:
-        return F.linear(F.pad(x, (0, 0, 0, -len(x) % 8)), weight)[: len(x)]
-    padded = F.pad(x, (0, 0, 0, -len(x) % 4))
-    return torch.cat([weight @ part.T for part in padded.split(4)], 1).T[: len(x)].contiguous()  # norms sum by layout
+        cuts = x.split(32 if x.dtype == torch.bfloat16 else 64)
+        parts = [_packed_product(F.pad(cut, (0, 0, 0, int(len(cut) == 1))), weight)[: len(cut)] for cut in cuts]
+    elif x.dtype != torch.float32:
+        parts = [F.linear(F.pad(cut, (0, 0, 0, -len(cut) % 8)), weight)[: len(cut)] for cut in x.split(64)]
+    else:
+        padded = F.pad(x, (0, 0, 0, -len(x) % 4))
+        return torch.cat([weight @ cut.T for cut in padded.split(4)], 1).T[: len(x)].contiguous()  # norms sum by layout
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _packed_product(x, weight):

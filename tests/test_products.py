@@ -46,7 +46,7 @@ def test_a_product_s_bits_do_not_depend_on_the_number_of_rows(shape, dtype):
     weight, row = (0.05 * torch.randn(shape)).to(dtype), torch.randn(shape[1]).to(dtype)
     for laid in (products.pack(weight), weight):
         right = None
-        for n in (*range(1, 21), 32, 33, 40, 64):
+        for n in (*range(1, 21), 32, 33, 40, 64, 65, 100):
             for place in {0, n // 2, n - 1}:
                 x = torch.randn(n, shape[1]).to(dtype)
                 x[place] = row
