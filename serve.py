@@ -19,11 +19,9 @@ than loopback needs a token. Prompts and answers are never logged.
 import asyncio
 import contextlib
 import difflib
-import ipaddress
 import os
 import secrets
 import signal
-import socket
 import time
 import urllib.parse
 from collections import Counter
@@ -34,10 +32,7 @@ from pathlib import Path
 from common import config
 
 JOBS = (
-    (
-        "--checkpoint",
-        {"nargs": "+", "metavar": "[NAME=]CHECKPOINT", "help": "to serve; the first is the default model"},
-    ),
+    ("--checkpoint", {"nargs": "+", "metavar": "[NAME=]CHECKPOINT", "help": "to serve; the first is the default"}),
     ("--human_eval", {"metavar": "FILE.csv", "type": config.expand_home, "help": "blind study, to be rated at /rate"}),
     ("--host", {"default": "127.0.0.1", "help": "address to listen on; any but loopback needs GEMMA_ALIGNMENT_TOKEN"}),
     ("--port", {"type": int, "default": 5000, "help": "port to listen on; 0 takes a free one [default 5000]"}),
@@ -57,10 +52,9 @@ from common.serving import fields, httpd
 from common.serving.engine import Engine, load, requests_of, texts_of, whole_texts
 from common.serving.httpd import Refused
 
-# >>> edit here: what clients may take, as in common/serving/httpd.py (bytes, connections) and engine.py (seconds)
-DRAIN_SECONDS, PROMPTS = 30, 32  # PROMPTS: of a batch
+# What clients may take: common/serving/fields.py (prompts), httpd.py (bytes, connections) and engine.py (seconds)
+DRAIN_SECONDS = 30  # that a stop waits for answers in flight
 STARTED = int(time.time())
-
 WEB = Path(__file__).resolve().parent / "web"
 PAGES = {"/": "chat.html", "/rate": "rate.html"} | {f"/{n}": n for n in ("style.css", "page.js", "chat.js", "rate.js")}
 KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript; charset=utf-8"}
@@ -133,10 +127,7 @@ async def generate(app, call):
 
 async def batch_generate(app, call):
     fields.check_known(call.body, {"prompts", "model", *fields.NUMBERS})
-    prompts = call.body.get("prompts")
-    if not isinstance(prompts, list) or not 1 <= len(prompts) <= PROMPTS:
-        many = f", not {len(prompts)}" if isinstance(prompts, list) else ""
-        raise Refused(400, f"prompts must be a list of 1 to {PROMPTS} texts{many}", "prompts")
+    prompts = fields.prompts_of(call.body)
     texts = await answers_to(app, call, {f"prompts[{i}]": prompt for i, prompt in enumerate(prompts)})
     results = [{"prompt": prompt, "generated_text": text} for prompt, text in zip(prompts, texts, strict=True)]
     await call.respond(200, {"results": results})
@@ -146,9 +137,8 @@ async def chat_completions(app, call):
     body = call.body
     fields.check_known(body, fields.CHAT_FIELDS)
     stream, with_usage, stops = fields.chat_options(body)
-    turns, length = fields.turns_of(body.get("messages")), body.get("max_completion_tokens", body.get("max_tokens"))
-    body = body if length is None else body | {"max_tokens": length}
-    asked = fields.settings(body, app.sources, max_tokens=None, temperature=1, top_p=1)
+    turns = fields.turns_of(body.get("messages"))
+    asked = fields.chat_settings(body, app.sources)
     requests = await requests_of(app, {"messages": turns}, asked)
     kind = "chat.completion.chunk" if stream else "chat.completion"
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
@@ -244,15 +234,14 @@ def sheet_of(app):
 
 
 async def rating_items(app, call):
-    rater = check_rater(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
+    rater = fields.rater_of(urllib.parse.parse_qs(call.query).get("rater", [""])[0])
     await call.respond(200, sheet_of(app).shown_to(rater))
 
 
 async def rate(app, call):
     """Keep a rating: 200 only when it is on the disk."""
     sheet = sheet_of(app)
-    fields.check_flat(call.body)
-    row = call.body | {"rater_id": check_rater(call.body.get("rater_id"))}
+    row = fields.rating_of(call.body)
     try:
         rating = ratings.parse_rating(row, sheet.items)
         await asyncio.to_thread(ratings.append, sheet.file, row)
@@ -264,12 +253,6 @@ async def rate(app, call):
         raise Refused(507, f"the rating was not saved: {error.strerror}") from None
     done = sheet.add(rating)
     await call.respond(200, {"saved": True, "rated": done, "total": len(sheet.items)})
-
-
-def check_rater(name):
-    if not isinstance(name, str) or not 0 < len(name.strip()) <= 80 or not name.isprintable():
-        raise Refused(400, "rater must be a name of 1 to 80 printable characters", "rater_id")
-    return " ".join(name.split())  # as ratings.py writes names
 
 
 GET = dict.fromkeys(PAGES, page) | {"/health": health, "/metrics": metrics}
@@ -332,22 +315,13 @@ async def serve(app, job, device, dtype):
 @command
 def main(argv=None):
     cfg, job = config.parse_args(**FLAGS, argv=argv)
-    if job.checkpoint is None and cfg.model.adapter:
-        job.checkpoint = [cfg.model.adapter]
     for flag, least in (("rows", 1), ("queue", 0), ("context", 64)):
         if getattr(job, flag) < least:
             raise UserError(f"--{flag} {getattr(job, flag)}: at least {least}")
-    sources = parse_models(job.checkpoint or [cfg.model.base_checkpoint])
-    token = os.environ.get("GEMMA_ALIGNMENT_TOKEN", "")
-    local = job.host == "localhost" or (httpd.is_address(job.host) and ipaddress.ip_address(job.host).is_loopback)
-    if not local and not token:
-        secret = "a secret of at least 16 characters"
-        raise UserError(f"--host {job.host} is open to others: set GEMMA_ALIGNMENT_TOKEN to {secret}")
-    if token and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
-        raise UserError("GEMMA_ALIGNMENT_TOKEN: 16 or more printable ASCII characters without spaces are needed")
-    names = {"localhost", job.host.lower(), socket.gethostname().lower()}
+    sources = parse_models(job.checkpoint or [cfg.model.adapter or cfg.model.base_checkpoint])
+    token = httpd.token_for(job.host)
     sheet = ratings.Sheet(job.human_eval) if job.human_eval else None
-    app = App(sources, token, names, sheet)
+    app = App(sources, token, httpd.names_of(job.host), sheet)
     device = model.pick_device(cfg.device)
     asyncio.run(serve(app, job, device, model.pick_dtype(cfg.model.dtype, device)))
 

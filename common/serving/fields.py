@@ -17,6 +17,7 @@ NUMBERS = {  # type, least, most, default
     "top_p": (float, 0, 1, 0.9),
     "seed": (int, -(2**63), 2**63 - 1, None),
 }
+PROMPTS = 32  # of a batch
 GREEDY_TEMPERATURE, GREEDY_TOP_P = 0.01, 0.001  # below them the likeliest token is all that is left
 STOPS, STOP_LETTERS, LETTERS = 16, 100, 10_000
 # Fields of OpenAI's that this server has no answer to: taken with these values, which ask for nothing.
@@ -50,6 +51,28 @@ def text_of(value, param):
     if not isinstance(value, str) or not value.strip():
         raise Refused(400, f"{param} must be a text that is not empty", param)
     return utf8(value, param)
+
+
+def prompts_of(body):
+    """The list of prompts of a batch; what is in it is not checked."""
+    prompts = body.get("prompts")
+    if not isinstance(prompts, list) or not 1 <= len(prompts) <= PROMPTS:
+        many = f", not {len(prompts)}" if isinstance(prompts, list) else ""
+        raise Refused(400, f"prompts must be a list of 1 to {PROMPTS} texts{many}", "prompts")
+    return prompts
+
+
+def rating_of(body):
+    """A rating as the page sends it: one flat row, with its rater's name as rater_of has it."""
+    check_flat(body)
+    return body | {"rater_id": rater_of(body.get("rater_id"))}
+
+
+def rater_of(name):
+    """A rater's name as ratings.py writes names, with single blanks."""
+    if not isinstance(name, str) or not 0 < len(name.strip()) <= 80 or not name.isprintable():
+        raise Refused(400, "rater must be a name of 1 to 80 printable characters", "rater_id")
+    return " ".join(name.split())
 
 
 def utf8(value, param):
@@ -88,6 +111,13 @@ def settings(body, models, **defaults):
     if not isinstance(values["model"], str) or values["model"] not in models:
         raise no_model(models)
     return values
+
+
+def chat_settings(body, models):
+    """settings with OpenAI's defaults, and its newer name of max_tokens."""
+    length = body.get("max_completion_tokens", body.get("max_tokens"))
+    body = body if length is None else body | {"max_tokens": length}
+    return settings(body, models, max_tokens=None, temperature=1, top_p=1)
 
 
 def no_model(models):

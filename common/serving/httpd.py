@@ -15,6 +15,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 import traceback
@@ -298,6 +299,23 @@ def note(app, call):
 
 
 # ---------------------------------------------------------------- who may ask
+
+
+def token_for(host):
+    """The secret in GEMMA_ALIGNMENT_TOKEN, "" without one; an address that others can reach needs one."""
+    token = os.environ.get("GEMMA_ALIGNMENT_TOKEN", "")
+    local = host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+    if not local and not token:
+        secret = "a secret of at least 16 characters"
+        raise UserError(f"--host {host} is open to others: set GEMMA_ALIGNMENT_TOKEN to {secret}")
+    if token and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
+        raise UserError("GEMMA_ALIGNMENT_TOKEN: 16 or more printable ASCII characters without spaces are needed")
+    return token
+
+
+def names_of(host):
+    """The hosts by which this server may be called."""
+    return {"localhost", host.lower(), socket.gethostname().lower()}
 
 
 def check_origin(headers, names):
