@@ -1,6 +1,5 @@
 """Preference pairs made from a model's own samples, for tasks whose data has none; kept as JSONL by content hash."""
 
-import json
 import sys
 from collections.abc import Callable
 
@@ -163,7 +162,7 @@ def cached(key: str | None, splits: tuple[str, ...], make: Callable[[str], list[
 
     def write(target):
         for split, records in made.items():
-            (target / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            log.replace_records(target / f"{split}.jsonl", records)
 
     if dist.is_main():
         try:
