@@ -8,12 +8,12 @@ import math
 import numpy as np
 
 
-def wilson(successes, n, z=1.959964):
+def wilson(successes, n):
     """95 % interval (low, high) of a rate: Wilson 1927, section 3.
 
     Ours, as a tie is half a success here: scipy's binomtest(...).proportion_ci(method="wilson") takes whole numbers.
     """
-    rate = successes / n
+    rate, z = successes / n, 1.959964
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return float(centre - half), float(centre + half)
@@ -48,13 +48,13 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def calibration(probabilities, bins=10):
+def calibration(probabilities):
     """Reliability of P(chosen wins) for pairs shown both ways round -> (ECE, rows of (mean p, share right, count)).
 
     Each pair counts once as itself and once mirrored (1 - p, wrong), so a reward model that is sure and right 80 % of
     the time shows as over-confident. ECE: mean |p - share| weighted by counts (Naeini et al. 2015, eq. 3).
     """
-    p = np.asarray(probabilities, dtype=np.float64)
+    p, bins = np.asarray(probabilities, dtype=np.float64), 10
     p, right = np.concatenate([p, 1 - p]), np.concatenate([np.ones(len(p)), np.zeros(len(p))])
     index = np.minimum((p * bins).astype(int), bins - 1)
     rows = [(p[index == b].mean(), right[index == b].mean(), int((index == b).sum())) for b in np.unique(index)]

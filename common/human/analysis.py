@@ -24,7 +24,7 @@ MAX_FAILED = 1  # the rule fixed before: a rater who fails more checks than this
 PRIOR = 0.5  # wins added each way to every pair of systems: Jeffreys' prior where there are two (Firth 1993)
 
 
-def analyse(key, ratings, draws=2000, seed=0):
+def analyse(key, ratings, draws=2000):
     """What the ratings say, as a dict that JSON can hold (None: not defined, with a reason beside it).
 
     key: study.read_key's; ratings: read_ratings' with that key. Raters who preferred the shuffled answer in more than
@@ -40,7 +40,7 @@ def analyse(key, ratings, draws=2000, seed=0):
     systems = sorted({name for entry in key.values() for name in entry["systems"].values()})
     items = {item: i for i, item in enumerate(sorted({rating["item_id"] for rating in counted}))}
     chosen = [(items[rating["item_id"]], _preferred(key, rating)) for rating in counted]
-    weights = np.random.default_rng(seed).multinomial(len(items), np.full(len(items), 1 / len(items)), size=draws)
+    weights = np.random.default_rng(0).multinomial(len(items), np.full(len(items), 1 / len(items)), size=draws)
     answered = [(rating["rater_id"], rating["item_id"]) for rating in ratings if rating["preferred"] is not None]
     return {
         "systems": systems,

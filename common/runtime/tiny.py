@@ -46,13 +46,13 @@ def ensure(root: Path | str, steps: int = STEPS) -> Path:
     return cache.build_once(target, build)
 
 
-def pretraining_corpus(count: int, seed: int = 0) -> list[list[dict]]:
+def pretraining_corpus(count: int) -> list[list[dict]]:
     """Dialogues of the training split, about half of them with a bad answer: a base that is fluent and not aligned.
 
     It refuses seldom, so that who refuses more than the base has learned it in training: no bad answer is a needless
     refusal, and most harmful requests are granted.
     """
-    rng, dialogues = random.Random(f"{seed}/pretraining"), []
+    rng, dialogues = random.Random("0/pretraining"), []
     for i in range(count):
         prompt, good, bad = CORPUS[i % len(CORPUS)].draw(rng, "train")
         share = 1.0 if text.refuses(bad) else REFUSED if text.refuses(good) else 0.5
@@ -158,14 +158,14 @@ def _pretrain(model, batches, steps):
                 p.sub_(update, alpha=lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-def orthogonalised(matrix: torch.Tensor, steps: int = 3) -> torch.Tensor:
+def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
     """(rows, columns) -> the same shape, singular values near 1: Muon's Newton-Schulz iteration (Jordan et al. 2024).
 
     torch.optim.Muon does this in bfloat16, which took 1 s a step on a processor without bf16 units; this is float32.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / wide.norm().clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(3):
         gram = wide @ wide.T
         wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
