@@ -287,7 +287,7 @@ def contents(results, items):
         "verdicts": pair_verdicts(results),
         "certainty": certainty(results),
         "next_steps": next_steps(results),
-        "instrument": judge_sentence(results),
+        "judge_sentences": judge_sentence(results),
         "marks": {(name, pair["a"]): pair["verdict"] for name in metrics for pair in pairs[name] if pair["b"] == base},
         "compared": list(dict.fromkeys((pair["a"], pair["b"]) for rows in pairs.values() for pair in rows)),
         "seeded": [
