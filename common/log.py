@@ -6,6 +6,7 @@ Imports the standard library alone, and others where they are used: the download
 import contextlib
 import errno
 import functools
+import io
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -29,7 +30,7 @@ COLUMNS = (  # of the console's table, from left to right
     *("eval/margin", "eval/chosen_logprob", "lr", "grad_norm", "tokens_per_second"),
 )
 OF_EVERY_RUN = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
-COUNTS = {  # {what became of a record: how it is said after the number}, of others that they were left out
+COUNTS = {  # {what became of a record: the words after its count}; any other is "left out"
     "truncated": "cut at {longest} tokens",
     "empty": "empty turns dropped",
     "system_folded": "system prompts merged into the user's turn",
@@ -102,7 +103,7 @@ def _refusal(error):
     if isinstance(error, MemoryError) or (torch and _out_of_memory(error, torch)):
         return f"out of memory: lower --training.micro_batch_tokens ({_one_line(error)[:200] or 'MemoryError'})", 2
     if isinstance(error, OSError):  # a full disk, a folder that may not be written
-        return _one_line(f"{error.strerror or error}: {error.filename or ''}"), 2
+        return _one_line(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")), 2
     if dist and isinstance(error, dist.RankError):
         return _one_line(error), error.status
     return None
@@ -152,6 +153,17 @@ def warn(message: str, file: TextIO | None = None) -> None:
     if message not in _warned:
         _warned.add(message)
         say(f"warning: {message}", file)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Inside, nothing is shown on stdout; what was warned of there is warned of again outside."""
+    before = set(_warned)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        _warned.intersection_update(before)
 
 
 def say_counts(split: str, counts: dict[str, int], longest: int | None = None) -> None:
@@ -296,8 +308,9 @@ def reset_peak_memory() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # not every kernel or sandbox has this file
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def versions() -> dict[str, str]:

@@ -117,6 +117,7 @@ def test_a_command_refuses_in_one_line(capsys):
     for error, words in (
         (UserError("config.yml, line 3:\nunknown key"), "error: config.yml, line 3: unknown key\n"),
         (OSError(28, "No space left on device", "a.bin"), "error: No space left on device: a.bin\n"),
+        (OSError(28, "No space left on device"), "error: No space left on device\n"),
         *((error, "error: out of memory: lower --training.micro_batch_tokens") for error in out_of_memory()),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -193,6 +194,30 @@ def test_a_warning_is_said_once_a_command(capsys):
     assert capsys.readouterr().out == "warning: odd\nwarning: even\n"
     main()
     assert capsys.readouterr().out.count("odd") == 1
+
+
+def test_a_warning_that_nobody_saw_is_said_again(capsys):
+    """As when train_staged.py times a step in silence, before the stage itself runs."""
+
+    @log.command
+    def main(argv):
+        log.warn("before")
+        with log.silent():
+            log.say("unseen")
+            log.warn("odd")
+        for words in ("before", "odd"):
+            log.warn(words)
+
+    main()
+    assert capsys.readouterr().out == "warning: before\nwarning: odd\n"
+
+
+def test_a_system_that_counts_no_peak_ends_no_run(monkeypatch):
+    def refused(path, text):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(log.Path, "write_text", refused)
+    log.reset_peak_memory()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
