@@ -16,11 +16,11 @@
 
     --seeds 0,1,2                all of this for each seed, in folders of their own, then one comparison over the seeds
 
-After each stage one prompt of val is answered before and after it; at the end evaluate.py compares the base with what
-was trained. A reward model is trained where the reward wants one and reward.checkpoint names none; its cost is reported
-separately. In a comparison on preference data it learns from one half of the pairs, as dpo does, and from the other
-half a second one, the judge, which no policy is trained on: it scores the arms and picks their best/. With several
-seeds, the first seed's judge serves all. Left out: a search over settings; all stages share one config.
+After each stage of SFT or RL one prompt of val is answered before and after it; at the end evaluate.py compares the
+base with what was trained. A reward model is trained where the reward wants one and reward.checkpoint names none; its
+cost is reported separately. In a comparison on preference data it learns from one half of the pairs, as dpo does, and
+from the other half a second one, the judge, which no policy is trained on: it scores the arms and picks their best/.
+With several seeds, the first seed's judge serves all. Left out: a search over settings; all stages share one config.
 
     python train_staged.py --config configs/staged_sft_then_ppo.yml --debug
     python train_staged.py --config configs/staged_sft_then_ppo.yml --training.budget_tokens 2000000 \\
@@ -29,10 +29,8 @@ seeds, the first seed's judge serves all. Left out: a search over settings; all 
 Run the same command again to resume: finished stages are skipped, an unfinished one goes on bit for bit.
 """
 
-import contextlib
 import copy
 import gc
-import io
 import os
 import tempfile
 from pathlib import Path
@@ -223,10 +221,12 @@ def time_stage(study, stage, timed):
         if key in flags and not (Path(flags[key]) / file).is_file():
             del flags[key]
             flags |= {"reward.type": "heuristic"} if key == "reward.checkpoint" else {}
+            if key == "dataset_path":
+                del flags["data_keys"]  # which was for that data alone
     cfg = config.load_config(study.draft, flags)
     budget, kind = cfg.training.budget_tokens or cfg.training.budget_flops or 1, (stage.mode, cfg.rl.algorithm)
     if kind not in timed:
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        with log.silent(), tempfile.TemporaryDirectory() as folder:
             if stage.mode == "samples":
                 spent = "tokens_seen" if cfg.training.budget_tokens else "flops_seen"
                 cfg.training.budget_tokens = 1
@@ -280,8 +280,9 @@ def main(argv=None):
     # --- what the comparison will need, before anything is trained
     base_folder, comparable = base.resolve(cfg.model.base_checkpoint), True
     try:
+        evaluate.check_metrics(cfg)
         metrics.require(cfg.task)
-        records = data.from_config(cfg, "test")
+        records = data.from_config(cfg, cfg.evaluation.split)
         longest = cfg.training.max_seq_length - cfg.evaluation.max_new_tokens
         measure.items(records, base.load_tokenizer(base_folder), longest, cfg.evaluation.max_items, cfg.seed)
     except UserError as error:

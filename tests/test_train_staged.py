@@ -354,6 +354,26 @@ def test_seeds_are_runs_of_their_own_and_one_comparison(tmp_path, settings):
         assert weights[0] == weights[1]
 
 
+def test_a_step_on_data_with_keys_of_their_own_is_timed(tmp_path, monkeypatch):
+    """SFT on samples that are not drawn yet: the step is timed on the data, by the data's own keys."""
+    data_keys = "prompt=ask,response=gold"
+    flags = {"dataset_path": str(tmp_path), "data_keys": data_keys, "training.budget_tokens": "800"}
+    cfg = config.load_config(None, flags | {"reward.type": "heuristic"})
+    plan = train_staged.stages(cfg, ["rft"], tmp_path / "run")
+    study = train_staged.Study(cfg, plan, tmp_path / "run", "fingerprint")
+    study.folder.mkdir()
+    study.draft.write_text(config.dump(cfg))
+    read = []
+
+    def run_script(mode, draft, flags, *words):
+        read.append(config.load_config(draft, flags))
+        return {"expected_seconds": 80}
+
+    monkeypatch.setattr(train_staged, "run_script", run_script)
+    assert train_staged.time_stage(study, plan[-1], {}) == 80
+    assert (read[0].dataset_path, read[0].data_keys) == (str(tmp_path), data_keys)
+
+
 def killed_in(folder):
     """A body that dies by SIGKILL after the first checkpoint of the run in `folder`."""
 
@@ -396,6 +416,10 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, settings):
     refused(tmp_path, settings(tmp_path, "--training.no_such_key", 1), "no_such_key")
     refused(tmp_path, settings(tmp_path, "--rl.group_size", 1, *budget), "rl.group_size")
     refused(tmp_path, settings(tmp_path, "--paradigms", "sft", "--dataset_path", tmp_path, *budget), "test.jsonl")
+    other = ["--dataset_path", tmp_path, "--evaluation.split", "val"]
+    refused(tmp_path, settings(tmp_path, "--paradigms", "sft", *other, *budget), "val.jsonl")
+    greedy = ["--evaluation.samples", 4, "--evaluation.temperature", 0]
+    refused(tmp_path, settings(tmp_path, "--paradigms", "sft", *greedy, *budget), "evaluation.samples 4")
     warm = ["--rl.critic_warmup", 2, "--reward.type", "heuristic", "--training.budget_tokens", 500]
     status, _, err = run(tmp_path, settings(tmp_path, *warm, "--training.mode", "rl", algorithm="ppo"))
     assert status == 2 and "rl.critic_warmup: 2 leaves none" in err, err
