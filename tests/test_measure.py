@@ -121,13 +121,14 @@ def test_merge_leaves_out_what_has_no_value():
 
 
 def test_an_item_without_a_score_does_not_count(tiny, items):
-    """NaN of a user's reward function is no score; of a judge it stays to be seen."""
+    """NaN of a user's reward function or metric is no score; of a judge it stays to be seen."""
     _, tokenizer = tiny
     answers = [chat.encode_text(tokenizer, "Yes.")] * 10
     scores = torch.tensor([math.nan, *range(1, 10)])
-    scorers = {"reward": lambda records, answers: scores, "judge": lambda records, answers: scores}
+    scorers = {name: lambda records, answers: scores for name in ("reward", "mine", "judge")}
     lines = measure.merge(measure.text_lines("safety", items, answers, tokenizer, scorers), {})
     assert "reward" not in lines[0]["scores"] and lines[1]["scores"]["reward"] == 1
-    stats = measure.stack([lines], "reward").sum((0, 1))
-    assert stats.tolist() == [45, 9] and metrics.value(stats) == 5
+    for name in ("reward", "mine"):
+        stats = measure.stack([lines], name).sum((0, 1))
+        assert stats.tolist() == [45, 9] and metrics.value(stats) == 5
     assert np.isnan(measure.stack([lines], "judge").sum((0, 1))[0])

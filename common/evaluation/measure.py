@@ -20,7 +20,7 @@ TOKENS_PER_PASS = 4096  # of a forward pass without gradient
 def items(records, tokenizer, longest, most, seed):
     """The records to answer: those whose prompt has at most `longest` tokens; `most` of them, drawn by `seed`.
 
-    -> ([{"id", "ids", "record"}], {reason: how many were left out}). UserError if none is left.
+    -> ([prompts.Prompt], {"records", "kept" and each reason to leave one out: how many}). UserError if none is left.
     """
     encoded, counts = prompts.encode_prompts(records, tokenizer, longest)
     order = sorted(data.shuffled(len(encoded), f"items/{seed}")[:most])
@@ -69,7 +69,7 @@ def text_lines(task, items, answers, tokenizer, scorers):
     for name, scorer in scorers.items():
         scores = share_scores(scorer, records, answers)
         stats[name] = values_and_counts(scores)
-        if name == "reward":
+        if name != "judge":
             stats[name][np.isnan(scores)] = 0  # the user's function gave no score: the item does not count
     stats["length"] = values_and_counts([len(ids) for ids in answers])
     stats["stops"] = values_and_counts([bool(ids) and ids[-1] in chat.STOP_TOKENS for ids in answers])
