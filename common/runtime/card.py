@@ -1,7 +1,7 @@
 """The model card, README.md of final/ and of exports: what a model is, from what and how, what it must not be used for.
 
 It is a function of config, data, base and libraries: a run that was stopped and resumed writes the same one. Of paths
-on this machine it holds the last name only.
+on this machine it holds the last two names.
 """
 
 import re
@@ -47,8 +47,8 @@ def text(
     facts: Mapping = MappingProxyType({}),
     whole: bool = False,
 ) -> str:
-    """The card. figures: {what was measured: its value}; cfg, facts: of the run that trained it, None if nothing did;
-    whole: a model with all weights, not an adapter."""
+    """The card. figures: {what was measured: its value}; cfg, facts: of the run that trained it, None and {}
+    without one; whole: a model with all weights, not an adapter."""
     from huggingface_hub import ModelCardData
 
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_name) and not Path(base_name).exists()
@@ -111,8 +111,9 @@ def command(cfg: Config) -> str:
     for key, value in config.flatten(cfg).items():
         hidden = key in ("debug", "task") or (resume.matches(key, resume.FREE_TO_CHANGE) and key not in FREE_BUT_SHOWN)
         if key == "task" or (not hidden and value != defaults.get(key)):
-            shown = ",".join(value) if isinstance(value, list) else "null" if value is None else short(value)
-            words += [f"--{key}", str(shown).lower() if isinstance(value, bool) else str(shown)]
+            values = value if isinstance(value, list) else [value]
+            shown = ",".join("null" if each is None else str(short(each)) for each in values)
+            words += [f"--{key}", shown.lower() if isinstance(value, bool) else shown]
     return shlex.join(words)
 
 
