@@ -285,6 +285,7 @@ def test_what_cannot_be_exported(tmp_path, flags, adapter, micro_folder):
         ([one, one], (), "one checkpoint"),
         ([one], ["--human_eval"], "nothing beside it"),
         ([one], ["--human_results", "x.csv"], "nothing beside it"),
+        ([one], ["--items", "x.jsonl"], "nothing beside it"),
         ([f"sft={tmp_path / 'absent'}"], (), "no such folder"),
     ):
         refused(tmp_path, flags(tmp_path / "merged", *checkpoints, more=more), line)

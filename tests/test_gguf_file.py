@@ -202,6 +202,9 @@ def test_what_no_gguf_can_be(tmp_path, flags, adapter):
     argv = gguf_flags(flags, tmp_path / "new.gguf", adapter, "bf16")
     refused(tmp_path, argv, "new.gguf is there already", "name a new file")
     assert (tmp_path / "new.gguf").read_text() == "mine"
+    (tmp_path / "README.md").write_text("mine")
+    refused(tmp_path, gguf_flags(flags, tmp_path / "README.gguf", adapter, "bf16"), "README.md is there already")
+    assert (tmp_path / "README.md").read_text() == "mine"
     refused(tmp_path, gguf_flags(flags, tmp_path / "merged", adapter, "bf16"), "--gguf_type bf16", "--model.dtype")
     refused(tmp_path, gguf_flags(flags, tmp_path / "other.gguf", adapter, "q4_0"), "--gguf_type", "q8_0")
     assert nothing_left(tmp_path / "other.gguf") and nothing_left(tmp_path / "merged")

@@ -33,6 +33,7 @@ FINER = {
     "bfloat16": "--model.dtype float32",
 }
 SURVIVES, NOISE = 0.5, 0.5  # of an adapter: the least share that rounding leaves, the most that it may drown
+BESIDE = (".json", ".Modelfile", ".md")  # what lies beside NAME.gguf
 NAME = "policy"
 DRAWS = 2000  # of the bootstrap
 
@@ -101,7 +102,7 @@ def run(cfg, job):
 def asked_for(cfg, job):
     """(checkpoint, Path to write to, type of the weights); UserError for flags that do not go together."""
     named = systems.parse(job.checkpoints or [])
-    if [len(sources) for sources in named.values()] != [1] or job.human_eval or job.human_results:
+    if [len(sources) for sources in named.values()] != [1] or job.items or job.human_eval or job.human_results:
         raise UserError("--export: needs --checkpoints NAME=CHECKPOINT with one checkpoint, and does nothing beside it")
     ((source,),), target = named.values(), Path(job.export)
     is_file = target.suffix == ".gguf"
@@ -162,9 +163,11 @@ def rounding(kind):
 def refuse_target(target):
     """UserError if something is there that the export would have to replace."""
     file = target.suffix == ".gguf"
-    if os.path.lexists(target) and (file or target.is_symlink() or not target.is_dir() or any(target.iterdir())):
-        new = "file" if file else "folder"
-        raise UserError(f"--export: {target} is there already and nothing is overwritten: name a new {new}")
+    places = [target.with_suffix(end) for end in (".gguf", *BESIDE)] if file else [target]
+    for place in filter(os.path.lexists, places):
+        if file or place.is_symlink() or not place.is_dir() or any(place.iterdir()):
+            new = "file" if file else "folder"
+            raise UserError(f"--export: {place} is there already and nothing is overwritten: name a new {new}")
 
 
 def push(target, repo):
