@@ -53,6 +53,14 @@ def test_what_no_item_has_is_no_cell_and_never_zero():
     assert "refusal_benign" not in cells and list(cells["length"]) == ["floor"] and list(cells["judge"]) == ["a"]
 
 
+def test_an_item_counts_if_it_does_under_any_seed():
+    """Where no answer of the first seed counts, the rate of the second one has items all the same."""
+    none, half = ([line(i, stops=stats) for i in range(4)] for stats in ((0, 0), (1, 1)))
+    half[3] = line(3, stops=(0, 0))
+    found = comparison.cell([none, half], "stops", "rate", 100)
+    assert found["value"] == 1 and found["n"] == 3
+
+
 def test_pairs_are_every_two_systems_with_holm_over_them():
     systems = {"base": [system(0, 0.0)], "sft": [system(1, 1.0)], "rl": [system(2, 2.0)], "staged": [system(3, 2.0)]}
     rows = comparison.pairs(systems, known("judge", "stops"), 2000)

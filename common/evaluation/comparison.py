@@ -18,13 +18,14 @@ from common.stats import mcnemar, wilson
 def cell(runs, name, kind, draws):
     """{"value", "low", "high", "n"} of a metric over runs (lists of lines, one per seed), or None without a value.
 
-    The interval is that of `statistics.interval`; of a rate under one seed, Wilson's. n: items that count.
+    The interval is that of `statistics.interval`; of a rate under one seed, Wilson's. n: items that count under
+    any seed.
     """
     stats = stack(runs, name)
     if not _has_value(stats):
         return None
     value, low, high = statistics.interval(stats, metrics.value, draws)
-    n = stats.shape[1] if kind == "corpus" else int((stats[0, :, -1] > 0).sum())
+    n = stats.shape[1] if kind == "corpus" else int((stats[:, :, -1] > 0).any(0).sum())
     if kind == "rate":  # of several seeds the wider of both, as the bootstrap has no width at 0 and 1
         least, most = wilson(value * n, n)
         low, high = (least, most) if len(runs) == 1 or low is None else (min(low, least), max(high, most))
