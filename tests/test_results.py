@@ -1,5 +1,6 @@
 """Recordings: tables of them, with and without a judge that is good enough; what may not be compared is refused."""
 
+import dataclasses
 import gzip
 
 import numpy as np
@@ -91,6 +92,25 @@ def test_a_judge_that_was_not_set_against_all_is_not_passed(left_out, words):
     tables = results.build(recordings, 200)
     assert tables["gate"]["reasons"] == [f"0 items are too few to set it against {words}"]
     assert not tables["gate"]["passed"] and tables["headline"] == "reward" and "judge" not in tables["cells"]
+
+
+def test_a_headline_without_a_direction_has_no_wins(monkeypatch):
+    """More words are neither better nor worse: no win rate of 0.5 from ties everywhere."""
+    task = dataclasses.replace(results.tasks.load("safety"), headline=("length",))
+    monkeypatch.setattr(results.tasks, "load", lambda name: task)
+    recordings = [of_system("base", 0.0), of_system("sft", 1.0, 1)]
+    for recording in recordings:
+        for row in recording.rows:
+            row["stats"] = row["stats"] | {"length": [float(row["tokens"]), 1.0]}
+    found = results.build(recordings, 200)
+    assert found["headline"] == "length" and found["wins"] == []
+
+
+def test_speed_is_that_of_the_first_seed_as_cost_is():
+    first, second = of_system("sft", 1.0, 1), of_system("sft", 1.0, 2)
+    for row in second.rows:
+        row["tokens_per_second"] = 9.0
+    assert results.build([of_system("base", 0.0), first, second], 200)["speed"] == {"base": 5.0, "sft": 5.0}
 
 
 def test_unequal_costs_are_said_with_all_units():

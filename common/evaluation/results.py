@@ -81,6 +81,7 @@ def build(recordings, draws):
     if verdict and not verdict["passed"]:
         del table["judge"]
     headline = next((name for name in tasks.load(facts["task"]).headline if name in table), next(iter(table)))
+    first = known[headline]
     known = {name: known[name] for name in (headline, *(name for name in table if name != headline))}
     by_seed = {}
     for name in known:
@@ -102,11 +103,11 @@ def build(recordings, draws):
         "cells": {name: table[name] for name in known},
         "floors": list(floors),
         "pairs": comparison.pairs(runs, known, draws),
-        "wins": comparison.wins(runs, headline, known[headline].better) if known[headline].kind != "corpus" else [],
+        "wins": comparison.wins(runs, headline, first.better) if first.better and first.kind != "corpus" else [],
         "by_seed": by_seed,
         "cost": {name: recording.head["cost"] for name, recording in firsts.items()},
         "extra_cost": {title: cost for title, cost in costs.items() if cost},
-        "speed": {name: seeds[-1][0]["tokens_per_second"] for name, seeds in runs.items()},
+        "speed": {name: seeds[0][0]["tokens_per_second"] for name, seeds in runs.items()},
         "judge": accuracy(by_kind["judge"]) if "judge" in by_kind and by_kind["judge"].rows else None,
         "decoding": f"temperature {facts['temperature']:g}, top_p {facts['top_p']:g}, at most "
         f"{facts['max_new_tokens']} tokens, seed {facts['seed']}",
