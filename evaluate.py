@@ -205,8 +205,10 @@ def main(argv=None):
     if job.export:
         return export.run(cfg, job)
     if job.push_to_hub or job.gguf_type:
-        raise UserError("--push_to_hub and --gguf_type are of --export: name what to write")
+        raise UserError("--push_to_hub and --gguf_type go with --export DIR or NAME.gguf")
     if job.human_results:
+        if job.checkpoints or job.items or job.human_eval:
+            raise UserError("--human_results analyses ratings, and does nothing beside it: leave out the other flags")
         key = job.human_key or out / "human_eval.key.csv"
         return sheets.results(job.human_results, key, cfg.evaluation.draws, job.human_pairs)
     if job.human_key or job.human_pairs:

@@ -64,6 +64,7 @@ def test_the_cards_of_a_run_and_of_its_export(tmp_path, flags, few, micro_folder
 
 def test_a_hub_base_and_hub_data_are_named(tmp_path):
     overrides = {"task": "gsm8k", "dataset_path": "hub:some/sums:main", "training.mode": "rl", "rl.algorithm": "grpo"}
+    overrides |= {"reward.checkpoint": f"{tmp_path}/a/final,{tmp_path}/b/final"}
     cfg = config.load_config(None, overrides)
     path = tmp_path / "README.md"
     path.write_text(card.of_run(cfg, {"model": "ab", "data": "cd"}, "google/gemma-3-270m-it", {"eval/reward": 0.25}))
@@ -71,6 +72,7 @@ def test_a_hub_base_and_hub_data_are_named(tmp_path):
     assert metadata["base_model"] == "google/gemma-3-270m-it" and metadata["datasets"] == ["some/sums"]
     assert metadata["tags"] == ["gemma3", "grpo"] and "| reward (val) | 0.25 |" in text
     assert "python train_rl.py --task gsm8k --dataset_path hub:some/sums:main --training.mode rl" in text
+    assert "--reward.checkpoint a/final,b/final" in text and str(tmp_path) not in text
 
 
 @pytest.mark.parametrize("name", ["merged", "new.gguf"])
@@ -104,5 +106,5 @@ def test_what_cannot_be_sent(tmp_path, flags, adapter):
     argv = [
         word for word in flags(tmp_path / "merged", f"sft={adapter}") if word not in ("--export", tmp_path / "merged")
     ]
-    refused(tmp_path, [*argv, "--push_to_hub", "some/model"], "are of --export")
+    refused(tmp_path, [*argv, "--push_to_hub", "some/model"], "go with --export")
     assert nothing_left(tmp_path / "merged")

@@ -274,6 +274,8 @@ def test_ratings_become_pairs_that_a_reward_model_learns(tmp_path, done, micro_f
                 best = choose(answers, key=lambda slot: len(answers[slot]))
                 file.write(json.dumps({"rater_id": rater, "item_id": item, "preferred": best}) + "\n")
     argv = ["--human_results", tmp_path / "ratings.jsonl", "--human_key", folder / "human_eval.key.csv"]
+    for more in (["--checkpoints", "base=tiny"], ["--items", "x.jsonl"], ["--human_eval"]):
+        processes.refused(evaluate.main, tmp_path, [*argv, *more], "--human_results", "nothing beside it")
     status, out, err = run(tmp_path, [*argv, "--human_pairs", pairs, "--evaluation.draws", 100])
     assert status == 0 and "measure what they train on other prompts" in out, err
     records = data.load_split(pairs, "train") + data.load_split(pairs, "val") + data.load_split(pairs, "test")
