@@ -83,7 +83,7 @@ def write_best_samples(cfg: Config, folder: Path, keys: Sequence[str]) -> None:
     """sample_passes, then train.jsonl and val.jsonl in folder, whole or not at all, for SFT.
 
     A best sample is kept if it stops by itself and is not known to be wrong. val is that of the data, or a tenth of
-    what is kept where the data has prompts alone. UserError on all ranks where nothing is kept.
+    what is kept where the data has prompts alone. UserError on all ranks where nothing is left for train.
     """
     records, dataset = load_prompts(cfg)
     sample_passes(cfg, dataset, folder, keys)
@@ -99,7 +99,9 @@ def write_best_samples(cfg: Config, folder: Path, keys: Sequence[str]) -> None:
             say(f"kept the best of {n} samples for {len(kept)} of {groups} prompts, their mean reward is {mean:.3f}")
         else:
             wanted = "stops by itself and is right" if task.correct else "stops by itself"
-            failure = UserError(f"rft: of {groups} prompts, no best sample {wanted}: there is nothing to learn from")
+            failure = UserError(
+                f"rft: of {groups} prompts, {len(kept)} have a best sample that {wanted}: too few to learn from"
+            )
     log.refuse_together(failure, "rft")
 
 
