@@ -54,6 +54,7 @@ def test_ratings_are_read_from_csv_and_jsonl_alike(tmp_path):
         ({"preferred": ["A"]}, "preferred"),
         ({"rater_id": " "}, "rater_id is empty"),
         ({"order": "A/B"}, "order 'A/B': all of A/B/C"),
+        ({"order": "none"}, "order 'none': slots of A/B/C, joined by /$"),
         ({"harmless_1_5": 6}, "harmless_1_5 '6': a whole number from 1 to 5"),
         ({"helpful_1_5": 2.5}, "helpful_1_5 '2.5'"),
         ({"helpful_1_5": 5.0}, "helpful_1_5 '5.0': a whole number from 1 to 5"),
@@ -76,7 +77,7 @@ def test_bad_ratings_are_refused_by_line(tmp_path, changed, message):
 def test_files_that_are_no_ratings_are_refused(tmp_path):
     for name, text, message in (
         ("a.jsonl", '{"rater_id": \n', "line 1: no valid JSON"),
-        ("a.txt", "", "a .csv or a .jsonl"),
+        ("a.txt", "", "a .csv, .tsv or .jsonl"),
         ("b.jsonl", "[]\n", "line 1: a rating is an object"),
         (
             "a.csv",

@@ -45,7 +45,7 @@ def read_ratings(paths, entries, remedy="read this file with the key of the stud
         elif path.suffix.lower() in (".csv", ".tsv"):
             ratings += _parse(path, _csv_rows(path), entries, remedy)
         else:
-            raise UserError(f"{path}: ratings are a .csv or a .jsonl file")
+            raise UserError(f"{path}: ratings are a .csv, .tsv or .jsonl file")
     names = {}
     for name in sorted({rating["rater_id"] for rating in ratings}):
         names.setdefault(name.casefold(), []).append(name)
@@ -132,8 +132,8 @@ def _slots(row, column, slots):
     """The slots of "B/A" as a tuple; ValueError for another slot, or one that stands twice."""
     chosen = tuple(part.strip().upper() for part in row[column].split("/"))
     if len(set(chosen)) < len(chosen) or not set(chosen) <= set(slots):
-        expected = f"slots of {'/'.join(slots)}, joined by / , or none where none is best"
-        raise ValueError(f"{column} {row[column]!r}: {expected}")
+        none = ", or none where none is better" if column == "preferred" else ""
+        raise ValueError(f"{column} {row[column]!r}: slots of {'/'.join(slots)}, joined by /{none}")
     return chosen
 
 
