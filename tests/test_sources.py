@@ -262,6 +262,9 @@ def test_subsets_are_named_where_one_is_missing(hub):
         sources.files("hub:some/mixed")
     with pytest.raises(UserError, match=r"as hub:some/mixed:SUBSET: harmless-base, prefs, sft"):
         sources.files("hub:some/mixed:other")
+    hub.repos["maintainers/mixed"] = hub.repos["some/mixed"]
+    with pytest.raises(UserError, match=r"as hub:maintainers/mixed:SUBSET: "):
+        sources.files("hub:maintainers/mixed:main")
     assert {split: len(p) for split, p in sources.files("hub:some/mixed:prefs").items()} == {"train": 1, "test": 1}
     assert [p.name for p in sources.files("hub:some/mixed:harmless-base")["train"]] == ["train.jsonl.gz"]
     assert [p.name for p in sources.files("hub:some/single")["train"]] == ["cleaned.json"]

@@ -88,7 +88,6 @@ def _hub_files(address):
 
 def _of_subset(names, address, subset):
     """The files of a data set's subset: its folder, or files that end with its name, as `train_prefs`."""
-    chosen = {}
     if subset:
         chosen = split_files(names, (subset, f"data/{subset}", f"{subset}/data"))
         chosen = chosen or split_files(names, ("", "data"), f"_{re.escape(subset)}")
@@ -106,7 +105,7 @@ def _of_subset(names, address, subset):
         split = re.fullmatch(rf"(?:{words})(?:_(\w+?))?{SHARD}({'|'.join(map(re.escape, EXTENSIONS))})", last)
         if split:
             subsets.add(split[1] or folder.removeprefix("data/"))
-    hint = f"name one of its subsets, as {address.partition(':' + subset)[0] if subset else address}:SUBSET: "
+    hint = f"name one of its subsets, as {address.rpartition(':')[0] if subset else address}:SUBSET: "
     raise UserError(
         f"dataset_path: {address} has no files named train, val or test with {', '.join(EXTENSIONS)}; "
         + (hint + log.listed(sorted(subsets)) if subsets else f"it has {log.listed(sorted(names)) or 'none'}")
