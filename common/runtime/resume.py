@@ -258,6 +258,7 @@ def stop_signals(grace: float = 0.0) -> Callable[[], bool]:
             if time.monotonic() - first >= grace:
                 os._exit(128 + number[0])
             first = min(first, time.monotonic())
+        os.close(reader)
 
     def forget():  # a forked child must not write into this pipe, and must die of SIGTERM as its parent expects
         signal.set_wakeup_fd(-1)

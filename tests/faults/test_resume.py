@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from common import log
 from common.log import UserError
 from common.runtime import checkpoint, resume
 from tests.faults.children import CRASHED, spawn, wait, wait_for
@@ -108,6 +109,22 @@ def test_R13_flag_is_set_when_kill_returns_and_threads_get_false():
     thread.start()
     thread.join()
     assert answers == [False] and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
+def test_a_command_that_ends_leaves_no_file_open():
+    """Each stage of train_staged.py is one, and each call in a notebook."""
+
+    def child():
+        before = set(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            log.command(lambda argv: resume.stop_signals())()
+        end = time.monotonic() + 10
+        while len(os.listdir("/proc/self/fd")) > len(before) and time.monotonic() < end:
+            time.sleep(0.005)
+        return 7 if len(os.listdir("/proc/self/fd")) == len(before) else 1
+
+    assert wait(spawn(child)) == 7
 
 
 # ---------------------------------------------------------------- R14: logs
