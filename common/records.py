@@ -110,7 +110,7 @@ def _completion(row):
 
 
 def _preference(row):
-    """Two answers, or two dialogues that should differ in the last turn only; the name of its dirt if they do not."""
+    """Two answers, or two dialogues that should differ in the last turn only; if not, why it is left out."""
     sides = []
     for key in ("chosen", "rejected"):
         value = row[key]
@@ -187,7 +187,7 @@ def _listed(row):
 def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], str, Counter]:
     """(records, their shape in words, {why a row was left out: how many}) of files.
 
-    UserError names file and line of a row that is none, has another shape than the first, or an id that was used.
+    UserError names file and line of a row of no known shape, of another shape than the first, or with a used id.
     """
     names, shape, records, places, left_out = named_keys(data_keys), None, [], {}, Counter()
     bar = log.progress(None, unit="row", delay=1)
@@ -241,13 +241,13 @@ def generated(made: list[dict], where: str, split: str) -> list[dict]:
             record = _checked(_ours(row), row.get("id"), True)
         except ValueError as error:
             raise UserError(f"{here}: {error}") from error
-        record["id"] = _unique(record["id"], here, places, may_repeat=row.get("id") is None)
+        record["id"] = _unique(record["id"], here, places, may_repeat=not row.get("id"))
         records.append(record)
     return records
 
 
 def _checked(record, name, strict):
-    """The record with all keys that one has. ValueError names the key of a value that is none. strict: it is ours."""
+    """The record with all keys that one has. ValueError names the key of a wrong value. strict: the id must be text."""
     for key, optional in (("response", False), ("rejected", True), ("reference", True)):
         value = record.setdefault(key, None)
         if not (isinstance(value, str) or (optional and value is None)):

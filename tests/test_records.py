@@ -193,6 +193,12 @@ def test_ids_that_are_empty_are_none(load):
     assert ids[1:] == [f"{ids[0]}-2", f"{ids[0]}-3"] and len(ids[0]) == 16
 
 
+def test_generated_records_of_an_empty_id_get_a_number():
+    row = {"id": "", "prompt": "a", "response": "x", "reference": "x"}
+    first, second = records.generated([dict(row), dict(row)], "mine.py", "train")
+    assert first["id"] and second["id"].startswith(first["id"]) and first["id"] != second["id"]
+
+
 def test_equal_rows_and_ids_of_others_get_a_number(load):
     rows = [{"question": "a", "answer": "b"}] * 3 + [{"question": "a", "answer": "c", "id": 7}] * 2
     ids = [record["id"] for record in load(rows)]
