@@ -272,7 +272,7 @@ class Run:
     def count(self, tokens: float, flops: float = 0.0, **others: float) -> None:
         """An update was made from so many tokens of all ranks: the evaluation at hand is that of older weights.
 
-        flops: of all ranks, by formula (flops.py); owed where training.budget_flops is to end the run.
+        flops: of all ranks, by formula (flops.py); required where training.budget_flops ends the run.
         others: more that is logged per second, by its plural name: pairs=16 becomes pairs_per_second.
         """
         if self.step % 16 == 0:

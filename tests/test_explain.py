@@ -331,9 +331,10 @@ def test_rollouts_are_counted_over_this_rank():
 
 
 def test_seconds_are_said_as_a_person_says_them():
-    assert [explain.duration(seconds) for seconds in (0.0123, 99, 100, 7200)] == [
+    assert [explain.duration(seconds) for seconds in (0.0123, 99, 99.7, 100, 7200)] == [
         "0.012 s",
         "99 s",
+        "2 minutes",
         "2 minutes",
         "2.0 hours",
     ]

@@ -146,11 +146,11 @@ def frontier(results, curves, styles):
 
 
 def series(curves, keys):
-    """{key: {(arm, stage, seed): its points (tokens, value)}}; eval/loss of SFT only: elsewhere it is one of pairs."""
+    """{key: {(arm, stage): its points (tokens, value)}}; eval/loss of SFT only: elsewhere it is one of pairs."""
     lines = {}
     for name, records in curves.items():
         for record in records:
-            place = (name, record.get("stage"), record.get("seed"))
+            place = (name, record.get("stage"))
             for key in keys if measured(record, "tokens_seen") else ():
                 if measured(record, key) and (key != "eval/loss" or record.get("stage") in (None, "sft")):
                     lines.setdefault(key, {}).setdefault(place, []).append((record["tokens_seen"], record[key]))

@@ -182,7 +182,7 @@ def scorers(cfg, bare):
         trained = trained_scorer(bare, cfg.reward) if wants_model else None
         score = rewards.scorer(cfg.task, cfg.reward, lambda ids: chat.decode(bare.tokenizer, ids), trained)
         functions_of["reward"] = lambda records, answers: score(records, answers)[0]
-        settings = config.plain(cfg.reward) | {"checkpoint": None}  # what the first decides, wherever it lies
+        settings = config.plain(cfg.reward) | {"checkpoint": None}  # the fingerprint stands for it, wherever it lies
         facts["reward"] = [rewards.fingerprint(cfg.reward, cfg.task), settings]
     lora.use(bare.net, None)
     return functions_of, facts, notes

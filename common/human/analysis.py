@@ -28,9 +28,9 @@ def analyse(key, ratings, draws=2000):
     """What the ratings say, as a dict that JSON can hold (None: not defined, with a reason beside it).
 
     key: study.read_key's; ratings: read_ratings' with that key. Raters who preferred the shuffled answer in more than
-    MAX_FAILED checks, alone or in a tie, are left out of everything but the table of raters. Strengths are fitted with
-    PRIOR; where the raters' data alone would make one infinite they have no interval. UserError if no rating is left,
-    or if one is of an item that the key lacks.
+    MAX_FAILED checks, alone or in a tie, are left out of everything but the table of raters, "replaced" and "skipped".
+    Strengths are fitted with PRIOR; where the raters' data alone would make one infinite they have no interval.
+    UserError if no rating is left, or if one is of an item that the key lacks.
     """
     counted, raters = _counted(key, ratings)
     trusted = [row for row in raters if row["failed"] <= MAX_FAILED]

@@ -245,16 +245,16 @@ def fingerprint(folder: Path) -> str:
     Of config.json the content counts, not the layout. It is hashed as transformers writes it.
     """
     files = (_config_path(folder), *sorted(folder.glob("*.safetensors")))
-    return _fingerprint(files, _versions(files))
+    return _fingerprint(files, _sizes_and_times(files))
 
 
-def _versions(files):
+def _sizes_and_times(files):
     """Sizes and times of files: what was read of them holds until these change."""
     return tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
-@functools.cache  # files are read once in a process, as long as they stay in these versions
-def _fingerprint(files, versions):
+@functools.cache  # files are read once in a process, as long as these stay as they are
+def _fingerprint(files, sizes_and_times):
     content = files[0].read_bytes()
     with contextlib.suppress(ValueError, RecursionError):  # damaged: read_config refuses it
         content = (json.dumps(json.loads(content), indent=2, sort_keys=True) + "\n").encode()
@@ -372,11 +372,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     Gemma's takes seconds to read, so the last one that was read serves again while its files stay as they are.
     """
-    return _load_tokenizer(folder, _versions(sorted(folder.glob("*token*.json"))))
+    return _load_tokenizer(folder, _sizes_and_times(sorted(folder.glob("*token*.json"))))
 
 
 @functools.lru_cache(maxsize=1)
-def _load_tokenizer(folder, versions):
+def _load_tokenizer(folder, sizes_and_times):
     from transformers import PreTrainedTokenizerFast
 
     try:

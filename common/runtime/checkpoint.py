@@ -27,7 +27,7 @@ UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, Recursio
 
 
 def lock_run(run_dir: Path | str) -> FileLock:
-    """Create and lock the run folder, settle what a crash left in it; the lock holds until release() or its end.
+    """Create and lock the run folder, settle what a crash left in it; it holds until release() or the process ends.
 
     UserError if another process holds it.
     """

@@ -272,7 +272,7 @@ def verdict(signs: dict[str, float], right: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
-    if seconds < 100:
+    if seconds < 99.5:  # "%.2g" of more is 1e+02
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 

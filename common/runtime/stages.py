@@ -40,7 +40,7 @@ class Study:
 
     @property
     def draft(self) -> Path:
-        """The config that all stages read; config.yml stays until no stage refuses the new one."""
+        """The config that all stages read. It replaces config.yml when all have run: a refused one changes nothing."""
         return self.folder / ".tmp-config.yml"
 
     def flags(self, stage: Stage) -> dict:
@@ -137,7 +137,7 @@ def write_halves(cfg: Config, out: Path) -> None:
             halves["judge" if odd else "reward"].append(record)
         for name, records in halves.items():
             if not records:
-                raise UserError(f"{split}: no pair left for the half of the {name} model; more of them are needed")
+                raise UserError(f"{split}: no pair left for the {name} model's half; more pairs are needed")
             path = out / f"pairs-{name}" / f"{split}.jsonl"
             path.parent.mkdir(exist_ok=True)
             log.replace_records(path, records)

@@ -42,7 +42,7 @@ class Tracker:
     """Sends records until the command ends. The first failure is a warning, and nothing more is sent."""
 
     def __init__(self, logging: Config, folder: Path, step: int, run_id: str, settings: dict):
-        """Go on with the run of this id if there is one. step: the first that will be sent, again where it was."""
+        """Go on with the run of this id if there is one. step: the first to send; a resumed run may send it again."""
         self.write: Callable | None = None
         self.close: Callable | None = None
         if logging.tracker != "none" and dist.is_main():
