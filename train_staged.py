@@ -214,17 +214,21 @@ def time_stage(study, stage, timed):
     """Seconds that a stage will take: a step, as --explain runs it, times the steps until its budget is spent.
 
     What earlier stages would leave is not there yet: without it the step starts from the base, on the data, with the
-    heuristic reward. timed: {what was timed: seconds for each token of the budget}, is added to.
+    heuristic reward. None where it cannot, as SFT on samples of data that has prompts alone. timed: {what was timed:
+    seconds for each token of the budget}, is added to.
     """
-    flags = study.flags(stage)
+    flags, waits = study.flags(stage), False
     for key, file in EARLIER.items():
         if key in flags and not (Path(flags[key]) / file).is_file():
             del flags[key]
             flags |= {"reward.type": "heuristic"} if key == "reward.checkpoint" else {}
             if key == "dataset_path":
+                waits = True
                 del flags["data_keys"]  # which was for that data alone
     cfg = config.load_config(study.draft, flags)
     budget, kind = cfg.training.budget_tokens or cfg.training.budget_flops or 1, (stage.mode, cfg.rl.algorithm)
+    if waits and not any(record["response"] for record in data.from_config(cfg, "train")):
+        return None
     if kind not in timed:
         with log.silent(), tempfile.TemporaryDirectory() as folder:
             if stage.mode == "samples":

@@ -357,6 +357,7 @@ def test_seeds_are_runs_of_their_own_and_one_comparison(tmp_path, settings):
 def test_a_step_on_data_with_keys_of_their_own_is_timed(tmp_path, monkeypatch):
     """SFT on samples that are not drawn yet: the step is timed on the data, by the data's own keys."""
     data_keys = "prompt=ask,response=gold"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"ask": ask, "gold": "b"}) + "\n" for ask in "cdefghijkl"))
     flags = {"dataset_path": str(tmp_path), "data_keys": data_keys, "training.budget_tokens": "800"}
     cfg = config.load_config(None, flags | {"reward.type": "heuristic"})
     plan = train_staged.stages(cfg, ["rft"], tmp_path / "run")
@@ -372,6 +373,20 @@ def test_a_step_on_data_with_keys_of_their_own_is_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_staged, "run_script", run_script)
     assert train_staged.time_stage(study, plan[-1], {}) == 80
     assert (read[0].dataset_path, read[0].data_keys) == (str(tmp_path), data_keys)
+
+
+def test_rft_of_prompts_alone_has_a_plan(tmp_path, settings, few):
+    """SFT on samples that are not drawn yet cannot be timed where the data has no answers: the plan says so."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val", "test"):
+        rows = [json.dumps({"prompt": record["prompt"]}) + "\n" for record in data.load_split(few, split)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(rows))
+    argv = ["--task", "dialogue", "--paradigms", "rft", "--seeds", "0", "--training.budget_tokens", 1500]
+    argv += ["--reward.type", "heuristic", "--dataset_path", tmp_path / "data"]
+    _, text, err = run(tmp_path, settings(tmp_path, *argv))
+    plan = text.partition("stage 1 of")[0]
+    assert "rft-samples:" in plan and "1 times, how long is not known before" in plan, (text, err)
+    assert "stage 2 of 2: rft," in text or "too few to learn from" in err
 
 
 def killed_in(folder):

@@ -175,7 +175,7 @@ def check_arms(cfg: Config, arms: list[str], text: str) -> None:
         )
 
 
-def say_plan(studies: list[Study], time_stage: Callable[[Study, Stage, dict], float]) -> None:
+def say_plan(studies: list[Study], time_stage: Callable[[Study, Stage, dict], float | None]) -> None:
     """What is left to do for all seeds, and about how long it takes: as a finished seed, else by time_stage."""
     left = [(study, stage.name) for study in studies for stage in study.plan if not study.finished(stage)]
     seeds = ", ".join(str(study.cfg.seed) for study in studies)
@@ -195,6 +195,9 @@ def say_plan(studies: list[Study], time_stage: Callable[[Study, Stage, dict], fl
             seconds, source = sum(row.get("seconds") or 0.0 for row in records), f"as seed {trained[0]} took"
         else:
             seconds, source = time_stage(waiting[0], stage, timed), "by a timed step"
+        if seconds is None:
+            say(f"  {stage.name + ':':16} {len(waiting)} times, how long is not known before the stage that it needs")
+            continue
         say(f"  {stage.name + ':':16} {len(waiting)} times {explain.duration(seconds)}, {source}")
         total += len(waiting) * seconds
     say(f"about {explain.duration(total)}, evaluations and the comparison apart")
