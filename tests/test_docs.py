@@ -84,12 +84,13 @@ def blocks(page, language):
 def test_commands_name_scripts_configs_and_flags_that_exist(page):
     keys = set(config.flatten(config.load_config()))
     keys |= {f"task_options.{option}" for task in tasks.NAMES for option in tasks.load(task).options}
+    keys |= {f"reward.heuristic.{part}" for task in tasks.NAMES for part in tasks.load(task).parts}
     commands = "\n".join(blocks(page, "bash"))
     for script in re.findall(r"(?:python|nproc-per-node \d+|HOST:\d+|requirements.txt) ((?:\w+/)*\w+\.py)", commands):
         assert (ROOT / script).is_file(), f"{page}: {script}"
     for path in re.findall(r"\bconfigs/\w+\.yml", commands):
         assert (ROOT / path).is_file(), f"{page}: {path}"
-    for key in re.findall(r"--(\w+\.\w+)", (ROOT / page).read_text(encoding="utf-8")):
+    for key in re.findall(r"--(\w+(?:\.\w+)+)", (ROOT / page).read_text(encoding="utf-8")):
         assert key in keys, f"{page}: --{key}"
 
 
