@@ -491,6 +491,7 @@ def main(argv=None):
     # --- reward: heuristics, a trained model, both, or the user's function; then data, optimizer and loop
     score = roles.load_scorers(models, cfg, run.base_fingerprint, reward, judge)
     records = data.load_train_and_val(cfg)
+    rewards.check_references(cfg, records)
     train = train_on_prompts if online else train_on_pairs
     return train(run, models, records, score)
 

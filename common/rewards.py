@@ -64,6 +64,18 @@ def needs_model(reward: Config) -> bool:
     return wants_model(reward)
 
 
+def check_references(cfg: Config, records: dict[str, list[dict]]) -> None:
+    """UserError where the heuristic reward of sampled answers needs a reference and a record has none."""
+    chosen, reward = tasks.load(cfg.task), cfg.reward
+    samples = cfg.rl.algorithm != "dpo" or cfg.rl.pairs == "sampled"
+    if not samples or reward.function or reward.type == "trainable" or not chosen.needs_reference:
+        return
+    for record in [*records["val"], *records["train"]]:  # before hours of sampling
+        if record["reference"] is None:
+            lacks = f"the heuristic reward of {chosen.name} needs a reference, it has none"
+            raise UserError(f"{record['id']}: {lacks}: name its key with --data_keys reference=KEY")
+
+
 def scorer(
     task: str, reward: Config, decode: Callable[[list[int]], str], trained_scorer: Callable | None = None
 ) -> Callable:

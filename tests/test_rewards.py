@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import rewards
+from common import config, rewards, tasks
 from common.log import UserError
 from tests.test_safety import KIND
 
@@ -16,6 +16,21 @@ def test_weights_and_missing_references():
         rewards.heuristic_reward("clinical", KIND, text)
     with pytest.raises(UserError, match=r"^task: poetry: expected safety, "):
         rewards.heuristic_reward("poetry", KIND, text)
+
+
+def test_a_missing_reference_is_named_before_anything_is_sampled():
+    """One of train is enough: a run would end at the step that draws it, and every resume at the same one."""
+    rows = tasks.records("conala", "train", 3)
+    records = {"val": tasks.records("conala", "val", 2), "train": [rows[0], rows[1] | {"reference": None}, rows[2]]}
+    grpo = {"task": "conala", "rl.algorithm": "grpo", "reward.type": "heuristic"}
+    for change in ({}, {"rl.algorithm": "dpo", "rl.pairs": "sampled"}, {"reward.type": "hybrid"}):
+        cfg = config.load_config(None, grpo | change)
+        with pytest.raises(UserError, match=f"^{rows[1]['id']}: .*needs a reference.*--data_keys reference=KEY"):
+            rewards.check_references(cfg, records)
+        rewards.check_references(cfg, records | {"train": rows})
+    for change in ({"rl.algorithm": "dpo"}, {"reward.type": "trainable"}, {"reward.function": "mine.py:f"}):
+        rewards.check_references(config.load_config(None, grpo | change), records)
+    rewards.check_references(config.load_config(None, grpo | {"task": "safety"}), records)
 
 
 def test_hybrid_by_hand():

@@ -21,6 +21,7 @@ def load_prompts(cfg: Config) -> tuple[dict[str, list[dict]], prompts.PromptData
     """(records by split, the prompts to sample answers to, rl.rollout_size in each pass)"""
     tokenizer = base.load_tokenizer(base.resolve(cfg.model.base_checkpoint))
     records, longest = data.load_train_and_val(cfg), cfg.training.max_seq_length - cfg.rl.max_new_tokens
+    rewards.check_references(cfg, records)
     return records, prompts.encode(records, tokenizer, longest, cfg.rl.rollout_size, None, cfg.seed)
 
 
