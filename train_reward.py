@@ -31,7 +31,21 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from common import chat, data, dist, log, losses, model, optim, preferences, reward_model, roles, stats, tasks
+from common import (
+    chat,
+    data,
+    dist,
+    functions,
+    log,
+    losses,
+    model,
+    optim,
+    preferences,
+    reward_model,
+    roles,
+    stats,
+    tasks,
+)
 from common import pairs as preference_pairs
 from common import rewards as heuristics
 from common.log import UserError, command, say
@@ -98,7 +112,10 @@ def make_pairs(net, tokenizer, records, sampling, task):
 
     def score(rows, answers):
         texts = [chat.decode(tokenizer, ids) for ids in answers]
-        values = [metric(text, row["reference"]) for row, text in zip(rows, texts, strict=True)]
+        values = [
+            functions.number(metric(text, row["reference"]), f"task: {task}: rank", row["id"], text)
+            for row, text in zip(rows, texts, strict=True)
+        ]
         return torch.tensor(values), [{metric.__name__: value} for value in values]
 
     answers = preferences.sample(net, tokenizer, records, sampling)
@@ -124,11 +141,13 @@ def load_pairs(run, net, tokenizer, explain_only):
     if explain_only:  # one batch is enough, and it leaves nothing in the cache
         records, key = {split: rows[: cfg.training.batch_size] for split, rows in records.items()}, None
 
-    def make(split):
-        usable = [record for record in records[split] if record["reference"]]
-        if not usable:
+    usable = {split: [record for record in rows if record["reference"]] for split, rows in records.items()}
+    for split, rows in usable.items():
+        if not rows:
             raise UserError(f"{split}: no record has a reference to compare samples with")
-        return make_pairs(net, tokenizer, usable, sampling | {"seed": cfg.seed}, cfg.task)
+
+    def make(split):
+        return make_pairs(net, tokenizer, usable[split], sampling | {"seed": cfg.seed}, cfg.task)
 
     return preferences.cached(key, ("train", "val"), make)
 
@@ -226,9 +245,7 @@ def main(argv=None):
         explain.show(shown, tokenizer, net, named, training.micro_batch_tokens, logits=False)
 
     # --- optimizer; resume from the newest whole checkpoint of the same config, data, base and number of ranks
-    optimizer = torch.optim.AdamW(parameters, weight_decay=training.weight_decay)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = training.learning_rate
+    optimizer = torch.optim.AdamW(optim.adamw_groups(named, training.learning_rate, training.weight_decay))
     facts = {"data": resume.fingerprint([[p["id"], p["margin"], p["chosen"], p["rejected"]] for p in train + val])}
     reward_stats = {"base_checkpoint": run.base_name, "base": run.base_fingerprint, "task": cfg.task}
     reward_stats |= {"mean": 0.0, "std": 1.0}

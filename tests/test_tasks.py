@@ -221,6 +221,7 @@ def test_bounds_of_an_option_are_numbers(tmp_path, rule):
         return tasks.load(str(tmp_path / "mine.py"))
 
     assert load("int >= 0 and < 1e3").options["level"].default == 1
+    assert load("int >= 1 | null").options["level"].rule == "int >= 1 | null"
     with pytest.raises(UserError, match=r"options: expected \{WORD: Option"):
         load(rule)
 

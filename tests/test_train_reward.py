@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_reward
-from common import config, lora, model, reward_model
+from common import config, lora, model, reward_model, tasks
 from common.log import UserError
 from common.runtime import base
 from tests import checks, inputs, processes
@@ -214,9 +214,28 @@ def test_bad_input_is_one_line(tmp_path, settings, few, micro_folder):
     refused(tmp_path, settings(out_dir, "--dataset_path", tmp_path / "none"), f"{tmp_path}/none/train.jsonl")
     refused(tmp_path, settings(out_dir, "--training.max_seq_length", 8), "train: no usable pair in 20 records")
     refused(tmp_path, settings(out_dir, "--model.adapter", tmp_path / "none"), "model.adapter", f"{tmp_path}/none")
+    conala = write_data(tmp_path / "conala", "conala", train=6, val=4)
+    rows = [json.loads(line) for line in (conala / "val.jsonl").read_text().splitlines()]
+    (conala / "val.jsonl").write_text("".join(json.dumps(row | {"reference": None}) + "\n" for row in rows))
+    without = ["--task", "conala", "--dataset_path", conala]
+    refused(tmp_path, settings(out_dir, *without), "val: no record has a reference to compare samples with")
     judge = inputs.random_reward_model(tmp_path / "judge", micro_folder)
     refused(tmp_path, settings(out_dir, "--model.adapter", judge), "model.adapter", "modules_to_save")
     assert not list(out_dir.rglob("*.*ml"))  # neither a config nor a metric
+
+
+@pytest.mark.parametrize("value", ["None", "nan"])
+def test_a_rank_that_is_no_number_is_one_line(tmp_path, micro_folder, value):
+    text = (ROOT / "common" / "tasks" / "dialogue.py").read_text()
+    rank = f"nan = float('nan')\n\n\ndef rank(completion, reference):\n    return {value}\n\n\n"
+    mine = tmp_path / "mine.py"
+    mine.write_text(text.replace("TASK = Task(", f"{rank}TASK = Task(\n    rank=rank,"))
+    net, tokenizer = model.load(micro_folder, torch.device("cpu"), torch.float32)
+    sampling = {"group_size": 2, "max_new_tokens": 4, "temperature": 1.0, "seed": 0}
+    records = tasks.records("conala", "train", 2)
+    with pytest.raises(UserError, match=f"^task: {mine}: rank: returned {value} for {records[0]['id']}"):
+        train_reward.make_pairs(net, tokenizer, records, sampling, str(mine))
+    assert tasks.load(str(mine)).rank.__name__ == "rank"  # by which the scores of a pair are called
 
 
 def test_a_budget_is_not_ignored(tmp_path, settings):

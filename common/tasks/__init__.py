@@ -31,7 +31,7 @@ class File:
     """A publisher's file; after `#` stands the member of an archive."""
 
     address: str
-    sha256: str | None = None  # of the file, unpacked if it is an archive; None: recorded when it first arrives
+    sha256: str | None = None  # of the file as it is downloaded; None: recorded when it first arrives
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Task:
     licence: str = ""
     mirror: str = ""  # the folder of its files under --source
 
-    # preference pairs: does the data have them; else rank(completion, reference) -> float orders samples
+    # preference pairs: does the data have them; else samples are ordered by rank(completion, reference) -> float, which
+    # is 1 for the reference itself
     has_pairs: bool = False
     rank: Callable[[str, str], float] | None = None
     pair_rules: dict[str, Callable[[str], float]] = field(default_factory=dict)  # {rule: score}: the higher is chosen
@@ -182,7 +183,7 @@ def _task_of(module, path):
 
 def _is_rule(rule):
     """Is it a text whose bounds (`float >= 0 and < 1`) are numbers?"""
-    bounds = re.findall(r"[<>]=?(.*?)(?= and |$)", rule) if isinstance(rule, str) else [""]
+    bounds = re.findall(r"[<>]=?(.*?)(?= and | \| |$)", rule) if isinstance(rule, str) else [""]
     return all(re.fullmatch(r" -?\d+(\.\d+)?(e-?\d+)?", bound) for bound in bounds)
 
 
@@ -207,6 +208,7 @@ def _keeps_contract(task, name):
 def _guarded(path, name, function):
     """The function of a user's file; what it raises becomes one line that names the file."""
 
+    @functools.wraps(function)
     def call(*arguments, **options):
         with functions.one_line(f"task: {path}: {name} called exit()", f"task: {path}: {name} failed"):
             return function(*arguments, **options)
