@@ -159,6 +159,7 @@ def encode_records(
     encoded = encode_dialogues(dialogues, tokenizer, last_turn_only=last_turn_only)
     for (record, _), (ids, mask) in zip(dialogues, encoded, strict=True):
         end = _last_trained(mask)
+        end -= "response" in record.get("unfinished", ())  # an answer that was cut off has no stop token to learn
         report["truncated"] += end > max_length
         cut_at = min(end, max_length)
         if any(mask[:cut_at]):
