@@ -1,4 +1,5 @@
-"""Preference pairs made from a model's own samples, for tasks whose data has none; kept as JSONL by content hash."""
+"""Preference pairs made from a model's own samples, for tasks whose data has none; kept as JSONL under a hash of
+what decides them."""
 
 import sys
 from collections.abc import Callable
@@ -6,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rollouts, stats, tasks
-from common import rewards as heuristics
+from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rewards, rollouts, stats, tasks
 from common.log import UserError, say, warn
 from common.roles import Roles
 from common.run import Run
@@ -18,7 +18,7 @@ from common.tasks import text
 ROWS = 64  # completions sampled together
 MATCHED = 5  # tokens by which two answers may differ and still count as equally long
 # what decides which pairs are made, and what is written of them
-SOURCES = (chat, decoder, functions, gemma, heuristics, lora, rollouts, text, sys.modules[__name__])
+SOURCES = (chat, decoder, functions, gemma, lora, rewards, rollouts, text, sys.modules[__name__])
 
 
 def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict) -> list[list[list[int]]]:
@@ -29,23 +29,30 @@ def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict
     group_size, limit = sampling["group_size"], sampling["max_new_tokens"]
     if group_size < 2:
         raise UserError("rl.group_size: best and worst need at least 2 samples per prompt")
-    prompts = [chat.encode_prompt(tokenizer, record["prompt"]) for record in records]
+    dialogues = [(record, chat.normalise(record["prompt"])[0]) for record in records]
+    prompts = [ids for ids, _ in data.encode_dialogues(dialogues, tokenizer, add_generation_prompt=True)]
     # the number of ids of each completion, then the ids: one table that all ranks fill in together
     table = torch.zeros(len(records), group_size, limit + 1, dtype=torch.float64)
     longest_first = sorted(range(len(records)), key=lambda i: (-len(prompts[i]), i))
     prompts_per_pass = max(1, ROWS // group_size) * dist.world_size()
+    bar = log.progress(len(records), unit="prompt")
     for start in range(0, len(longest_first), prompts_per_pass):
         dist.barrier()  # so that ranks do not drift apart by more than a pass
+        bar.update(min(prompts_per_pass, len(records) - start))
         mine = longest_first[start : start + prompts_per_pass][dist.rank() :: dist.world_size()]
         if not mine:
             continue
         numbers = [i * group_size + g for i in mine for g in range(group_size)]
         uniforms = rollouts.uniforms(sampling["seed"], 0, numbers, limit)
         prompt_ids = [prompts[i] for i in mine]
-        batch = rollouts.sample(net, prompt_ids, group_size, limit, sampling["temperature"], uniforms)
+        try:
+            batch = rollouts.sample(net, prompt_ids, group_size, limit, sampling["temperature"], uniforms)
+        except FloatingPointError as error:
+            raise UserError(f"no pairs can be made: {error}") from error
         for number, ids in zip(numbers, batch["completions"], strict=True):
             cells = table[number // group_size, number % group_size]
             cells[0], cells[1 : len(ids) + 1] = len(ids), torch.tensor(ids, dtype=torch.float64)
+    bar.close()
     table = dist.sum_tensor(table).long().tolist()
     return [[cells[1 : cells[0] + 1] for cells in samples] for samples in table]
 
@@ -58,18 +65,18 @@ def best_and_worst(
     score(records, answers) -> (rewards (n,), a dict of components each); each rank scores its share, and all refuse
     together (UserError) where one cannot score or a score is not finite.
     """
-    rewards, failure = torch.zeros(len(records), len(answers[0]), dtype=torch.float64), None
+    scores, failure = torch.zeros(len(records), len(answers[0]), dtype=torch.float64), None
     try:
         for i in range(dist.rank(), len(records), dist.world_size()):
-            rewards[i] = score([records[i]] * len(answers[i]), answers[i])[0].double()
-            if not torch.isfinite(rewards[i]).all():
+            scores[i] = score([records[i]] * len(answers[i]), answers[i])[0].double()
+            if not torch.isfinite(scores[i]).all():
                 words = "is not finite: a pair needs a score of each sample"
                 raise UserError(f"the reward of a sample for {records[i]['id']} {words}")
     except UserError as error:
         failure = error
     log.refuse_together(failure, "another rank could not score its samples")
-    rewards, pairs = dist.sum_tensor(rewards), []
-    for record, samples, row in zip(records, answers, rewards, strict=True):
+    scores, pairs = dist.sum_tensor(scores), []
+    for record, samples, row in zip(records, answers, scores, strict=True):
         picked = [int(row.argmax()), int(row.argmin())]
         _, parts = score([record] * 2, [samples[i] for i in picked])
         best, worst = (
@@ -112,7 +119,7 @@ def from_policy(run: Run, models: Roles, records: dict[str, list[dict]], score: 
     cfg, rl = run.cfg, run.cfg.rl
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     sampling["seed"] = cfg.seed
-    reward = [tasks.fingerprint(cfg.task), config.plain(cfg.reward), heuristics.fingerprint(cfg.reward, cfg.task)]
+    reward = [tasks.fingerprint(cfg.task), config.plain(cfg.reward), rewards.fingerprint(cfg.reward, cfg.task)]
     few = max(min(cfg.training.batch_size, 4), dist.world_size()) if run.explained else None
     key = None if run.explained else resume.fingerprint([run.start_key, sampling, reward, records])
     records = {split: rows[:few] for split, rows in records.items()}
@@ -156,7 +163,8 @@ def cached(key: str | None, splits: tuple[str, ...], make: Callable[[str], list[
     made = {split: make(split) for split in splits}
     empty = [split for split, records in made.items() if not records]
     if empty:
-        raise UserError(f"{empty[0]}: all samples of a prompt score the same, for every prompt: no pair can be made")
+        why = "all samples of a prompt score the same, for every prompt that was tried"
+        raise UserError(f"{empty[0]}: {why}: no pair can be made")
     if folder is None:
         return made
 

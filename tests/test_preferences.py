@@ -1,6 +1,7 @@
 """Pairs made from samples: which are picked, what the record keeps, what the cache is keyed on."""
 
 import contextlib
+import copy
 import json
 from types import SimpleNamespace
 
@@ -45,6 +46,23 @@ def test_samples_are_those_of_their_own_numbers(tiny_model):
         preferences.sample(net, tokenizer, records, SAMPLING | {"group_size": 1})
 
 
+def test_what_cannot_be_sampled_is_one_line(tiny_model, monkeypatch):
+    net, tokenizer = tiny_model
+    records = tasks.records("conala", "val", 2)
+    odd = records[0] | {"id": "odd", "prompt": [{"role": "user", "content": "a<think>b"}]}
+    marked = copy.deepcopy(tokenizer)
+    marked.add_tokens(["<think>"])
+    with pytest.raises(UserError, match=r"odd: .*<think>"):
+        preferences.sample(net, marked, [records[1], odd], SAMPLING)
+
+    def diverged(*arguments):
+        raise FloatingPointError("logits are not finite")
+
+    monkeypatch.setattr(preferences.rollouts, "sample", diverged)
+    with pytest.raises(UserError, match=r"^no pairs can be made: logits"):
+        preferences.sample(net, tokenizer, records, SAMPLING)
+
+
 def test_best_against_worst_with_what_decided(tiny_model, cache, capsys):
     net, tokenizer = tiny_model
     records = {"train": tasks.records("conala", "train", 6), "val": tasks.records("conala", "val", 3)}
@@ -84,6 +102,8 @@ def test_a_cut_answer_has_no_stop_token(tokenizer):
         for side, key in (("chosen", "response"), ("rejected", "rejected")):
             assert (pair[side]["ids"][-1] == chat.END_OF_TURN) == (key not in unfinished)
             assert pair[side]["mask"][-1] == 1
+        (row,), _ = data.encode_records([record | {"unfinished": unfinished}], tokenizer, 64)
+        assert row["ids"] == pair["chosen"]["ids"] and row["mask"][-1] == 1
 
 
 def test_equal_scores_and_bad_scores(tiny_model, cache):
