@@ -6,7 +6,7 @@
     GET  /        chat page                                      GET  /rate: blind rating page (--human_eval)
 
 Requests of all clients share each step of serving/engine.py; a prompt is one user turn in Gemma's chat format. Left out
-compared with vLLM: paged cache, prefix cache, parts of a long prompt between tokens, tools, log-probs. An address other
+compared with vLLM: paged cache, prefix cache, chunked prefill, tools, log-probs. An address other
 than loopback needs a token. Prompts and answers are never logged.
 
     python serve.py --checkpoint outputs/RUN/final                                    one run, adapter or whole model
@@ -140,9 +140,8 @@ async def chat_completions(app, call):
     turns = fields.turns_of(body.get("messages"))
     asked = fields.chat_settings(body, app.sources)
     requests = await requests_of(app, {"messages": turns}, asked)
-    kind = "chat.completion.chunk" if stream else "chat.completion"
-    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
-    head["model"] = asked["model"]
+    name, now = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+    head = {"id": name, "object": "chat.completion" + ".chunk" * stream, "created": now, "model": asked["model"]}
     if stream:
         await stream_chat(app, call, requests, stops, head, with_usage)
         return
@@ -318,10 +317,11 @@ def main(argv=None):
     for flag, least in (("rows", 1), ("queue", 0), ("context", 64)):
         if getattr(job, flag) < least:
             raise UserError(f"--{flag} {getattr(job, flag)}: at least {least}")
+    if job.checkpoint and "model.adapter" in job.flags:
+        raise UserError("--model.adapter is not read beside --checkpoint: name it there, as NAME=ADAPTER")
     sources = parse_models(job.checkpoint or [cfg.model.adapter or cfg.model.base_checkpoint])
-    token = httpd.token_for(job.host)
     sheet = ratings.Sheet(job.human_eval) if job.human_eval else None
-    app = App(sources, token, httpd.names_of(job.host), sheet)
+    app = App(sources, httpd.token_for(job.host), httpd.names_of(job.host), sheet)
     device = model.pick_device(cfg.device)
     asyncio.run(serve(app, job, device, model.pick_dtype(cfg.model.dtype, device)))
 

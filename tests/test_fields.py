@@ -240,7 +240,7 @@ def test_unknown_and_nested_fields_are_refused():
     with pytest.raises(Refused, match="unknown field 'best_of'; known are prompt"):
         fields.check_known({"best_of": 2}, {"prompt"})
     fields.check_flat({"comment": "a", "seconds": 3.5})
-    for value in ([], {}, None, "a" * (fields.LETTERS + 1), "\ud800"):
+    for value in ([], {}, None, "a" * (fields.CHARACTERS + 1), "\ud800"):
         with pytest.raises(Refused, match="comment"):
             fields.check_flat({"comment": value})
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from common.log import UserError
 from common.serving import httpd
 from tests.servers import JSON, PROMPT, START, WAIT, answers, framed, number, process, raw, serving
 
@@ -242,3 +243,14 @@ def test_hosts_are_addresses_or_known_names():
         assert caught.value.status == 403
         assert ("GEMMA_ALIGNMENT_TOKEN" in str(caught.value)) == ("origin" not in headers)
     assert httpd.is_address("::1") and not httpd.is_address("localhost")
+
+
+def test_an_address_of_another_machine_is_one_line(monkeypatch):
+    """Python 3.13 raises an OSError without a number there."""
+
+    async def start_server(*arguments, **options):
+        raise OSError("could not bind on any address out of [('10.1.2.3', 5000)]")
+
+    monkeypatch.setattr(asyncio, "start_server", start_server)
+    with pytest.raises(UserError, match=r"^--host 10\.1\.2\.3 --port 5000: could not bind on any address"):
+        asyncio.run(httpd.listen(None, "10.1.2.3", 5000))

@@ -747,6 +747,11 @@ def test_wrong_names_of_checkpoints(tmp_path, words, wrong):
     processes.refused(serve.main, tmp_path, ["--port", 0, "--checkpoint", *words], wrong)
 
 
+def test_an_adapter_beside_checkpoints_is_refused(tmp_path):
+    argv = ["--port", 0, "--checkpoint", "base=tiny", "--model.adapter", tmp_path]
+    processes.refused(serve.main, tmp_path, argv, "--model.adapter is not read beside --checkpoint")
+
+
 def test_names_of_checkpoints(tmp_path):
     run = tmp_path / "outputs" / "sft_lora_270m" / "final"
     assert serve.parse_models([str(run), "gemma.gguf", "rl=a/b", "org/name"]) == {

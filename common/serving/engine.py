@@ -24,8 +24,8 @@ from common.runtime import base
 from common.serving.httpd import Refused
 
 PREFILL = 512  # prompt tokens computed between two tokens of the others, a longer prompt apart
-PATIENCE = 3  # steps in a row that may fail before the engine gives up
-GENERATE_SECONDS = 600  # of an answer
+PATIENCE = 3  # steps in a row that fail before the engine gives up
+GENERATE_SECONDS = 600  # that an answer may take
 
 
 class Stopped(Refused):

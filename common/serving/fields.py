@@ -19,7 +19,7 @@ NUMBERS = {  # type, least, most, default
 }
 PROMPTS = 32  # of a batch
 GREEDY_TEMPERATURE, GREEDY_TOP_P = 0.01, 0.001  # below them the likeliest token is all that is left
-STOPS, STOP_LETTERS, LETTERS = 16, 100, 10_000
+STOPS, STOP_CHARACTERS, CHARACTERS = 16, 100, 10_000
 # Fields of OpenAI's that this server has no answer to: taken with these values, which ask for nothing.
 NEUTRAL = {
     **{name: [0] for name in ("presence_penalty", "frequency_penalty", "top_logprobs")},
@@ -86,8 +86,9 @@ def utf8(value, param):
 def check_flat(body):
     """Refuse what a line of a file should not hold: lists, objects, endless texts, and what is no UTF-8."""
     for name, value in body.items():
-        if not isinstance(value, str | int | float) or len(str(value)) > LETTERS:
-            raise Refused(400, f"{name[:60]} must be a number or a text of at most {LETTERS} characters", name[:60])
+        if not isinstance(value, str | int | float) or len(str(value)) > CHARACTERS:
+            wanted = f"a number or a text of at most {CHARACTERS} characters"
+            raise Refused(400, f"{name[:60]} must be {wanted}", name[:60])
         utf8(str(value), name[:60])
 
 
@@ -166,7 +167,8 @@ def chat_options(body):
     if not isinstance(options, dict):
         raise Refused(400, "stream_options must be an object", "stream_options")
     stops = [stops] if isinstance(stops, str) else stops
-    short = isinstance(stops, list) and all(isinstance(text, str) and len(text) <= STOP_LETTERS for text in stops)
+    short = isinstance(stops, list) and all(isinstance(text, str) and len(text) <= STOP_CHARACTERS for text in stops)
     if not short or len(stops) > STOPS:
-        raise Refused(400, f"stop must be a text or a list of at most {STOPS} texts of {STOP_LETTERS} letters", "stop")
+        texts = f"{STOPS} texts of at most {STOP_CHARACTERS} characters"
+        raise Refused(400, f"stop must be a text or a list of at most {texts}", "stop")
     return stream, options.get("include_usage") is True, [text for text in stops if text]

@@ -49,7 +49,7 @@ class Call:
         self.reader, self.writer, self.may_stay = reader, writer, may_stay
         self.id, self.began = secrets.token_hex(4), time.monotonic()
         self.method, self.path, self.query, self.version, self.headers, self.body = "-", "-", "", "0", {}, None
-        self.status, self.tokens, self.begin = 0, 0, b""
+        self.status, self.tokens, self.first_byte = 0, 0, b""
         self.read_whole, self.keep, self.chunked = False, False, False
 
     # ---------------------------------------------------------------- the request
@@ -57,13 +57,13 @@ class Call:
     async def begins(self, seconds):
         """Wait for the first byte of a request; False if none comes."""
         with contextlib.suppress(OSError):  # TimeoutError is one
-            self.begin = await asyncio.wait_for(self.reader.read(1), seconds)
+            self.first_byte = await asyncio.wait_for(self.reader.read(1), seconds)
         self.began = time.monotonic()
-        return bool(self.begin)
+        return bool(self.first_byte)
 
     async def read_head(self):
         """Method, path, query and headers; Refused for whatever HTTP/1.1 (RFC 9112) leaves open to a guess."""
-        head = self.begin
+        head = self.first_byte
         with contextlib.suppress(asyncio.LimitOverrunError):  # one line is longer than a head may be
             while not head.endswith(b"\r\n\r\n") and len(head) <= HEAD_BYTES:
                 head += await self.reader.readuntil(b"\n")
@@ -222,8 +222,8 @@ async def listen(app, host, port):
             lambda *ends: connection(app, *ends), host, port, limit=HEAD_BYTES, backlog=128
         )
     except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if getattr(error, "errno", 0) > 0 else error
-        taken = "; 5000 is AirPlay's on macOS: take another --port" if error.args[0] == errno.EADDRINUSE else ""
+        reason = os.strerror(error.errno) if (getattr(error, "errno", None) or 0) > 0 else error
+        taken = "; on macOS AirPlay has port 5000: take another --port" if error.args[0] == errno.EADDRINUSE else ""
         raise UserError(f"--host {host} --port {port}: {reason}{taken}") from error
 
 
