@@ -8,6 +8,7 @@ import pytest
 
 import train_sft
 from common import config, data, rewards, tasks
+from common.log import UserError
 from common.tasks import arithmetic
 from tests import processes
 
@@ -120,3 +121,8 @@ def test_a_run_asks_for_the_level_of_its_flags(tmp_path):
     problems = re.findall(r"\b(\d+) ([-+]) (\d+)\b", out)
     assert len(problems) > 4 and all(len(a) == len(b) == 4 for a, _, b in problems)
     assert out.count("arithmetic-train-0-") == len(problems)
+
+
+def test_a_split_that_it_has_not_is_named():
+    with pytest.raises(UserError, match="task arithmetic has no generated records for split 'tests'"):
+        tasks.records("arithmetic", "tests", 5)

@@ -7,7 +7,8 @@ one digit there are only about 150 problems: they recur in every split, in other
 import random
 from collections.abc import Sequence
 
-from common.tasks import Metric, Option, Part, Task, counted, question, right_answer, split_of
+from common.log import UserError
+from common.tasks import SPLITS, Metric, Option, Part, Task, counted, question, right_answer, split_of
 from common.tasks.numbers import final_number, right, vote
 
 LEVELS = (1, 2, 3, 4)
@@ -47,7 +48,9 @@ def draw(rng: random.Random, level: int) -> tuple[str, str, str]:
 
 
 def synthetic(split: str, count: int, seed: int = 0, levels: Sequence[str] = ("1", "2", "3")) -> list[dict]:
-    """`count` records with distinct questions and their `level`; the first n of a longer list are the list of n."""
+    """Up to `count` records with distinct questions and their `level`; the first n of a longer list are those of n."""
+    if split not in (*SPLITS, "test_ood"):
+        raise UserError(f"task arithmetic has no generated records for split {split!r}")
     wanted = [int(level) for level in levels]
     wanted = [max(wanted) + 1] if split == "test_ood" else wanted
     rng, kept = random.Random(f"{seed}/arithmetic/{split}"), {}
