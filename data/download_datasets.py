@@ -51,7 +51,7 @@ class SafeRedirect(urllib.request.HTTPRedirectHandler):
 def receive(url, part, deadline):
     """One request: append to the file `part` what it lacks, or start it over if the server sends it whole."""
     origin = part.with_name(part.name + ".origin")  # the URL that `part` came from, and its ETag
-    came_from, etag = origin.read_text().split("\n") if part.exists() and origin.exists() else ("", "")
+    came_from, etag = origin.read_text().partition("\n")[::2] if part.exists() and origin.exists() else ("", "")
     have = part.stat().st_size if came_from == url else 0  # one mirror's file never goes on with another's bytes
     headers = {"Range": f"bytes={have}-"} | ({"If-Range": etag} if etag else {}) if have else {}
     request = urllib.request.Request(url, headers={"User-Agent": "download_datasets"} | headers)
@@ -291,10 +291,7 @@ def main(argv=None):
     if source and not re.match("https?://", source) and not Path(source).is_dir():
         raise UserError(f"--source {args.source}: expected a folder, or an address with http:// or https:// in front")
     deadline, names = time.monotonic() + MAX_SECONDS, [*TASKS] if args.dataset == "all" else [args.dataset]
-    try:
-        return {name: prepare(TASKS[name], splits, source, output, deadline) for name in names}
-    except OSError as error:  # a full disk, a folder that cannot be written
-        raise UserError(str(error)) from error
+    return {name: prepare(TASKS[name], splits, source, output, deadline) for name in names}
 
 
 if __name__ == "__main__":

@@ -237,11 +237,12 @@ def test_S4_a_part_is_never_continued_with_other_bytes(go, server, tmp_path, scr
     assert (tmp_path / "raw/safety/train.jsonl.gz").read_bytes() == data
 
 
-def test_S4_a_part_of_one_mirror_is_not_continued_from_another(go, server, tmp_path, script, monkeypatch):
+@pytest.mark.parametrize("origin", ["http://elsewhere/train.jsonl.gz\n", ""], ids=["another", "torn"])
+def test_S4_a_part_of_one_mirror_is_not_continued_from_another(go, server, tmp_path, script, monkeypatch, origin):
     raw = tmp_path / "raw" / "safety"
     raw.mkdir(parents=True)
     (raw / "train.jsonl.gz.part").write_bytes(b"of another mirror")
-    (raw / "train.jsonl.gz.part.origin").write_text("http://elsewhere/train.jsonl.gz\n")
+    (raw / "train.jsonl.gz.part.origin").write_text(origin)
     go("safety", "train")
     assert server.asked[-1] == (HH_TRAIN, None)
 
