@@ -107,7 +107,7 @@ def parse_args(
 
 
 def check_flags(**flags: Any) -> None:
-    """Answer --help and mistakes on the command line as parse_args does, whose arguments `flags` are, but for argv."""
+    """Answer --help and mistakes on the command line as parse_args does; `flags` are its arguments, without argv."""
     command(lambda argv: parse_args(**flags, argv=argv))()
 
 

@@ -106,7 +106,7 @@ def end() -> None:
 
 
 def fail(words: str, status: int) -> None:
-    """Tell the other ranks why this one is about to end with `status`; they end too. The first word counts."""
+    """Tell the other ranks why this one is about to end with `status`; they end too. The first words are kept."""
     if _group.store is not None:
         with contextlib.suppress(RuntimeError):  # the store may be gone
             if not _group.store.check(["failed"]):

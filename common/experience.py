@@ -144,7 +144,7 @@ def collect(
         failure = error
     except FloatingPointError as error:
         names = listed([prompt.id for prompt in prompts.values()])
-        failure = UserError(f"step {step}: {error}; nothing was updated; it was answering {names}")
+        failure = UserError(f"step {step}: {error}; nothing was updated; the prompts were {names}")
     log.refuse_together(failure, "another rank could not sample or score")
     return Rollout(
         tokens=sampled["tokens"],
@@ -208,7 +208,7 @@ def minibatches(
     budget: int,
     key: object,
 ) -> list[Minibatch]:
-    """The minibatches of a rollout in their order, `count` in each of `passes` -> [Minibatch], for `fill`.
+    """The minibatches of a rollout in their order, `count` in each of `passes` -> [Minibatch], for cut_micro_batches.
 
     Whole groups are dealt out anew in every pass, by a permutation of all prompts of the step: any number of ranks
     makes the same minibatches. One without a row that has_gradient (B,) bool on any rank is left out. row_divisor (B,):

@@ -13,7 +13,7 @@ from common.run import Run
 from common.runtime import explain, resume
 from common.runtime.types import Tokenizer
 
-TOKENS_PER_PASS = 2048  # of these answers
+TOKENS_PER_PASS = 2048  # where exact entropy and KL are measured
 PICKED_BY_REWARD = (
     "best/ is picked by the reward that is optimised: where that is hacked, it is the most hacked checkpoint; name a "
     "reward model that no policy is trained on (evaluation.reward_checkpoint)"

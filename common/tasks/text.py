@@ -16,8 +16,8 @@ WORDS = 410  # words that ROUGE-L compares (MTS-Dialog's longest reference has 4
 SPACELESS = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO")
 SPACELESS += ("THAI", "LAO", "KHMER", "MYANMAR")
 
-# Insults, slurs' milder kin and threats that the speaker makes; words that a refusal needs (harm, kill, drug) are no
-# insult and stand only in THREATS, as phrases aimed at the reader.
+# Insults and mild slurs. Words that a refusal needs (harm, kill, drug) are no insults; THREATS has phrases that are
+# aimed at the reader.
 TOXIC = frozenset(
     "idiot idiots stupid moron morons dumb loser losers pathetic worthless scum bitch bastard asshole fuck fucking "
     "shit crap damn slut whore retard retarded imbecile fool freak trash garbage disgusting ugly hate".split()
