@@ -19,7 +19,6 @@ from common.tasks.text import LONGEST
 
 SMALLEST_STD = 1e-6  # of rewards of reference answers; below it they are all alike
 ROUNDING = 1e-9  # BLEU of a text with itself is 1 + 4e-16
-SHOWN = 200  # characters of a sample in an error message
 
 
 def heuristic_reward(
@@ -47,7 +46,7 @@ def _check_parts(task, parts, completion):
         raise UserError(f"{where} returned {parts!r:.80}, expected a dict of {', '.join(task.parts)}")
     for name, value in parts.items():
         if not isinstance(value, Real) or not -ROUNDING <= float(value) <= 1 + ROUNDING:
-            said = f"it says {completion[:SHOWN]!r}"
+            said = f"it says {completion[: functions.SHOWN]!r}"
             raise UserError(f"{where} returned {value!r:.80} for {name}, expected a number from 0 to 1; {said}")
     return {name: float(parts[name]) for name in task.parts}
 
@@ -109,7 +108,7 @@ def scorer(
         total = combine(heuristic, trained, alpha, beta, reward.clip_rewards)
         for record, text, value, part in zip(records, texts, total.tolist(), parts):
             if not math.isfinite(value):
-                said = f"{part}; it says {text[:SHOWN]!r}"
+                said = f"{part}; it says {text[: functions.SHOWN]!r}"
                 raise UserError(f"the reward of a sample for {record['id']} is {value}: {said}")
         return total, parts
 
