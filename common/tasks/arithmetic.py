@@ -1,7 +1,7 @@
 """Arithmetic: sums and differences of numbers with 1 to 4 digits, generated. A level is the number of digits.
 
-`test_ood` holds numbers with one digit more than the largest level. Above level 1 no problem stands in two of train, val and
-test. Of one digit there are only about 150 problems: they recur in every split, in other words.
+`test_ood` holds numbers with one digit more than the largest level. Above level 1 no problem stands in two of train,
+val and test. Of one digit there are only about 150 problems: they recur in every split, in other words.
 """
 
 import random
