@@ -1,12 +1,13 @@
 """serve.py under load against transformers' `generate`, one request at a time: same weights, prompts and lengths.
 
     python benchmarks/bench_serve.py --checkpoint outputs/sft_lora_270m/final
+    python benchmarks/bench_serve.py --checkpoint outputs/sft_lora_270m/final --beside ../older     another checkout
 
 8 clients send requests of at most 64 tokens to a server in a process of its own; a ninth streams and measures its first
 token, a tenth polls /health. Between these rounds the same requests go through `generate` of a plain transformers
 model, into which peft has merged the adapter, one after the other. Both sides end where the model ends, sample from the
 whole distribution, and count the tokens that they made. Then each request is sent again alone: which texts are the
-same? Written to benchmarks/serve.md.
+same? Written to benchmarks/serve.md. --beside measures this server and that of another checkout in turns instead.
 """
 
 import argparse
@@ -115,11 +116,11 @@ def plain(checkpoint, dtype):
     return (PeftModel.from_pretrained(net, adapter).merge_and_unload() if adapter else net).eval()
 
 
-def start(args, dtype):
+def start(args, dtype, root=ROOT):
     """(process, port) of a server that is ready."""
     words = [sys.executable, "serve.py", "--checkpoint", args.checkpoint, "--port", "0", "--model.dtype", dtype]
     words += ["--device", args.device]
-    server = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    server = subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     port = None
     for line in server.stdout:
         port = port or int(re.search(r"listening on \S+:(\d+)", line)[1])
@@ -156,6 +157,30 @@ def measure(args, dtype):
             f"{sum(same)} of {len(same)} |"]  # fmt: skip
 
 
+def beside(args, dtype):
+    """This server and that of another checkout, in turns, each started anew -> lines of a table."""
+    rounds = {"before": [], "now": []}
+    for number in range(args.rounds):
+        sides = [("before", args.beside), ("now", ROOT)]
+        for side, root in sides[:: -1 if number % 2 else 1]:
+            server, port = start(args, dtype, root)
+            try:
+                ask(port, 0, 8)
+                busy = under_load(port, args)
+                alone = statistics.median(first_token(port, 2000 + i, 2) for i in range(6))
+            finally:
+                server.send_signal(signal.SIGTERM)
+                server.wait()
+            p99 = statistics.quantiles(busy["health"], n=100)[98] * 1000
+            rounds[side].append((busy["speed"], alone, statistics.median(busy["first"]), p99))
+    lines = [f"{dtype}, medians, rounds in brackets:", "", "| | before | now | ratio |", "|---|---|---|---|"]
+    names = ("tokens/s", "first token alone, s", "first token under load, s", "p99 of /health, ms")
+    for name, before, now in zip(names, zip(*rounds["before"]), zip(*rounds["now"]), strict=True):
+        cells = [f"{statistics.median(side):.3g} ({', '.join(f'{x:.3g}' for x in side)})" for side in (before, now)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {statistics.median(now) / statistics.median(before):.2f} |")
+    return [*lines, ""]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a fine-tuned 270M: adapter, folder or .gguf")
@@ -166,7 +191,11 @@ def main():
     parser.add_argument("--alone", type=int, default=6, help="in a round of generate")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--beside", metavar="CHECKOUT", help="measure its server too, in turns with this one")
     args = parser.parse_args()
+    if args.beside:
+        print("\n".join(line for dtype in args.dtypes for line in beside(args, dtype)))
+        return
     rows = [line for dtype in args.dtypes for line in measure(args, dtype)]
     text = "\n".join([
         "# The server under load against generate, one request at a time",
