@@ -67,12 +67,17 @@ def check_references(cfg: Config, records: dict[str, list[dict]]) -> None:
     """UserError where the heuristic reward of sampled answers needs a reference and a record has none."""
     chosen, reward = tasks.load(cfg.task), cfg.reward
     samples = cfg.rl.algorithm != "dpo" or cfg.rl.pairs == "sampled"
-    if not samples or reward.function or reward.type == "trainable" or not chosen.needs_reference:
+    if not samples or reward.function or reward.type == "trainable":
         return
     for record in [*records["val"], *records["train"]]:  # before hours of sampling
-        if record["reference"] is None:
-            lacks = f"the heuristic reward of {chosen.name} needs a reference, it has none"
-            raise UserError(f"{record['id']}: {lacks}: name its key with --data_keys reference=KEY")
+        require_reference(chosen, record)
+
+
+def require_reference(task: tasks.Task, record: dict) -> None:
+    """UserError where the task's heuristic reward needs a reference and the record has none."""
+    if record["reference"] is None and task.needs_reference:
+        lacks = f"the heuristic reward of {task.name} needs a reference, it has none"
+        raise UserError(f"{record['id']}: {lacks}: name its key with --data_keys reference=KEY")
 
 
 def scorer(
@@ -95,11 +100,8 @@ def scorer(
         if reward.type != "trainable":
             weights, rows = vars(reward.heuristic), []
             for record, text in zip(records, texts, strict=True):
-                reference = record["reference"]
-                if reference is None and chosen.needs_reference:
-                    lacks = f"the heuristic reward of {chosen.name} needs a reference, it has none"
-                    raise UserError(f"{record['id']}: {lacks}")
-                rows.append(heuristic_reward(chosen, record["prompt"], text, reference, **weights))
+                require_reference(chosen, record)
+                rows.append(heuristic_reward(chosen, record["prompt"], text, record["reference"], **weights))
             heuristic, parts = torch.tensor([value for value, _ in rows]), [part for _, part in rows]
         if trained_scorer:
             trained = trained_scorer(records, answers)
