@@ -136,6 +136,7 @@ def load_pairs(run, net, tokenizer, explain_only):
     paired = any(record["rejected"] is not None for rows in records.values() for record in rows)
     if paired or tasks.load(cfg.task).has_pairs:
         return records
+    records = preferences.answerable(records, tokenizer, cfg.training.max_seq_length - rl.max_new_tokens)
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     key = resume.fingerprint([run.start_key, sampling, cfg.seed, tasks.fingerprint(cfg.task), records])
     if explain_only:  # one batch is enough, and it leaves nothing in the cache

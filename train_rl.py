@@ -10,11 +10,10 @@
 
 Read grpo_step, ppo_step or dpo_step: each is its algorithm from top to bottom, its objective right above it. For
 another one copy the nearest, change it, and add its name to ONLINE and to the choices of rl.algorithm in
-configs/defaults.yml. Ready in common/, to put at `edit here`: hinge, SimPO, ORPO for pairs; GSPO, CISPO, dual clip for
-tokens; the soft overlong penalty for rewards. Policy, reference (the policy at the start), critic and reward model are
-adapters on one frozen base; full fine-tuning holds a second copy. Dropout is off. Left out, compared with TRL: samplers
-on other machines and the corrections for them, updates of the reference, tools; rl.dynamic_sampling leaves groups of
-equal rewards out, DAPO samples again for them.
+configs/defaults.yml. Ready in common/ for `edit here`: hinge, SimPO, ORPO for pairs; GSPO, CISPO, dual clip for tokens;
+the soft overlong penalty for rewards. Policy, reference (the policy at the start), critic and reward model are adapters
+on one frozen base; full fine-tuning holds a second copy. Dropout is off. Left out, compared with TRL: samplers on other
+machines, updates of the reference, tools; rl.dynamic_sampling leaves groups of equal rewards out, DAPO samples anew.
 
     python train_rl.py --config configs/grpo_rl_270m.yml --debug                two cores, nothing to download
     python train_rl.py --config configs/ppo_rl_270m.yml --explain               what would be sampled and trained
@@ -72,6 +71,8 @@ def check(rl, online):
         raise UserError("rl.kl_estimator: k1 as a loss has no gradient on average; grpo takes k2 or k3")
     if rl.algorithm == "ppo" and kl_estimator in ("k2", "k3"):
         raise UserError("rl.kl_estimator: ppo has the KL in its reward, where only k1 gives its gradient")
+    if rl.algorithm == "dpo" and rl.dpo_loss == "ipo" and rl.dpo_label_smoothing > 0:
+        raise UserError("rl.dpo_label_smoothing: the loss ipo has none, leave it out")
     if online and rl.minibatches > rl.rollout_size:
         raise UserError(f"rl.minibatches: {rl.minibatches} are more than rl.rollout_size, {rl.rollout_size} prompts")
 
@@ -284,6 +285,7 @@ def train_on_prompts(run, models, records, score):
 
     # --- data: prompts that leave room for an answer
     longest, size = training.max_seq_length - rl.max_new_tokens, rl.rollout_size
+    rewards.check_references(cfg, records)
     dataset = prompts.encode(records, models.tokenizer, longest, size, cfg.evaluation.max_items, cfg.seed)
     steps = number_of_steps(cfg, dataset.per_epoch)
 
@@ -490,10 +492,8 @@ def main(argv=None):
 
     # --- reward: heuristics, a trained model, both, or the user's function; then data, optimizer and loop
     score = roles.load_scorers(models, cfg, run.base_fingerprint, reward, judge)
-    records = data.load_train_and_val(cfg)
-    rewards.check_references(cfg, records)
     train = train_on_prompts if online else train_on_pairs
-    return train(run, models, records, score)
+    return train(run, models, data.load_train_and_val(cfg), score)
 
 
 if __name__ == "__main__":

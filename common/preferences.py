@@ -7,7 +7,22 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rewards, rollouts, stats, tasks
+from common import (
+    chat,
+    config,
+    data,
+    decoder,
+    dist,
+    functions,
+    gemma,
+    log,
+    lora,
+    prompts,
+    rewards,
+    rollouts,
+    stats,
+    tasks,
+)
 from common.log import UserError, say, warn
 from common.roles import Roles
 from common.run import Run
@@ -30,10 +45,10 @@ def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict
     if group_size < 2:
         raise UserError("rl.group_size: best and worst need at least 2 samples per prompt")
     dialogues = [(record, chat.normalise(record["prompt"])[0]) for record in records]
-    prompts = [ids for ids, _ in data.encode_dialogues(dialogues, tokenizer, add_generation_prompt=True)]
+    encoded = [ids for ids, _ in data.encode_dialogues(dialogues, tokenizer, add_generation_prompt=True)]
     # the number of ids of each completion, then the ids: one table that all ranks fill in together
     table = torch.zeros(len(records), group_size, limit + 1, dtype=torch.float64)
-    longest_first = sorted(range(len(records)), key=lambda i: (-len(prompts[i]), i))
+    longest_first = sorted(range(len(records)), key=lambda i: (-len(encoded[i]), i))
     prompts_per_pass = max(1, ROWS // group_size) * dist.world_size()
     bar = log.progress(len(records), unit="prompt")
     for start in range(0, len(longest_first), prompts_per_pass):
@@ -44,7 +59,7 @@ def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict
             continue
         numbers = [i * group_size + g for i in mine for g in range(group_size)]
         uniforms = rollouts.uniforms(sampling["seed"], 0, numbers, limit)
-        prompt_ids = [prompts[i] for i in mine]
+        prompt_ids = [encoded[i] for i in mine]
         try:
             batch = rollouts.sample(net, prompt_ids, group_size, limit, sampling["temperature"], uniforms)
         except FloatingPointError as error:
@@ -65,32 +80,29 @@ def best_and_worst(
     score(records, answers) -> (rewards (n,), a dict of components each); each rank scores its share, and all refuse
     together (UserError) where one cannot score or a score is not finite.
     """
-    scores, failure = torch.zeros(len(records), len(answers[0]), dtype=torch.float64), None
+    sides, failure = [], None
     try:
         for i in range(dist.rank(), len(records), dist.world_size()):
-            scores[i] = score([records[i]] * len(answers[i]), answers[i])[0].double()
-            if not torch.isfinite(scores[i]).all():
+            scores, parts = score([records[i]] * len(answers[i]), answers[i])
+            if not torch.isfinite(scores).all():
                 words = "is not finite: a pair needs a score of each sample"
                 raise UserError(f"the reward of a sample for {records[i]['id']} {words}")
+            picked = [
+                {
+                    "text": chat.decode(tokenizer, answers[i][k]),
+                    "ids": answers[i][k],
+                    "stopped": answers[i][k][-1] in chat.STOP_TOKENS,
+                    "score": scores[k].item(),
+                    "parts": parts[k],
+                }
+                for k in (int(scores.argmax()), int(scores.argmin()))
+            ]
+            sides.append([i, picked])
     except UserError as error:
         failure = error
     log.refuse_together(failure, "another rank could not score its samples")
-    scores, pairs = dist.sum_tensor(scores), []
-    for record, samples, row in zip(records, answers, scores, strict=True):
-        picked = [int(row.argmax()), int(row.argmin())]
-        _, parts = score([record] * 2, [samples[i] for i in picked])
-        best, worst = (
-            {
-                "text": chat.decode(tokenizer, samples[i]),
-                "ids": samples[i],
-                "stopped": samples[i][-1] in chat.STOP_TOKENS,
-                "score": row[i].item(),
-                "parts": part,
-            }
-            for i, part in zip(picked, parts, strict=True)
-        )
-        pairs.append((best, worst))
-    return pairs
+    by_record = dict(dist.gather_rows(sides))
+    return [tuple(by_record[i]) for i in range(len(records))]
 
 
 def pair_record(record: dict, good: dict, bad: dict, suffix: str = "") -> dict:
@@ -110,6 +122,22 @@ def pair_record(record: dict, good: dict, bad: dict, suffix: str = "") -> dict:
     }
 
 
+def answerable(records: dict[str, list[dict]], tokenizer: Tokenizer, max_tokens: int) -> dict[str, list[dict]]:
+    """{split: records} with a prompt of at most `max_tokens` tokens, which leave room for an answer.
+
+    The others, and those without a user turn, are left out and counted. UserError where none remains.
+    """
+    kept = {}
+    for split, rows in records.items():
+        fitting, counts = prompts.encode_prompts(rows, tokenizer, max_tokens)
+        if len(fitting) < len(rows):
+            log.say_counts(split, counts | {"kept": len(fitting)})
+        if not fitting:
+            raise UserError(f"{split}: no prompt has at most {max_tokens} tokens: raise training.max_seq_length")
+        kept[split] = [prompt.record for prompt in fitting]
+    return kept
+
+
 def from_policy(run: Run, models: Roles, records: dict[str, list[dict]], score: Callable) -> dict[str, list[dict]]:
     """{split: records} with the best against the worst of the policy's own samples, as it is at the start.
 
@@ -117,6 +145,8 @@ def from_policy(run: Run, models: Roles, records: dict[str, list[dict]], score: 
     and keeps none.
     """
     cfg, rl = run.cfg, run.cfg.rl
+    rewards.check_references(cfg, records)
+    records = answerable(records, models.tokenizer, cfg.training.max_seq_length - rl.max_new_tokens)
     sampling = {"group_size": rl.group_size, "max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature}
     sampling["seed"] = cfg.seed
     reward = [tasks.fingerprint(cfg.task), config.plain(cfg.reward), rewards.fingerprint(cfg.reward, cfg.task)]

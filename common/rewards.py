@@ -4,6 +4,7 @@ The heuristic reward is the weighted mean of the parts that the task's file decl
 [0, 1], higher is better.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -66,10 +67,9 @@ def needs_model(reward: Config) -> bool:
 def check_references(cfg: Config, records: dict[str, list[dict]]) -> None:
     """UserError where the heuristic reward of sampled answers needs a reference and a record has none."""
     chosen, reward = tasks.load(cfg.task), cfg.reward
-    samples = cfg.rl.algorithm != "dpo" or cfg.rl.pairs == "sampled"
-    if not samples or reward.function or reward.type == "trainable":
+    if reward.function or reward.type == "trainable":
         return
-    for record in [*records["val"], *records["train"]]:  # before hours of sampling
+    for record in itertools.chain(*records.values()):  # before hours of sampling
         require_reference(chosen, record)
 
 

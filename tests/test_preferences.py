@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -93,6 +94,34 @@ def test_best_against_worst_with_what_decided(tiny_model, cache, capsys):
     ]
     with pytest.raises(AssertionError):
         made_by(tiny_model, records, never, "another key")
+
+
+def test_a_judge_of_moods_is_asked_once_and_says_what_decided(tiny_model, cache):
+    """What it said when the pair was made, not what it says when it is asked again."""
+    asked = []
+
+    def moody(records, answers):
+        values = [float(len(asked) + i) for i in range(len(answers))]
+        asked.extend(answers)
+        return torch.tensor(values), [{"mood": value} for value in values]
+
+    records = {"train": tasks.records("conala", "train", 4), "val": tasks.records("conala", "val", 2)}
+    made = made_by(tiny_model, records, moody, "moods")
+    assert len(asked) == 3 * (4 + 2)
+    for row in itertools.chain(*made.values()):
+        assert all(side["mood"] == side["total"] for side in row["scores"].values())
+
+
+def test_prompts_that_leave_no_room_are_left_out_before_they_are_sampled(tiny_model, cache, capsys):
+    records = {"train": tasks.records("conala", "train", 3), "val": tasks.records("conala", "val", 2)}
+    long = records["train"][0] | {"id": "long", "prompt": [{"role": "user", "content": "a word " * 2000}]}
+    alone = records["train"][0] | {"id": "alone", "prompt": [{"role": "assistant", "content": "hello"}]}
+    records["train"] += [long, alone]
+    made = made_by(tiny_model, records, by_length, "long")
+    assert not {"long", "alone"} & {row["id"] for row in made["train"]}
+    assert "train: 3 kept, " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^val: no prompt has at most 500 tokens: raise training\.max_seq_length"):
+        preferences.answerable({"val": [long]}, tiny_model[1], 500)
 
 
 def test_a_cut_answer_has_no_stop_token(tokenizer):

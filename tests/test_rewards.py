@@ -23,12 +23,12 @@ def test_a_missing_reference_is_named_before_anything_is_sampled():
     rows = tasks.records("conala", "train", 3)
     records = {"val": tasks.records("conala", "val", 2), "train": [rows[0], rows[1] | {"reference": None}, rows[2]]}
     grpo = {"task": "conala", "rl.algorithm": "grpo", "reward.type": "heuristic"}
-    for change in ({}, {"rl.algorithm": "dpo", "rl.pairs": "sampled"}, {"reward.type": "hybrid"}):
+    for change in ({}, {"rl.algorithm": "dpo"}, {"reward.type": "hybrid"}):  # dpo: rejection sampling asks no algorithm
         cfg = config.load_config(None, grpo | change)
         with pytest.raises(UserError, match=f"^{rows[1]['id']}: .*needs a reference.*--data_keys reference=KEY"):
             rewards.check_references(cfg, records)
         rewards.check_references(cfg, records | {"train": rows})
-    for change in ({"rl.algorithm": "dpo"}, {"reward.type": "trainable"}, {"reward.function": "mine.py:f"}):
+    for change in ({"reward.type": "trainable"}, {"reward.function": "mine.py:f"}):
         rewards.check_references(config.load_config(None, grpo | change), records)
     rewards.check_references(config.load_config(None, grpo | {"task": "safety"}), records)
 

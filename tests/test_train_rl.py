@@ -367,6 +367,8 @@ def test_bad_input_is_one_line(tmp_path, settings, few, micro_folder):
     refused(tmp_path, ["--config", ROOT / "configs" / "reward_270m.yml", "--debug"], "train_reward.py")
     refused(tmp_path, settings(out_dir, "--rl.algorithm", "dpoo"), "rl.algorithm", "ppo | grpo | dpo")
     refused(tmp_path, settings(out_dir, "--rl.dpo_loss", "hinge"), "rl.dpo_loss", "sigmoid | ipo | length_normalised")
+    ipo = ["--rl.dpo_loss", "ipo", "--rl.dpo_label_smoothing", 0.1]
+    refused(tmp_path, settings(out_dir, *ipo), "rl.dpo_label_smoothing", "ipo")
     for flags in (["packing", "true"], ["last_turn_only", "true"]):
         refused(tmp_path, settings(out_dir, f"--training.{flags[0]}", flags[1]), flags[0])
     assert not out_dir.exists()
