@@ -18,7 +18,6 @@ than loopback needs a token. Prompts and answers are never logged.
 
 import asyncio
 import contextlib
-import difflib
 import os
 import secrets
 import signal
@@ -46,7 +45,7 @@ if __name__ == "__main__":
 
 from common import model
 from common.human import ratings
-from common.log import UserError, command, say
+from common.log import UserError, command, hint, say
 from common.runtime import base
 from common.serving import fields, httpd
 from common.serving.engine import Engine, load, requests_of, texts_of, whole_texts
@@ -98,8 +97,7 @@ class App:
         if call.method not in ("GET", "HEAD") or call.path not in ("/health", *PAGES):
             httpd.check_token(call.headers, self.token)
         if not handlers:
-            near = difflib.get_close_matches(call.path[:80], GET | POST, 1)
-            raise Refused(404, f"there is no {call.path[:80]}" + "".join(f"; did you mean {path}?" for path in near))
+            raise Refused(404, f"there is no {call.path[:80]}{hint(call.path, GET | POST)}")
         if call.method not in handlers:
             raise Refused(405, f"{call.path} answers {', '.join(handlers)}", Allow=", ".join(handlers))
         if self.stopping.is_set() and not health:
@@ -280,17 +278,17 @@ async def serve(app, job, device, dtype):
     """Listen, load, answer until SIGTERM or SIGINT, then finish what is in flight; a second signal ends at once."""
     loop = asyncio.get_running_loop()
 
-    def on_signal(number):
+    def on_signal(number, _):
         if app.stopping.is_set():
             os._exit(128 + number)
-        app.stopping.set()
+        loop.call_soon_threadsafe(app.stopping.set)
 
     def start():
         models, app.tokenizers = load(app.sources, device, dtype, job.flags.get("model.base_checkpoint"))
         app.engine = Engine(models, job.rows, job.context, job.queue)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+        signal.signal(number, on_signal)  # Windows has no loop.add_signal_handler
     loop.set_default_executor(ThreadPoolExecutor(2))  # loads, tokenises, and writes ratings
     server = await httpd.listen(app, job.host, job.port)
     host, port = server.sockets[0].getsockname()[:2]

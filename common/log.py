@@ -4,6 +4,7 @@ Imports the standard library alone, and others where they are used: the download
 """
 
 import contextlib
+import difflib
 import errno
 import functools
 import io
@@ -182,6 +183,12 @@ def listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def hint(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known: which one may have been meant."""
+    near = difflib.get_close_matches(word[:80], list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def progress(total: int | None, done: int = 0, unit: str = "step", delay: float = 0.0) -> "tqdm":
     """A bar with time left, shown after `delay` seconds; silent where stderr is no terminal and on other ranks."""
     from tqdm import tqdm
@@ -258,7 +265,12 @@ def _json_lines(records):
 
 
 def read_records(path: Path | str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]  # as text, U+2028 would end a line too
+    """The records of a .jsonl file. A last line that does not end, as a kill leaves it, is passed over."""
+    *lines, _ = Path(path).read_bytes().split(b"\n")  # as text, U+2028 would end a line too
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path}: a line is no valid JSON: {error}") from error
 
 
 class Table:

@@ -1,6 +1,5 @@
 """Prompts that are sampled from: the data set of online RL, its evaluation on held-out prompts, and the report."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +133,7 @@ def best_metric(cfg: Config, val: list[Prompt]) -> tuple[str, int]:
         own = [name for name in (task.correct, *task.headline) if known and name in task.metrics and name in better]
         chosen = [*own, "judge" if judge else "reward"][0]
     if chosen not in better:
-        near = difflib.get_close_matches(chosen[:40], better, 1)
-        hint = "; judge needs evaluation.reward_checkpoint" if chosen == "judge" else ""
-        hint = hint or (f"; did you mean {near[0]}?" if near else "")
+        hint = "; judge needs evaluation.reward_checkpoint" if chosen == "judge" else log.hint(chosen, better)
         raise UserError(f"evaluation.best_metric: expected {', '.join(better)}, got {chosen!r:.80}{hint}")
     return f"eval/{chosen}", better[chosen]
 
@@ -219,7 +216,7 @@ def report(run_dir: Path, draws: int, missing_stop_penalty: float, best: str) ->
     low, high = reward["interval"]
     say(
         f"reward of {reward['prompts']} val prompts: {reward['first']:.3f} -> {reward['last']:.3f}, "
-        f"{reward['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        f"{reward['difference']:+.3f} " + ("(no interval)" if low is None else f"[{low:+.3f}, {high:+.3f}]")
     )
     parts = [
         f"{name.removeprefix('reward/')} {row['first']:.2f} -> {row['last']:.2f}"

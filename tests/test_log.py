@@ -36,6 +36,19 @@ def test_records_with_line_separators_are_one_line_each(tmp_path):
     assert log.read_records(path) == rows and "ü" in path.read_text(encoding="utf-8")
 
 
+def test_a_last_record_that_a_kill_cut_off_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("")
+    assert log.read_records(path) == []
+    log.write_record(path, {"step": 1})
+    with open(path, "a") as file:
+        file.write('{"step": 2, "lo')
+    assert log.read_records(path) == [{"step": 1}]
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: a line is no valid JSON"):
+        log.read_records(path)
+
+
 def test_replace_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     log.write_json(path, {"a": 1})

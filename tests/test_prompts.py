@@ -70,7 +70,7 @@ def test_comparison_by_hand():
     report = prompts.compare(lines + later, 200)
     assert report["steps"] == [9, 20] and report["prompts"] == 12
     assert report["reward"]["difference"] == pytest.approx(0.25) and report["length"]["difference"] == 2
-    assert report["reward"]["interval"] == pytest.approx([0.25, 0.25]) and report["reward/refusal"]["p"] == 1
+    assert report["reward"]["interval"] == [None, None] and report["reward/refusal"]["p"] == 1
 
 
 def test_comparison_of_answers_without_a_score():

@@ -6,7 +6,6 @@ A record is {"id", "prompt": turns, "response", "rejected" or None, "reference" 
 Task files import nothing but the standard library when they are loaded: the downloader and `--help` stay quick.
 """
 
-import difflib
 import functools
 import hashlib
 import importlib
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from common import functions
-from common.log import UserError
+from common.log import UserError, hint
 
 NAMES = ("safety", "clinical", "conala", "gsm8k", "arithmetic", "dialogue")
 SPLITS = ("train", "val", "test")
@@ -156,14 +155,9 @@ def load(task: str | Task) -> Task:
     if task in NAMES:
         return importlib.import_module(f"common.tasks.{task}").TASK
     if not task.endswith(".py"):
-        raise UserError(f"task: {task:.80}: expected {', '.join(NAMES)} or the path of a task's .py file{hint(task)}")
+        known = f"{', '.join(NAMES)} or the path of a task's .py file"
+        raise UserError(f"task: {task:.80}: expected {known}{hint(task, NAMES)}")
     return _task_of(functions.load_module(task, "task"), task)
-
-
-def hint(name: str) -> str:
-    """The end of a message about a task that is none: which one may have been meant."""
-    near = difflib.get_close_matches(name[:40], NAMES, 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 @functools.cache
