@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 import train_staged
-from common import config
+from common import config, tasks
 from common.runtime import base, checkpoint, stages
 from tests import inputs
 
@@ -71,6 +72,24 @@ def test_rl_is_not_finished_where_its_start_has_changed(study, tmp_path, micro_f
         path.write_text(json.dumps(json.loads(text) | {key: value}))
         now = study()
         assert now.finished(now.plan[1]) is right, key
+
+
+def test_a_reward_or_task_of_the_users_that_was_edited_is_another(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the task's folder comes onto it
+    reward, task = tmp_path / "own_reward.py", tmp_path / "own_task.py"
+    reward.write_text("def score(prompt, completion, reference):\n    return 1.0\n")
+    task.write_text((Path(tasks.__file__).with_name("safety.py")).read_text())
+    for key, value in (("reward__function", f"{reward}:score"), ("task", str(task))):
+        changed = {key: value}
+        for stage in study(**changed).plan:
+            study(**changed).note(stage, study(**changed).settings(stage))
+        assert finished(study(**changed)) == [True, True]
+        settings = study(**changed).settings(study(**changed).plan[1])
+        path = Path(value.partition(":")[0])
+        path.write_text(path.read_text() + "# edited\n")
+        assert finished(study(**changed)) == [key != "task", False], key  # SFT reads no reward
+        now = study(**changed).settings(study(**changed).plan[1])
+        assert not set(stages.sampling_keys(now)) & set(stages.sampling_keys(settings)), key
 
 
 def test_without_its_files_a_stage_is_not_finished(study, tmp_path):

@@ -423,6 +423,9 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, settings):
     refused(tmp_path, settings(tmp_path, "--paradigms", "rft", "--rl.group_size", 1, *budget), "rl.group_size")
     conala = ["--task", "conala", "--dataset_path", "null", "--paradigms", "dpo"]
     refused(tmp_path, settings(tmp_path, *conala, *budget), "--paradigms dpo", "--rl.pairs sampled")
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"prompt": "q {i}", "response": "a"}}\n' for i in range(60)))
+    own = ["--dataset_path", tmp_path / "own.jsonl", "--paradigms", "base,sft"]
+    refused(tmp_path, settings(tmp_path, *own, *budget), "the judge learns from pairs", "--task dialogue")
     refused(tmp_path, settings(tmp_path, "--paradigms", "sft,sft", *budget), "each once")
     refused(tmp_path, settings(tmp_path, "--paradigms", "sft", "--model.adapter", "x", *budget), "model.adapter")
     full = ["--model.peft_type", "none", "--reward.type", "hybrid"]

@@ -1,6 +1,5 @@
 """The stages of train_staged.py on the disk: their flags, which of them are finished, and how long the others take."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable
@@ -69,6 +68,10 @@ class Study:
             "score": scores[0] if len(scores) == 1 else scores or None,
             "score_effect": effects or None,
         }
+        if cfg.reward.function:
+            kept["reward.function_sha256"] = rewards.fingerprint(cfg.reward, cfg.task)
+        if task.path is not None:  # a user's own
+            kept["task_sha256"] = tasks.fingerprint(cfg.task)
         return json.loads(json.dumps(kept, default=str))
 
     def noted(self) -> dict:
@@ -147,8 +150,7 @@ def check_arms(cfg: Config, arms: list[str], text: str) -> None:
     """UserError for --paradigms (`text`) that cannot be compared."""
     unknown = [arm for arm in arms if arm not in config.PARADIGMS]
     if unknown or len(set(arms)) != len(arms):
-        near = difflib.get_close_matches(unknown[0][:40], config.PARADIGMS, 1) if unknown else []
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = log.hint(unknown[0], config.PARADIGMS) if unknown else ""
         raise UserError(
             f"--paradigms: expected some of {','.join(config.PARADIGMS)}, each once, got {text!r:.80}{hint}"
         )
@@ -158,9 +160,15 @@ def check_arms(cfg: Config, arms: list[str], text: str) -> None:
         raise UserError("--paradigms half: only adapters have a scale, and model.peft_type is none")
     if "rft" in arms and cfg.rl.group_size < 2:
         raise UserError("rl.group_size: rft takes the best of so many samples, 2 or more")
-    if "dpo" in arms and cfg.rl.pairs == "data":  # before hours of other arms
+    learns_judge = tasks.load(cfg.task).has_pairs and cfg.evaluation.reward_checkpoint is None
+    if learns_judge or ("dpo" in arms and cfg.rl.pairs == "data"):  # before hours of training
         if all(record["rejected"] is None for record in data.from_config(cfg, "train")):
-            raise UserError("--paradigms dpo: the data has no rejected answers: set --rl.pairs sampled")
+            if not learns_judge:
+                raise UserError("--paradigms dpo: the data has no rejected answers: set --rl.pairs sampled")
+            raise UserError(
+                "--paradigms: the judge learns from pairs, and the data has no rejected answers: compare with "
+                "--task dialogue, or name a judge with --evaluation.reward_checkpoint"
+            )
     if cfg.training.budget_tokens is None and cfg.training.budget_flops is None:
         raise UserError(
             "--paradigms compares at equal cost: set --training.budget_tokens, the tokens of each arm, or "
