@@ -21,13 +21,15 @@ from typing import Any
 import yaml
 
 from common import tasks
-from common.log import UserError, command
+from common.log import UserError, command, hint
 
-# Every config once listed the parts of these three tasks, whatever its own was: those of the others are skipped.
-PARTS_OF_OLD = {
-    f"reward.heuristic.{part}"
-    for part in ("toxicity", "refusal", "length", "repetition", "overlap", "facts", "bleu", "exact", "parse")
-}
+# Every config once listed the parts of these three tasks, whatever its own was. Where a file has some of each, those of
+# the other tasks are skipped.
+THREE_TASKS = [
+    {f"reward.heuristic.{part}" for part in parts.split()}
+    for parts in ("toxicity refusal length repetition", "overlap facts", "bleu exact parse")
+]
+PARTS_OF_OLD = set().union(*THREE_TASKS)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPTS = {"sft": "train_sft.py", "reward": "train_reward.py", "rl": "train_rl.py", "staged": "train_staged.py"}
 NAME_RULE = "a NAME has letters, digits, '_', '-' and '.', and begins with none of the last two"
@@ -172,7 +174,8 @@ def _entries(path):
 def _resolve(leaves, headings, entries, given, label):
     """Lay entries, then `given` ({dotted key: text or Python value}), over the defaults; returns nested namespaces."""
     flat = {key: leaf.default for key, leaf in leaves.items()}
-    entries = [entry for entry in entries if entry[1] in leaves or entry[1] not in PARTS_OF_OLD]
+    if all(any(key in parts for _, key, _ in entries) for parts in THREE_TASKS):
+        entries = [entry for entry in entries if entry[1] in leaves or entry[1] not in PARTS_OF_OLD]
     for where, key, value in [*entries, *((label + key, key, value) for key, value in given.items())]:
         if key in leaves:
             flat[key] = _convert(leaves[key], value, where)
@@ -202,7 +205,7 @@ def _named_task(entries, given, label):
     named += [(f"{label}task", given["task"])] if "task" in given else []
     where, task = named[-1] if named else ("task", leaf.default)
     if not isinstance(task, str) or (task not in tasks.NAMES and not task.endswith(".py")):
-        _refuse(f"{where}: expected {leaf.rule}, got {str(task)!r:.80} ({leaf.help}){tasks.hint(str(task))}")
+        _refuse(f"{where}: expected {leaf.rule}, got {str(task)!r:.80} ({leaf.help}){hint(str(task), tasks.NAMES)}")
     return tasks.load(task)
 
 
