@@ -1,5 +1,6 @@
 """The systems of evaluate.py: names and seeds as they were typed; the best of several answers, counted by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from common import config, tasks
 from common.evaluation import measure, systems
 from common.log import UserError
+from tests import inputs
 
 ROOT = Path(systems.__file__).parents[2]
 
@@ -20,6 +22,19 @@ def test_a_name_given_again_is_another_seed():
     for wrong in ("outputs/x", "=x", "sft="):
         with pytest.raises(UserError, match="expected NAME=CHECKPOINT"):
             systems.parse([wrong])
+
+
+def test_without_a_base_it_is_that_of_the_adapters(tmp_path, micro_folder):
+    cfg = config.load_config(None, {})  # its base is one of the hub
+    inputs.random_start(tmp_path / "sft", micro_folder)
+    about = tmp_path / "sft" / "adapter_config.json"
+    about.write_text(about.read_text().replace('"base"', json.dumps(str(micro_folder))))
+    named = {"sft": [str(tmp_path / "sft")]}
+    folder, (system,) = systems.locate(named, cfg, None)
+    assert folder == micro_folder and not system.is_whole
+    other = inputs.another_base(tmp_path / "other", micro_folder)
+    with pytest.raises(UserError, match="other"):  # which is not the one that it was trained on
+        systems.locate(named, config.load_config(None, {"model.base_checkpoint": str(other)}), str(other))
 
 
 def test_the_best_answer_has_the_highest_reward(micro_model):

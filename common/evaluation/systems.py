@@ -75,7 +75,11 @@ def locate(named, cfg, given):
     places = {
         (name, k): base.locate(source, given) for name, sources in named.items() for k, source in enumerate(sources)
     }
-    base_folder = places["base", 0][0] if "base" in named else base.resolve(cfg.model.base_checkpoint)
+    own = [folder for folder, adapter in places.values() if adapter and not given]
+    if "base" in named:
+        base_folder = places["base", 0][0]
+    else:  # that of the adapters, or where none has one that of the config
+        base_folder = own[0] if own else base.resolve(cfg.model.base_checkpoint)
     tokenizer_sha256, fingerprints, systems = base.tokenizer_fingerprint(base_folder), {}, []
     for (name, k), (folder, adapter) in places.items():
         if folder != base_folder and base.tokenizer_fingerprint(folder) != tokenizer_sha256:
