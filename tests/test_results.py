@@ -148,6 +148,9 @@ def test_files_are_read_whole_and_each_once(tmp_path):
     ]
     assert read[1].rows == sft[1].rows
     assert results.build(read, 100)["seeds"] == {"sft": 2, "base": 1}
+    copy = results.Recording(read[2].head | {"name": "copy"}, read[2].rows)  # the same weights under another name
+    read = results.read([paths[2], write(tmp_path, copy, "copy")])
+    assert [one.head["name"] for one in read] == ["base", "copy"]
 
 
 @pytest.mark.parametrize(

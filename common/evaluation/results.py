@@ -44,7 +44,8 @@ def read(paths):
             raise UserError(
                 f"--items: {path} cannot be compared with {first[0]}: {differences_in_words(head['facts'], first[1])}"
             )
-        own = head["key"] if head["of"] == "system" else head["of"]  # floors and judge may lie beside every system
+        # a system may lie in several folders, floors and judge beside every system
+        own = (head["name"], head["key"]) if head["of"] == "system" else head["of"]
         recordings.setdefault(own, Recording(head, rows))
     if not any(recording.head["of"] == "system" for recording in recordings.values()):
         raise UserError("--items: none of these files holds a system's answers")
