@@ -244,6 +244,9 @@ def test_next_steps_follow_from_the_results():
     results["cells"]["judge"]["base, best of 8"] = {"value": 0.4}  # more samples, and a worse best one
     several = free | {"floors": ["base, best of 4", "base, best of 8"]}
     assert report.next_steps(results | several)[1].startswith("Next: base, best of 4, picked by the reward")
+    oracle = "base, best of 4 (oracle)"  # picked by the references, which nobody has of a new prompt
+    results["cells"]["judge"][oracle] = {"value": 0.9}
+    assert report.next_steps(results | free | {"floors": [oracle]}) == report.next_steps(results | free)[:1]
     results["cells"]["judge"]["base, best of 4"] = {"value": 0.4}  # below rl
     results["pairs"]["refusal_benign"][0]["p_holm"] = 0.2
     assert report.next_steps(results | free) == []

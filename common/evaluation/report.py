@@ -71,6 +71,7 @@ def next_steps(results):
     better, cells = results["metrics"][name]["better"], results["cells"].get(name, {})
     values = {system: better * cell["value"] for system, cell in cells.items() if cell["value"] is not None}
     free = [floor for floor in results.get("floors", ()) if floor.startswith("base, best of") and floor in values]
+    free = [floor for floor in free if not floor.endswith("(oracle)")]  # nobody has the reference of a new prompt
     trained = [values[system] for system in results["systems"] if system in values]
     best = max(free, key=values.get, default=None)
     if best and better and values[best] > max(trained, default=0):
