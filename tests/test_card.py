@@ -26,7 +26,8 @@ def card_of(path):
 
 def test_the_cards_of_a_run_and_of_its_export(tmp_path, flags, few, micro_folder):
     settings = inputs.settings(micro_folder, few, rate=1e-2)
-    processes.train(train_sft.main, tmp_path, settings(tmp_path, "--training.max_steps", 6))
+    ends = "--training.max_steps", 6, "--training.budget_flops", 1e15, "--training.patience", 9
+    processes.train(train_sft.main, tmp_path, settings(tmp_path, *ends))
     run_dir = tmp_path / "run"
     metadata, text = card_of(run_dir / "final" / "README.md")
     assert metadata == {
@@ -51,6 +52,7 @@ def test_the_cards_of_a_run_and_of_its_export(tmp_path, flags, few, micro_folder
     assert str(tmp_path) not in text and str(micro_folder) not in text
     (words,) = re.findall("```bash\n(.*)\n```", text)
     assert words.startswith("python train_sft.py --debug --task safety") and "--training.max_steps 6" in words
+    assert "--training.budget_flops 1000000000000000.0" in words and "--training.patience 9" in words
     assert "--logging" not in words and "--training.save_interval" not in words
     assert "README.md" in checkpoint.verify(run_dir / "final")["files"]
 

@@ -22,7 +22,9 @@ METHODS = {
     "grpo": "reinforcement learning with GRPO",
     "dpo": "preference learning with DPO",
 }
-FREE_BUT_SHOWN = {"training.epochs", "training.max_steps", "training.budget_tokens", "rl.max_steps"}
+FREE_BUT_SHOWN = {"rl.max_steps", "reward.ensemble"}  # a run that goes on may change them, and they decide numbers
+FREE_BUT_SHOWN |= {f"training.{key}" for key in ("epochs", "max_steps", "budget_tokens", "budget_flops")}
+FREE_BUT_SHOWN |= {"training.patience", "training.eval_interval"}
 TERMS = """\
 ## Terms
 
