@@ -20,6 +20,7 @@ hosted model.
 Run the same command again to go on: a system whose answers are already recorded is not run again.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +179,7 @@ def answer(system, bare, items, cfg, scorers, other_tasks):
 def conclude(out, recordings, draws, curves=None, counts=None):
     """Write results.json and the report of recordings, and say the verdicts; returns what main returns."""
     tables = results.build(recordings, draws)
-    tables |= {"left_out": counts or {}, "command": " ".join(["python", *sys.argv])}
+    tables |= {"left_out": counts or {}, "command": shlex.join(["python", *sys.argv])}
     if dist.is_main():
         log.write_json(out / "results.json", tables)
         items = results.side_by_side(results.runs_by_system(recordings), tables["item_score"])

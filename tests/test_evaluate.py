@@ -395,11 +395,23 @@ def test_an_own_metric_and_several_answers(tmp_path, settings, micro_folder):
     file.write_text("def letters(prompt, completion, reference):\n    return len(completion)\n")
     asked = ["--checkpoints", f"base={micro_folder}", "--evaluation.metric", f"{file}:letters", "--task", "arithmetic"]
     asked += ["--evaluation.samples", 3, "--evaluation.temperature", 1.0, "--dataset_path", "null"]
-    cells = train(tmp_path, settings(tmp_path, *asked))["cells"]
+
+    def one_of_three_is_right(main, argv):
+        """The random base never is: so its first answer becomes the reference."""
+        several_answers = metrics.several_answers
+
+        def with_reference(task, records, texts):
+            right = [[record["reference"], *answers[1:]] for record, answers in zip(records, texts, strict=True)]
+            return several_answers(task, records, right)
+
+        metrics.several_answers = with_reference
+        processes.call(main, argv)
+
+    cells = train(tmp_path, settings(tmp_path, *asked), one_of_three_is_right)["cells"]
     answers = [line["answer"] for line in lines(tmp_path / "run", "base-0")]
     assert cells["letters"]["base"]["value"] == pytest.approx(np.mean([len(text) for text in answers]))
     rates = [cells[f"pass@{k}"]["base"]["value"] for k in (1, 2, 3)]
-    assert rates == sorted(rates) and 0 <= cells["majority"]["base"]["value"] <= 1
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1]) and 0 < cells["majority"]["base"]["value"] <= 1
     for flags, reason in (
         (["--evaluation.metric", f"{file}:absent"], "no function 'absent'"),
         (["--evaluation.samples", 3, "--task", "arithmetic", "--evaluation.temperature", 0], "greedy answers are all"),

@@ -139,7 +139,10 @@ def cost(runs):
     for run in runs:
         records = log.read_records(run / "metrics.jsonl")
         flops = max((record["flops_seen"] for record in records if record.get("flops_seen")), default=None)
-        stage = {"name": run.name, "tokens": int(max((record.get("tokens_seen") or 0) for record in records))}
+        stage = {
+            "name": run.name,
+            "tokens": int(max((record.get("tokens_seen") or 0 for record in records), default=0)),
+        }
         stage |= {"flops": flops, "seconds": sum(record.get("seconds") or 0.0 for record in records)}
         stages.append(stage | {"peak_memory_gb": _peak(records)})
     total = {key: sum(stage[key] for stage in stages) for key in ("tokens", "seconds")}

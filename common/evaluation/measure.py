@@ -15,6 +15,7 @@ from common.evaluation import metrics
 from common.log import UserError
 
 TOKENS_PER_PASS = 4096  # of a forward pass without gradient
+ROWS = 64  # answers that a rank samples between two meetings with the others
 
 
 def items(records, tokenizer, longest, most, seed):
@@ -39,12 +40,17 @@ def generate(net, items, sampling, group=1):
     sampling: {"seed", "max_new_tokens", "temperature" (0 is greedy), "top_p"}. A random number belongs to (seed, item,
     sample). The tokens per second are this rank's.
     """
-    mine, temperature = range(dist.rank(), len(items), dist.world_size()), sampling["temperature"]
-    rows, started = [i * group + g for i in mine for g in range(group)], time.perf_counter()
-    completions = []
-    if rows:
+    temperature, ranks, started = sampling["temperature"], dist.world_size(), time.perf_counter()
+    items_per_pass = len(items) if ranks == 1 else ranks * max(1, ROWS // group)
+    answers = []
+    for start in range(0, len(items), items_per_pass):
+        dist.barrier()  # so that ranks do not drift apart by more than a pass
+        mine = range(start + dist.rank(), min(start + items_per_pass, len(items)), ranks)
+        rows = [i * group + g for i in mine for g in range(group)]
+        if not rows:
+            continue
         uniforms = rollouts.uniforms(sampling["seed"], f"test/{group}", rows, sampling["max_new_tokens"])
-        completions = rollouts.sample(
+        sampled = rollouts.sample(
             net,
             [items[i].ids for i in mine],
             group,
@@ -53,9 +59,10 @@ def generate(net, items, sampling, group=1):
             uniforms,
             greedy=temperature == 0,
             top_p=sampling["top_p"],
-        )["completions"]
-    speed = sum(map(len, completions)) / (time.perf_counter() - started)
-    by_row = dict(dist.gather_rows([[row, ids] for row, ids in zip(rows, completions)]))
+        )
+        answers += zip(rows, sampled["completions"], strict=True)
+    speed = sum(len(ids) for _, ids in answers) / (time.perf_counter() - started)
+    by_row = dict(dist.gather_rows(answers))
     return [[by_row[i * group + g] for g in range(group)] for i in range(len(items))], speed
 
 
