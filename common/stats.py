@@ -87,7 +87,7 @@ def percentile_interval(draws):
 
 
 def paired_bootstrap(a, b, draws=10000, seed=0):
-    """(mean of a - b, low, high, two-sided p) of scores (n,) on the same items: 95 % percentile interval over items.
+    """(mean of a - b, low, high, two-sided p) of scores (n,) on the same items: percentile_interval over items.
 
     p is that of a mean of zero: twice the smaller tail of the bootstrapped means, at least 1 / draws. Efron and
     Tibshirani 1993, ch. 13; Koehn 2004. ValueError if the two differ in length or are empty.
@@ -101,6 +101,6 @@ def paired_bootstrap(a, b, draws=10000, seed=0):
     sample = np.resize(difference, max(2, n))  # scipy refuses a single item: the same one twice
     batch = max(1, 2**22 // n)  # draws at a time: memory stays small
     result = bootstrap((sample,), np.mean, n_resamples=draws, batch=batch, method="percentile", rng=seed)
-    (low, high), means = result.confidence_interval, result.bootstrap_distribution
+    means = result.bootstrap_distribution
     tail = min((means <= 0).mean(), (means >= 0).mean())
-    return float(difference.mean()), float(low), float(high), float(min(1.0, max(2 * tail, 1 / draws)))
+    return float(difference.mean()), *percentile_interval(means), float(min(1.0, max(2 * tail, 1 / draws)))

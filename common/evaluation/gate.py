@@ -89,6 +89,7 @@ def _difference(judge, other, draws):
     if len(judge) < FEWEST:
         return {"judge": None, "other": None, "difference": None, "low": None, "high": None, "n": len(judge)}
     difference, low, high, _ = paired_bootstrap(judge, other, draws)
+    low, high = (difference, difference) if low is None else (low, high)  # equal on all pairs, of which there are many
     means = {"judge": float(np.mean(judge)), "other": float(np.mean(other))}
     return means | {"difference": difference, "low": low, "high": high, "n": len(judge)}
 
