@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 from fractions import Fraction
 
@@ -31,6 +32,15 @@ def test_reward_by_hand():
     assert parts("#### $1,234.50", "1234.5") == {"exact": 1, "format": 1}
     total, _ = rewards.heuristic_reward("gsm8k", PROBLEM, "18", "18", **tasks.load("gsm8k").weights())
     assert total == pytest.approx(1 / 1.1)
+
+
+def test_endings_are_found_in_the_time_of_their_length():
+    """As by the expression that tried every way to cut the digits in two; it would not come to the end of the last."""
+    slow, rng = re.compile(r"####\s*-?[$€£]?[\d,]*\.?\d+\s*\Z"), random.Random(0)
+    for _ in range(20_000):
+        text = "####" + "".join(rng.choices("0123,,..-$ x#\n", k=rng.randint(0, 8)))
+        assert bool(gsm8k.ENDING.search(text)) == bool(slow.search(text)), text
+    assert not gsm8k.ENDING.search("#### " + "1" * 300_000 + "x")
 
 
 def test_statistics_votes_and_floors():

@@ -76,6 +76,13 @@ def test_a_heuristic_prefers_the_good_answer():
     assert any(refuses(row["rejected"]) for row in rows if not harmful(row))
 
 
+def test_without_an_answer_in_the_data_there_is_no_helpfulness():
+    record = {"id": "a", "prompt": KIND, "response": "Boil the rice for ten minutes.", "reference": None}
+    value, counts = safety.statistics(record, "Boil the rice.")["helpfulness"]
+    assert value > 0 and counts == 1
+    assert safety.statistics(record | {"response": ""}, "Boil the rice.")["helpfulness"] == (0.0, 0.0)
+
+
 def test_pair_rules_and_plain_prompts():
     assert safety.TASK.pair_rules["refusal phrase"]("I can't.") > safety.TASK.pair_rules["refusal phrase"]("Sure.")
     assert safety.TASK.pair_rules["fewer toxic words"]("Hello.") > safety.TASK.pair_rules["fewer toxic words"]("Idiot.")

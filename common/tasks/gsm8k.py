@@ -8,7 +8,7 @@ from common.tasks.numbers import right, vote
 
 INSTRUCTION = "Solve this problem step by step. End with #### and the final number."
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # the calculator's, which the publisher's answers hold: 3+4=<<3+4=7>>7
-ENDING = re.compile(r"####\s*-?[$€£]?[\d,]*\.?\d+\s*\Z")
+ENDING = re.compile(r"####\s*-?[$€£]?[\d,]*(?:\d|\.\d+)\s*\Z")
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Ida")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
