@@ -121,7 +121,7 @@ def _plain_ids(tokenizer, texts, words=None):
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=2)
 def _word_starts(tokenizer):
     """The places where a text can be cut into words whose tokens, joined, are those of the text; None: not known.
 
@@ -140,7 +140,7 @@ def _word_starts(tokenizer):
     return re.compile(f"(?<=[^\\s{re.escape(''.join(sorted(before)))}])(?= )")
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=2)
 def _added_tokens(tokenizer):
     """({text: id} of special tokens that somebody added after Gemma's own, ids of the other special ones, how many
     tokens there are but IMAGE_TOKEN)."""

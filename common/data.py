@@ -119,20 +119,20 @@ def encode_dialogues(
     dialogues: list[tuple[dict, list[dict]]], tokenizer: Tokenizer, **how: bool
 ) -> Iterator[tuple[list[int], list[int]]]:
     """chat.encode of each of many (record, normalised turns). UserError names the record that cannot be encoded."""
-    bar, words = log.progress(len(dialogues), unit="row", delay=1), {}
-    for start in range(0, len(dialogues), CHUNK):
-        chunk = dialogues[start : start + CHUNK]
-        try:
-            yield from chat.encode_all(tokenizer, [turns for _, turns in chunk], words=words, **how)
-        except ValueError:
-            for record, turns in chunk:
-                try:
-                    chat.encode(tokenizer, turns, **how)
-                except ValueError as error:
-                    raise UserError(f"{place(record)}: {error}") from error
-            raise
-        bar.update(len(chunk))
-    bar.close()
+    words = {}
+    with log.progress(len(dialogues), unit="row", delay=1) as bar:  # closed too where a caller takes no more
+        for start in range(0, len(dialogues), CHUNK):
+            chunk = dialogues[start : start + CHUNK]
+            bar.update(len(chunk))
+            try:
+                yield from chat.encode_all(tokenizer, [turns for _, turns in chunk], words=words, **how)
+            except ValueError:
+                for record, turns in chunk:
+                    try:
+                        chat.encode(tokenizer, turns, **how)
+                    except ValueError as error:
+                        raise UserError(f"{place(record)}: {error}") from error
+                raise
 
 
 def encode_records(

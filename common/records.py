@@ -190,6 +190,7 @@ def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], s
     UserError names file and line of a row of no known shape, of another shape than the first, or with a used id.
     """
     names, shape, records, places, left_out = named_keys(data_keys), None, [], {}, Counter()
+    repeats = Counter()
     bar = log.progress(None, unit="row", delay=1)
     for where, raw in itertools.chain.from_iterable(sources.rows(path) for path in paths):
         bar.update()
@@ -213,7 +214,7 @@ def read(paths: list[Path], data_keys: str | None = None) -> tuple[list[dict], s
                 record["text_prompt"] = True  # see functions.call_trl
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
-        record["id"] = _unique(record["id"], where, places, may_repeat=not is_ours or not row.get("id"))
+        record["id"] = _unique(record["id"], where, places, repeats, not is_ours or not row.get("id"))
         records.append(record)
     bar.close()
     if not records:
@@ -232,7 +233,7 @@ def generated(made: list[dict], where: str, split: str) -> list[dict]:
     """Records that a user's task made, checked as those of a file are."""
     if not isinstance(made, list) or not made:
         raise UserError(f"{where} returned {made!r:.40} for {split}, expected a list of records")
-    records, places = [], {}
+    records, places, repeats = [], {}, Counter()
     for i, row in enumerate(made):
         here = f"{where}: record {i} of {split}"
         try:
@@ -241,7 +242,7 @@ def generated(made: list[dict], where: str, split: str) -> list[dict]:
             record = _checked(_ours(row), row.get("id"), True)
         except ValueError as error:
             raise UserError(f"{here}: {error}") from error
-        record["id"] = _unique(record["id"], here, places, may_repeat=not row.get("id"))
+        record["id"] = _unique(record["id"], here, places, repeats, not row.get("id"))
         records.append(record)
     return records
 
@@ -270,16 +271,19 @@ def _checked(record, name, strict):
     return record
 
 
-def _unique(name, where, places, may_repeat):
-    """The id with its place. Equal ids of our own shape are refused; hashes and the ids of others get a number."""
+def _unique(name, where, places, repeats, may_repeat):
+    """The id with its place. Equal ids of our own shape are refused; hashes and the ids of others get a number.
+
+    places: {id: where}; repeats: how many numbers an id has given.
+    """
     if name in places and not may_repeat:
         path, _, line = places[name].rpartition(":")
         earlier = f"line {line}" if line.isdecimal() and where.startswith(f"{path}:") else places[name]
         raise UserError(f"{where}: id {name!r} was used in {earlier}")
-    first, number = name, 1
+    first = name
     while name in places:
-        number += 1
-        name = f"{first}-{number}"
+        repeats[first] += 1
+        name = f"{first}-{repeats[first] + 1}"
     places[name] = where
     made = Id(name)
     made.place = where

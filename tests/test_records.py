@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,21 @@ def test_equal_rows_and_ids_of_others_get_a_number(load):
 
 
 # ---------------------------------------------------------------- HH-RLHF's dirt
+
+
+def test_many_equal_rows_are_numbered_without_a_count_from_the_start(monkeypatch):
+    class Places(dict):
+        asked = 0
+
+        def __contains__(self, name):
+            Places.asked += 1
+            return super().__contains__(name)
+
+    places, repeats = Places(), Counter()
+    ids = [records._unique("a", f"line {i}", places, repeats, True) for i in range(500)]
+    assert ids == ["a", *(f"a-{i}" for i in range(2, 501))] and Places.asked < 2000
+    assert records._unique("a-501", "x", places, repeats, True) == "a-501"
+    assert records._unique("a", "y", places, repeats, True) == "a-502"
 
 
 def test_hh_texts_as_the_downloader_reads_them(load, capsys):
