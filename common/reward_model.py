@@ -110,6 +110,9 @@ def load(net: Gemma, name: str, folder: Path | str, fingerprint: str) -> tuple[P
         reward_stats = json.loads((folder / "reward.json").read_text())
         if config.get("task_type") != "SEQ_CLS" or not {"mean", "std", "base"} <= reward_stats.keys():
             raise ValueError("not a reward model of train_reward.py")
+        state = folder / "state.json"  # of a step-N/, or of best/
+        if state.is_file() and json.loads(state.read_text()).get("evaluation", True) is None:
+            raise ValueError("saved between two evaluations, with the mean of the one before: name best/ or final/")
         if not all(math.isfinite(reward_stats[name]) for name in ("mean", "std")):
             raise ValueError("its rewards of reference answers have no mean or no deviation")
         if reward_stats["base"] != fingerprint:

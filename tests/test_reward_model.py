@@ -145,12 +145,15 @@ def test_what_does_not_fit_is_refused(judge, tmp_path, tiny_model, tiny_folder):
     shutil.copytree(tmp_path / "rm", tmp_path / "headless")
     config = json.loads((tmp_path / "rm" / "adapter_config.json").read_text())
     (tmp_path / "headless" / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    shutil.copytree(tmp_path / "rm", tmp_path / "step-000030")
+    (tmp_path / "step-000030" / "state.json").write_text('{"step": 30, "evaluation": null}')
     fresh, _ = model.load("tiny", torch.device("cpu"), torch.float32)
     for folder, fingerprint, words in (
         ("none", right, "none"),
         ("policy", right, "reward.json"),
         ("rm", "another", "another base"),
         ("headless", right, "shape"),
+        ("step-000030", right, "between two evaluations"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             reward_model.load(fresh, "reward", tmp_path / folder, fingerprint)
