@@ -213,8 +213,8 @@ def read_config(text: str) -> tuple[int, float, list[str], float]:
     dropout = config.get("lora_dropout", 0.0)
     fine = {
         "r": type(rank) is int and 0 < rank <= 1024,
-        "lora_alpha": type(alpha) in (int, float),
-        "lora_dropout": type(dropout) in (int, float),
+        "lora_alpha": type(alpha) in (int, float) and math.isfinite(alpha),
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
         "target_modules": isinstance(targets, list) and set(map(str, targets)) <= set(TARGETS),
         "bias": config.get("bias") in (None, "none"),
         "revision": config.get("revision") in (None, "", "main"),  # of the base

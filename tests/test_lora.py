@@ -1,6 +1,7 @@
 """LoRA algebra, switching, and PEFT as the oracle: its own library must open our files and agree."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -223,6 +224,8 @@ def test_another_method_of_peft_is_refused_by_file_and_key(tmp_path, tiny_model,
     [
         {"peft_type": "IA3"},
         {"r": "8"},
+        {"lora_dropout": 1.5},
+        {"lora_alpha": math.nan},
         {"init_lora_weights": "corda"},
         {"loftq_config": {"loftq_bits": 4}},
         {"target_modules": "all-linear"},
