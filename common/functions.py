@@ -19,6 +19,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,7 +171,14 @@ def parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
 
 def awaited(value: Any) -> Any:
     """A call's result, waited for where the function is `async def`."""
-    return event_loop().run_until_complete(value) if inspect.isawaitable(value) else value
+    if not inspect.isawaitable(value):
+        return value
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return event_loop().run_until_complete(value)
+    with futures.ThreadPoolExecutor(1) as thread:  # a notebook's own loop runs in this one
+        return thread.submit(event_loop().run_until_complete, value).result()
 
 
 @functools.cache

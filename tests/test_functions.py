@@ -424,6 +424,19 @@ def test_async_functions():
         call(waiting)
 
 
+def test_async_functions_in_a_notebook():
+    """It runs a loop of its own in the thread that calls main."""
+
+    async def score(prompt, completion, reference):
+        await asyncio.sleep(0)
+        return 2.0
+
+    async def cell():
+        return [functions.awaited(score("", "", "")), functions.awaited(3)]
+
+    assert asyncio.run(cell()) == [2.0, 3]
+
+
 def test_a_task_that_nobody_waits_for(capsys, caplog):
     """Its error is one warning, told once; SystemExit has ended the call."""
 
