@@ -91,7 +91,10 @@ def download(url, part, deadline):
                 break
     if code == 404 and not url.endswith((".gz", ".zip")):
         packed = part.with_suffix(".gz")
-        download(f"{url}.gz", packed, deadline)
+        try:
+            download(f"{url}.gz", packed, deadline)
+        except UserError as error:
+            raise UserError(f"{url}: {problem}; {error}") from error
         part.write_bytes(unpack(packed, ""))
         return packed.unlink()
     raise UserError(f"{url}: {problem}; run the same command again to go on, or name a mirror with --source")

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shutil
 
 import pytest
 
@@ -147,9 +148,13 @@ def test_a_saved_sheet_with_a_column_preferred_is_a_rating(tmp_path, capsys, sep
         sheet.writerows([[*header, "preferred"], *([*row, "A" if i else ""] for i, row in enumerate(rows))])
     key = study.read_key(tmp_path / "human_eval.key.csv")
     found = ratings.read_ratings(tmp_path / "ann.csv", key)
-    assert [row["item_id"] for row in found] == list(key) and {row["rater_id"] for row in found} == {f"{tmp_path}/ann"}
+    assert [row["item_id"] for row in found] == list(key) and {row["rater_id"] for row in found} == {"ann"}
     assert found[0]["preferred"] is None and {row["preferred"] for row in found[1:]} == {("A",)}
     assert "no column rater_id, so all is by one rater" in capsys.readouterr().out
+    (tmp_path / "second").mkdir()
+    other = shutil.copy(tmp_path / "ann.csv", tmp_path / "second")  # files of one name are not one rater
+    found = ratings.read_ratings([tmp_path / "ann.csv", other], key)
+    assert {row["rater_id"] for row in found} == {f"{tmp_path}/ann", f"{tmp_path}/second/ann"}
 
 
 def test_names_that_differ_in_spaces_are_one_rater(tmp_path, capsys):

@@ -38,12 +38,14 @@ def read_ratings(paths, entries, remedy="read this file with the key of the stud
     `preferred` is None where an item was skipped. All that a rater said of an item is kept: `analyse` takes the last.
     UserError names file and line. remedy: what the user should do where an item is of another study.
     """
-    ratings = []
-    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+    ratings, paths = [], [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    stems = [path.stem for path in paths]
+    for path in paths:
         if path.suffix.lower() == ".jsonl":
             ratings += _parse(path, enumerate(study.text_of(path).split("\n"), 1), entries, remedy)
         elif path.suffix.lower() in (".csv", ".tsv"):
-            ratings += _parse(path, _csv_rows(path), entries, remedy)
+            rater = path.stem if stems.count(path.stem) == 1 else str(path.with_suffix(""))  # where the file names none
+            ratings += _parse(path, _csv_rows(path, rater), entries, remedy)
         else:
             raise UserError(f"{path}: ratings are a .csv, .tsv or .jsonl file")
     names = {}
@@ -55,8 +57,8 @@ def read_ratings(paths, entries, remedy="read this file with the key of the stud
     return ratings
 
 
-def _csv_rows(path):
-    """[(line, {column: text})] of a .csv file, of the columns of a rating alone."""
+def _csv_rows(path, rater):
+    """[(line, {column: text})] of a .csv file, of a rating's columns alone; without rater_id all are by `rater`."""
     columns, rows = study.read_csv(path, from_spreadsheet=True)
     ours = {name: name.lower() for name in columns if name.lower() in COLUMNS}
     for name in ("item_id", "preferred"):
@@ -65,7 +67,6 @@ def _csv_rows(path):
     rows = [(line, {ours[name]: cell for name, cell in row.items() if name in ours}) for line, row in rows]
     if "rater_id" in ours.values():
         return [(line, row) for line, row in rows if row["rater_id"].strip() or row["preferred"].strip()]
-    rater = str(path.with_suffix(""))
     say(f"{path}: no column rater_id, so all is by one rater, {rater}")
     return [(line, row | {"rater_id": rater}) for line, row in rows]
 
