@@ -47,7 +47,7 @@ def sample_passes(cfg: Config, dataset: prompts.PromptDataset, folder: Path, key
     if dist.is_main():
         log.on_exit(checkpoint.lock_run(folder).release)
         known = folder / "run.json"
-        if known.is_file() and json.loads(known.read_text())["key"] not in keys:
+        if known.is_file() and read_key(known) not in keys:
             raise UserError(f"{folder} was sampled with other settings or data: choose another --logging.run_name")
         log.write_json(known, log.provenance(key=keys[0]))
         log.replace(folder / "config.yml", config.dump(cfg))
@@ -78,6 +78,14 @@ def sample_passes(cfg: Config, dataset: prompts.PromptDataset, folder: Path, key
         bar.update()
     bar.close()
     return passes
+
+
+def read_key(path: Path) -> str | None:
+    """The key of a folder of samples, from its run.json; None where that is damaged, or of a run of another kind."""
+    try:
+        return json.loads(path.read_text())["key"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def write_best_samples(cfg: Config, folder: Path, keys: Sequence[str]) -> None:

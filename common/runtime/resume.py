@@ -95,7 +95,7 @@ def find(run_dir: Path | str, choice: str) -> Path | None:
     if not folder.is_dir():
         raise UserError(f"training.resume: no such folder: {folder}")
     checkpoint.verify(folder)
-    if any(step.name > folder.name for step in steps):
+    if folder.name.startswith("step-") and any(step.name > folder.name for step in steps):
         raise UserError(
             f"training.resume: {run_dir} holds {steps[-1].name}, later than {folder}: choose another --logging.run_name"
         )
