@@ -164,7 +164,7 @@ def test_an_answer_arrives_in_pieces_and_is_that_of_the_server(browser, site):
 
 
 def test_two_models_answer_side_by_side_with_own_histories(browser, site):
-    open_chat(browser, site, second="twin", temperature=1)
+    open_chat(browser, site, second="twin", temperature=1, max_tokens=16)
     say(browser, "How do I rest well?")
     first = browser.run(TEXTS)
     say(browser, "And then?")
@@ -185,7 +185,7 @@ def test_two_models_answer_side_by_side_with_own_histories(browser, site):
 
 
 def test_a_model_that_joins_late_starts_without_the_turns_above(browser, site):
-    open_chat(browser, site)
+    open_chat(browser, site, max_tokens=16)
     say(browser, "How do I rest well?")
     choose(browser, "second", "twin")
     assert browser.run("$('state').textContent").startswith("twin: starts at your next prompt")
@@ -207,6 +207,16 @@ def test_stop_ends_the_generation_and_keeps_the_text(browser, site):
         assert time.monotonic() < end, page
     say(browser, "And then?")
     assert sent(browser, "/v1/chat/completions")[1]["messages"][1] == {"role": "assistant", "content": text}
+
+
+def test_stop_does_not_wait_for_a_token(browser, site):
+    browser.expected = (401,)
+    open_chat(browser, site)
+    fulfil(browser, "/v1/chat/completions", 401, "{}")
+    say(browser, "How do I rest well?", until="document.querySelector('.ask input')")
+    browser.run("$('stop').click()")
+    browser.wait(DONE)
+    assert browser.run(NOTES) == ["No text · Stopped"]
 
 
 def test_refusals_stand_in_the_answer_and_give_the_prompt_back(browser, site):
@@ -237,7 +247,7 @@ def test_refusals_stand_in_the_answer_and_give_the_prompt_back(browser, site):
     ],
 )
 def test_what_fails_midway_keeps_its_text_but_is_no_history(browser, site, tail, words):
-    open_chat(browser, site, second="twin", temperature=0)
+    open_chat(browser, site, second="twin", temperature=0, max_tokens=16)
     chunk = json.dumps({"choices": [{"delta": {"content": EVIL}, "finish_reason": None}]})
     fulfil(browser, "/v1/chat/completions", 200, f"data: {chunk}\n\n{tail}")
     say(browser, "How do I rest well?")
@@ -418,6 +428,34 @@ def test_a_failed_save_keeps_the_choice_and_can_be_retried(browser, site):
         spare.rename(path)
     save(browser, "Enter")
     assert [len(row["preferred"]) for row in kept(site, "cat")[0]] == [1] and text(browser, "count") == "1 of 6 rated"
+
+
+def test_a_token_is_typed_over_an_item_and_a_change_comes_back_before_the_end(browser, site):
+    browser.expected = (401,)
+    open_rate(browser, site, "dan")
+    fulfil(browser, "/rate", 401, "{}")
+    browser.key("2")
+    browser.key("Enter")
+    browser.wait("document.querySelector('.ask input')")
+    browser.type("t130?")
+    assert browser.run("document.querySelector('.ask input').value") == "t130?" and not browser.run("$('help').open")
+    browser.run("document.querySelectorAll('#answers input')[0].focus()")
+    browser.key("1")  # the rating that is on its way is of answer 2
+    assert browser.run("[...document.querySelectorAll('#answers input')].map((box) => box.checked)")[:2] == [
+        False,
+        True,
+    ]
+    browser.canned.clear()
+    browser.run("document.querySelector('.ask input').focus()")
+    browser.key("Enter")
+    browser.wait("$('place').textContent === 'Item 2 of 6'")
+    for key in ("ArrowLeft", "1", "ArrowRight"):
+        browser.key(key)
+    for _ in range(5):
+        save(browser, "1", "Enter")
+    assert text(browser, "place") == "Item 1 of 6" and text(browser, "chosen") == "Answer 1 is best · not saved yet"
+    save(browser, "Enter")
+    assert browser.run("document.activeElement.id") == "end-title" and len(kept(site, "dan")[0]) == 7
 
 
 def test_a_page_of_another_study_is_told_to_reload(browser, site):

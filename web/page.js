@@ -57,7 +57,8 @@ export async function request(path, { signal, ...options } = {}) {
       throw new Error(error.name === "TimeoutError" ? "The server took too long." : "The server does not answer.");
     });
     if (response.status !== 401) return response;
-    await askToken(token !== null);
+    const stopped = new Promise((_, reject) => signal?.addEventListener("abort", () => reject(new Error("Stopped."))));
+    await Promise.race([askToken(token !== null), stopped]);
   }
 }
 

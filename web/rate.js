@@ -37,7 +37,7 @@ async function save() {
   clock();
   const seconds = Math.round(spent[item.item_id] * 10) / 10;
   const body = JSON.stringify({ rater_id: rater, item_id: item.item_id, order, seconds, ...choice });
-  saving = true;
+  wait(true);
   get("chosen").textContent = "Saving …";
   try {
     const said = await json(await request("/rate", { method: "POST", body }));
@@ -48,19 +48,25 @@ async function save() {
     const again = error.status === 409 ? "" : " Your choice is still here: save it again."; // 409: of another study
     return tell(`Not saved. ${error.message}${again}`);
   } finally {
-    saving = false;
+    wait(false);
   }
   next(place);
 }
 
+// While a rating is saved nothing can be chosen: it would be lost, or belong to the item before.
+function wait(value) {
+  saving = value;
+  for (const id of ["choice", "more"]) get(id).inert = value;
+}
+
 // ---------------------------------------------------------------- the item shown
 
-// On to the first item without a rating after `from`, else before it, else to the end.
+// On to the first item without a rating after `from`, else before it, else to a change not saved, else to the end.
 function next(from) {
-  const order = items.map((_, i) => (from + 1 + i) % items.length);
-  const found = order.find((i) => !(items[i].item_id in rated));
-  if (found !== undefined) return go(found);
   keep();
+  const order = items.map((_, i) => (from + 1 + i) % items.length);
+  const found = order.find((i) => !(items[i].item_id in rated)) ?? order.find((i) => items[i].item_id in drafts);
+  if (found !== undefined) return go(found);
   get("item").hidden = true;
   get("end").hidden = false;
   get("end-title").focus();
@@ -166,7 +172,8 @@ function progress(value) {
 // Digits go by their place on the keyboard: on a French one they need Shift.
 function key(event) {
   const { target } = event, radio = target.type === "radio", digit = /^(?:Digit|Numpad)(\d)$/.exec(event.code)?.[1];
-  if (target === get("comment") || !get("keys").checked || get("item").hidden || get("help").open) return;
+  const types = target === get("comment") || target.type === "password"; // the form that asks for the token
+  if (types || saving || !get("keys").checked || get("item").hidden || get("help").open) return;
   if (event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
   if (event.key === "?") get("help").showModal();
   else if (radio && digit) score(target.name, Number(digit) || "");
