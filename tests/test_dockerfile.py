@@ -63,7 +63,7 @@ def test_the_image_holds_the_project_and_nothing_of_this_machine():
     tracked = [name for names in found.values() for name in names] + ["data/README.md"]
     assert all(found.values()) and {"train_staged.py", "common/runtime/base.py", "docs/algorithms.md"} <= set(tracked)
     assert not any(map(ignored, [*tracked, "common", "common/human", "web/chat.html", ".git", ".gitignore", "data"]))
-    assert not any(map(ignored, ("data/safety/train.jsonl", "data/clinical/report.json", "data/conala")))
+    assert not any(map(ignored, ("data/safety/train.jsonl", "data/clinical/report.json", "data/conala", "data/gsm8k")))
     mine = (
         "outputs",
         ".venv",
