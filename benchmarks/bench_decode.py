@@ -106,6 +106,7 @@ def main():
             ratio = median["ours"] / median["llama.cpp"]
             lines.append(f"| {rows} | {' | '.join(cells)} | {ratio:.2f} | {equal} of {args.tokens + 1} |")
     os.environ["BENCH_DTYPE"] = args.dtype
+    torch.set_num_threads(args.threads)
     sizes = " ".join(map(str, args.rows))
     text = "\n".join(
         [

@@ -193,6 +193,8 @@ def main():
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--beside", metavar="CHECKOUT", help="measure its server too, in turns with this one")
     args = parser.parse_args()
+    if Path(args.checkpoint).exists():
+        args.checkpoint = str(Path(args.checkpoint).resolve())  # servers start in folders of their own
     if args.beside:
         print("\n".join(line for dtype in args.dtypes for line in beside(args, dtype)))
         return

@@ -171,6 +171,9 @@ def drive(script, doc, sides, prepare, report):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         Path(args.work, f"{args.side}.json").write_text(json.dumps({"steps": steps, "peak_gb": peak}))
         return
+    environment = dict(
+        os.environ
+    )  # each side chooses for itself how its threads wait: `common` does that by a variable
     sys.path.insert(0, str(ROOT))
     from common.runtime import base as bases
 
@@ -184,7 +187,7 @@ def drive(script, doc, sides, prepare, report):
                 python = args.trl_python if side == "trl" else sys.executable
                 command = [python, script, "--side", side, "--work", folder, "--base", base, "--data", args.data]
                 command += ["--steps", str(args.steps), "--dtype", args.dtype]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
                 results[side].append(json.loads((work / f"{side}.json").read_text()))
                 print(side, f"{results[side][-1]['peak_gb']:.2f} GB", flush=True)
     text = report(rows, results, args)

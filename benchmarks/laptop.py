@@ -52,6 +52,8 @@ def reached(metric, target, value):
 
 def run_event(event, args):
     """One event -> {"seconds", "steps", "peak_gb", "curve": [[seconds, value], ...]}; no seconds: not reached."""
+    if not args.base:
+        sys.argv.append("--debug")  # common/__init__.py asks it how threads wait
     import train_rl
     import train_sft
     from common import log

@@ -242,13 +242,16 @@ def main():
     known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     results = {tuple(line.pop("case")): line for line in known}
     bases = in_child(write_bases, args.tokenizer)
+    if "failed" in bases:
+        raise SystemExit(bases["failed"])
     for case in GRID:
         name = "-".join(case)
         if case in results or args.only not in name:
             continue
         need = NEED[case[0]][case[2]]
         if need > args.limit_gb or need + SPARE > free_gb():
-            results[case] = {"left_out": f"left out: {need} GB by the formula, {free_gb():.0f} GB were free"}
+            most = f"a run was allowed {args.limit_gb:g}" if need > args.limit_gb else f"{free_gb():.0f} GB were free"
+            results[case] = {"left_out": f"left out: {need} GB by the formula, {most}"}
             continue
         results[case] = in_child(run_one, case, bases[case[0]])
         with kept.open("a") as file:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common import config, log  # noqa: E402
-from common.runtime import rejection  # noqa: E402
+from common.runtime import base, rejection, resume  # noqa: E402
 
 
 def main():
@@ -32,7 +32,9 @@ def main():
     cfg = config.load_config(args.config, flags | {"training.budget_flops": args.budget_flops})
     best, control = args.out / "best", args.out / "random"
     best.mkdir(parents=True, exist_ok=True)
-    rejection.write_best_samples(cfg, best, ["own_best"])
+    decides = config.flatten(cfg) | {"model.base_checkpoint": base.fingerprint(base.resolve(args.base))}
+    key = resume.fingerprint([decides[key] for key in sorted(decides) if not key.startswith("training.budget_")])
+    rejection.write_best_samples(cfg, best, [key])
 
     groups, rows = rejection.groups_of(log.read_records(best / "samples.jsonl"), cfg.rl.group_size), []
     prompts, draw = rejection.load_prompts(cfg)[1], random.Random(args.seed)

@@ -68,13 +68,14 @@ def main():
     answers, failed = {}, False
     with tempfile.TemporaryDirectory() as temporary:
         for version in versions:
-            python = make_environment(args.environments or Path(temporary), version)
+            python = make_environment((args.environments or Path(temporary)).resolve(), version)
             words = [python, Path(__file__).resolve(), "--answer", *(Path(name).resolve() for name in args.folders)]
             done = subprocess.run(words, cwd=temporary, stdout=subprocess.PIPE, text=True, check=True)
             answers[version] = json.loads(done.stdout.splitlines()[-1])
     for folder, old, new in zip(args.folders, *answers.values(), strict=True):
         same = old["ids"] == new["ids"]
-        apart = max((abs(a - b) for a, b in zip(old["logprobs"] or [], new["logprobs"] or [], strict=True)), default=0)
+        pairs = zip(old["logprobs"] or [], new["logprobs"] or [], strict=True) if same else ()
+        apart = max((abs(a - b) for a, b in pairs), default=0)
         failed = failed or not same or apart > NEAR
         told = f"log-probs at most {apart:.2g} nats apart" if old["logprobs"] else "no model in it"
         print(f"{folder}: {' and '.join(versions)}: {'equal' if same else 'OTHER'} ids, {told}")
