@@ -111,14 +111,19 @@ def check_crash(main, folder, settings, straight, peft="lora"):
     assert_same_run(folder / "run", straight(peft))
 
 
-def check_kills(main, folder, settings, straight, kills):
-    """R3: SIGKILL at random moments; what is left is whole or not there, and the run ends as if nothing had been."""
+def check_kills(main, folder, settings, straight, kills, longest):
+    """R3: SIGKILL at random moments; what is left is whole or not there, and the run ends as if nothing had been.
+
+    longest: seconds until the latest kill. Before the first one pictures are drawn too, which takes longer.
+    """
     argv, run_dir, dice = settings(folder), folder / "run", random.Random(0)
     logs = r"config.yml|run.json|metrics.jsonl|samples.jsonl|held_out.jsonl|report.json|curves.png|\.lock"
     straight()
+    first = True
     while kills:
-        pid = processes.start(main, folder, argv, pictures=True)
-        time.sleep(dice.uniform(0.5, 2.0))
+        pid = processes.start(main, folder, argv, pictures=first)
+        time.sleep(dice.uniform(0.5, 2.0) if first else dice.uniform(0.05, longest))
+        first = False
         os.kill(pid, signal.SIGKILL)
         killed = processes.finish(folder, pid)[0] == -signal.SIGKILL
         kills -= killed

@@ -4,6 +4,7 @@ Every run is a forked child of the warmed parent: locks, signal handlers and pat
 does is a body(main, argv), `call` if nothing is to go wrong; `main` is a script's.
 """
 
+import copy
 import functools
 import gc
 import importlib.metadata
@@ -14,17 +15,22 @@ import signal
 import socket
 import sys
 import traceback
+from types import SimpleNamespace
 
 import torch
 import yaml
 
 from common import config, log, model
+from common.evaluation import answers
 
 config.load_config()  # every child would read configs/defaults.yml anew, which is a third of a short one's time
 importlib.metadata.version = functools.cache(importlib.metadata.version)
 log.versions()  # and these files
 _doors, _load = [], model.load
-bases = {}  # by folder, (model, tokenizer) as `model.load` gives them: a third of a short run is to load a base
+bases = {}  # by folder, [(model, tokenizer), ...] as `model.load` gives them: a third of a short run is to load a base
+COPIES = 6  # of each, for the runs of several stages
+COMMIT = log.provenance()["commit"]
+answers.SHOWN_TOKENS = 12  # of the answers that each stage shows before and after it
 
 
 def call(main, argv):
@@ -33,14 +39,15 @@ def call(main, argv):
 
 def keep(folder):
     """Load a base for all children -> its folder."""
-    bases[str(folder)] = _load(str(folder), torch.device("cpu"), torch.float32)
+    net, tokenizer = _load(str(folder), torch.device("cpu"), torch.float32)
+    bases[str(folder)] = [(net, tokenizer), *((copy.deepcopy(net), tokenizer) for _ in range(COPIES - 1))]
     return folder
 
 
 def load(checkpoint, device, dtype, quantize=False):
-    """model.load of a child: it has the first copy of each of `bases` from its parent."""
-    kept = device.type == "cpu" and dtype == torch.float32 and not quantize and bases.pop(str(checkpoint), None)
-    return kept or _load(checkpoint, device, dtype, quantize)
+    """model.load of a child: it has the first copies of each of `bases` from its parent."""
+    kept = device.type == "cpu" and dtype == torch.float32 and not quantize and bases.get(str(checkpoint))
+    return kept.pop() if kept else _load(checkpoint, device, dtype, quantize)
 
 
 def start(main, folder, argv, body=call, environment=(), pictures=False):
@@ -64,6 +71,7 @@ def start(main, folder, argv, body=call, environment=(), pictures=False):
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             gc.freeze()  # what the parent holds is not the child's to look through
             model.load = load
+            log.subprocess = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout=COMMIT or ""))  # git's answer
             yaml.SafeLoader = yaml.CSafeLoader  # a stage's config is read many times
             traceback.format_stack = list  # torch.manual_seed keeps three of them, for devices that are not there
             os.fsync = lambda number: None  # it waits for the disk, and a child that dies loses nothing it wrote

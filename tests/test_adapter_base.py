@@ -20,6 +20,7 @@ from tests import checks, inputs, processes
 from tests.faults import inject, trainers
 
 SHORT = ["--training.max_steps", 2, "--training.eval_interval", 2]
+DPO = ["--rl.algorithm", "dpo", "--rl.max_steps", 2]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_training_from_an_adapter_of_another_base_is_refused(tmp_path, trained, 
     words = [str(trained), "another base", str(micro_folder), str(other), f"--model.base_checkpoint {micro_folder}"]
     start = ["--model.adapter", trained, *SHORT]
     for mode, main in (("sft", train_sft.main), ("reward", train_reward.main), ("rl", train_rl.main)):
-        flags = [*start, "--training.mode", mode, *(["--rl.algorithm", "dpo"] if mode == "rl" else [])]
+        flags = [*start, "--training.mode", mode, *(DPO if mode == "rl" else [])]
         processes.refused(main, tmp_path, inputs.settings(other, few)(tmp_path / mode, *flags), *words)
         processes.train(main, tmp_path, inputs.settings(micro_folder, few)(tmp_path / mode, *flags))
     flags = [*start, "--training.mode", "staged", "--rl.algorithm", "dpo"]
@@ -120,7 +121,7 @@ def changed(tmp_path, micro_folder, few):
     home = shutil.copytree(micro_folder, tmp_path / "home")
     flags = inputs.settings(home, few)
     processes.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
-    more = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--model.adapter", tmp_path / "sft" / "run" / "final"]
+    more = ["--training.mode", "rl", *DPO, "--model.adapter", tmp_path / "sft" / "run" / "final"]
     processes.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
     shutil.rmtree(home)
     inputs.another_base(home, micro_folder)
@@ -143,7 +144,7 @@ def test_a_reference_stands_on_the_base_of_its_policy(tmp_path, few, micro_folde
     """RL on one base, compared on another: the KL to the reference is that of the run, as if its base were home."""
     flags = inputs.settings(other, few)
     processes.train(train_sft.main, tmp_path, flags(tmp_path / "sft", *SHORT))
-    more = ["--training.mode", "rl", "--rl.algorithm", "dpo", "--model.adapter", tmp_path / "sft" / "run" / "final"]
+    more = ["--training.mode", "rl", *DPO, "--model.adapter", tmp_path / "sft" / "run" / "final"]
     processes.train(train_rl.main, tmp_path, flags(tmp_path / "rl", *SHORT, *more))
     found = []
     for number, home in enumerate((other, micro_folder)):
@@ -193,9 +194,7 @@ def test_a_base_that_was_moved_is_named_by_the_flag(tmp_path, moved, few, other)
 
 def test_what_full_rl_started_from_is_found_where_it_was_moved(tmp_path, micro_folder, few, other):
     home, away = shutil.copytree(micro_folder, tmp_path / "X"), tmp_path / "Y"
-    flags = inputs.settings(home, few)(
-        tmp_path / "rl", *SHORT, "--training.mode", "rl", "--rl.algorithm", "dpo", peft="none"
-    )
+    flags = inputs.settings(home, few)(tmp_path / "rl", *SHORT, "--training.mode", "rl", *DPO, peft="none")
     processes.train(train_rl.main, tmp_path, flags)
     home.rename(away)
     argv = asked(tmp_path, few, f"base={away}", f"rl={tmp_path / 'rl' / 'run' / 'final'}")
@@ -209,7 +208,7 @@ def test_packed_runs_work_elsewhere(tmp_path, micro_folder, few):
     home = shutil.copytree(micro_folder, tmp_path / "old" / "base")
     flags = inputs.settings(home, few)
     processes.train(train_sft.main, tmp_path, flags(tmp_path / "old" / "sft", *SHORT))
-    more = ["--training.mode", "rl", "--rl.algorithm", "dpo", *SHORT, "--rl.max_steps", 2]
+    more = ["--training.mode", "rl", *DPO, *SHORT]
     start = ["--model.adapter", f"{tmp_path / 'old' / 'sft' / 'run' / 'final'}@0.5"]
     processes.train(train_rl.main, tmp_path, flags(tmp_path / "old" / "rl", *more, *start))
     argv = asked(tmp_path / "first", few, f"base={home}", f"rl={tmp_path / 'old' / 'rl' / 'run' / 'final'}")
@@ -429,7 +428,7 @@ def test_training_from_a_qlora_adapter_needs_qlora(tmp_path, small, trained, set
     assert json.loads((small / "base.json").read_text())["quantised"] == "nf4"
     words = [str(small), "4-bit base", "--model.peft_type qlora"]
     for mode, main in (("sft", train_sft.main), ("reward", train_reward.main), ("rl", train_rl.main)):
-        flags = ["--training.mode", mode, *(["--rl.algorithm", "dpo"] if mode == "rl" else [])]
+        flags = ["--training.mode", mode, *(DPO if mode == "rl" else [])]
         processes.refused(main, tmp_path, settings(tmp_path / mode, *SHORT, *flags, "--model.adapter", small), *words)
     processes.train(
         train_sft.main, tmp_path, settings(tmp_path / "same", *SHORT, "--model.adapter", small, peft="qlora")

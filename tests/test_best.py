@@ -51,7 +51,7 @@ def settings(tmp_path_factory, micro_folder):
     file.write_text(TASK)
     sizes = ["--rl.rollout_size", 8, "--rl.group_size", 8, "--rl.max_new_tokens", 8, "--rl.minibatches", 1]
     sizes += ["--evaluation.max_new_tokens", 8, "--evaluation.max_items", 32, "--evaluation.draws", 100]
-    sizes += ["--rl.max_steps", 40, "--training.eval_interval", 4, "--training.save_interval", 50]
+    sizes += ["--rl.max_steps", 20, "--training.eval_interval", 4, "--training.save_interval", 50]
     rates = ["--rl.learning_rate", 3e-2, "--training.schedule", "constant", "--rl.kl_coef", 0]
     rates += ["--rl.missing_stop_penalty", 0, "--training.mode", "rl", "--rl.algorithm", "grpo"]
     rates += ["--reward.type", "heuristic"]
@@ -112,7 +112,7 @@ def test_the_reward_picks_with_one_warning(hacked):
 
 def test_it_resumes_to_the_same_best(tmp_path, settings, hacked):
     argv = settings(tmp_path)
-    assert run(tmp_path, argv, inject.at_step(30, processes.terminate))[0] == 1
+    assert run(tmp_path, argv, inject.at_step(14, processes.terminate))[0] == 1
     train(tmp_path, argv)
     checks.assert_same_records(tmp_path / "run", hacked["null"])
     weights = [
@@ -138,7 +138,7 @@ def before_there_was_a_choice(body):
 
 def test_a_run_of_before_goes_on_by_its_reward(tmp_path, settings, hacked):
     argv = settings(tmp_path)
-    stopped = before_there_was_a_choice(inject.at_step(30, processes.terminate))
+    stopped = before_there_was_a_choice(inject.at_step(14, processes.terminate))
     assert run(tmp_path, argv, stopped)[0] == 1
     end = train(tmp_path, argv)
     assert best_step(tmp_path / "run") == best_step(hacked["reward"]) and "best_eval_reward" in end

@@ -103,7 +103,7 @@ def assert_same_draws(one, two):
 @pytest.mark.parametrize("case", ["sft", "reward", "dpo"])
 def test_b1_b41_twenty_steps(tmp_path, settings, case):
     """Five ragged rows a step, two or three to a rank, five held-out ones, seven epoch edges."""
-    flags = ["--training.max_steps", 20, "--training.eval_interval", 10]
+    flags = ["--training.max_steps", 20, "--training.eval_interval", 10, "--training.save_interval", 50]
     one, two = one_and_two(tmp_path, settings, case, *flags)
     assert_same_gradients(one, two)
     checks.assert_same_numbers(one / "run", two / "run", rel=1e-4, near_zero=1e-6)

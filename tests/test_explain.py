@@ -225,6 +225,13 @@ def test_plan_of_a_gpu_by_hand(tiny_model, monkeypatch):
     assert dict(plan["sampling"])["logits of the rows"] == 256 * vocabulary * (2 + 4)
 
 
+@pytest.fixture(autouse=True)
+def hands_memory_back():
+    """Children of later tests would copy the pages of what is freed here."""
+    yield
+    model.trim_memory(torch.device("cpu"))
+
+
 def wide(dtype):
     """Three layers of the 1B's exact widths."""
     shape = {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1}
@@ -268,10 +275,11 @@ def test_activations_are_what_autograd_keeps(dtype, full):
 def test_a_step_takes_what_is_planned(recompute):
     """Resident memory of a forked child over one update with LoRA, without what was there before: within 15 %.
 
-    With recompute the plan is a bound: logits and a layer's activations are not there at once. The median of three
-    children, as the system's huge pages add 15 % to one now and then.
+    With recompute the plan is a bound: logits and a layer's activations are not there at once. Two of three children,
+    as the system's huge pages add 15 % to one now and then.
     """
-    assert sum(child_is_as_planned(recompute) for _ in range(3)) >= 2
+    right = sum(child_is_as_planned(recompute) for _ in range(2))
+    assert right == 2 or (right == 1 and child_is_as_planned(recompute))
 
 
 def child_is_as_planned(recompute):

@@ -32,7 +32,7 @@ def rehearse(tmp_path, *more):
 def test_every_row_runs(tmp_path, capsys, monkeypatch):
     """With one trainer in place of all, and without the server."""
     monkeypatch.setattr(gpu, "ALGORITHMS", ("grpo",))
-    monkeypatch.setattr(gpu, "KILLED", ("grpo",))
+    monkeypatch.setattr(gpu, "KILLED", ("sft",))
     rows = gpu.all_rows
     monkeypatch.setattr(gpu, "all_rows", lambda setting: [row for row in rows(setting) if row.name != "serving"])
     status, text = rehearse(tmp_path)

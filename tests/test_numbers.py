@@ -130,8 +130,11 @@ def test_only_the_end_of_a_long_answer_counts():
     ids=lambda text: text[:8].encode("ascii", "replace").decode(),
 )
 def test_hostile_texts_take_no_time(text):
-    gc.collect()  # not in the time that is measured
-    start = time.process_time()
-    value = numbers.final_number(text)
-    assert time.process_time() - start < 0.5
+    gc.disable()  # a collection is not in the time that is measured
+    try:
+        start = time.process_time()
+        value = numbers.final_number(text)
+        assert time.process_time() - start < 0.5
+    finally:
+        gc.enable()
     assert value is None or abs(value) < 10**51

@@ -24,6 +24,7 @@ from tests import inputs, processes
 from tests.servers import (
     LONG,
     PROMPT,
+    READ_SECONDS,
     SMALL_QUEUE,
     USER,
     ask,
@@ -312,7 +313,7 @@ def test_H2_dripping_clients_are_cut_off(tmp_path, micro_folder):
         generate(one, max_tokens=4)
         rss, threads, files = process(one.pid)
         closed, _ = drip(one, 100, 0.2)
-        assert len(closed) == 100 and max(closed) < httpd.READ_SECONDS, sorted(closed)[-5:]
+        assert len(closed) == 100 and max(closed) < READ_SECONDS + 3, sorted(closed)[-5:]
         now = process(one.pid)
         assert now[0] - rss < 50e6 and now[1] <= threads + 1 and now[2] <= files + 3, (rss, threads, files, now)
 
@@ -389,7 +390,7 @@ def test_H7_beyond_the_queue_every_request_gets_one_answer(tmp_path, micro_folde
         assert f'path="/generate",status="429"}} {len(late)}\n' in text
         assert f'path="/generate",status="200"}} {statuses.count(200)}\n' in text
         assert number(one, "requests_running") == number(one, "requests_waiting") == 0
-        held = [pool.submit(generate, one, max_tokens=120) for _ in range(12)]
+        held = [pool.submit(generate, one, max_tokens=60) for _ in range(12)]
         wait_for(lambda: number(one, "requests_waiting") == 8)
         late = [generate(one) for _ in range(11)]
         assert {reply.status for reply in late} == {429}
@@ -600,9 +601,9 @@ def test_H11_a_log_that_cannot_be_written_harms_nobody(tmp_path, micro_folder):
         assert process(one.pid)[2] <= files + 1
 
 
-def test_H12_same_seed_same_text_and_no_leaks(tmp_path):
+def test_H12_same_seed_same_text_and_no_leaks(tmp_path, micro_folder):
     """Alone, four times, and among others; then 150 requests (500 in benchmarks/soak.py) leak nothing."""
-    with serving(tmp_path, "--checkpoint", "tiny") as one, ThreadPoolExecutor(8) as pool:
+    with serving(tmp_path, "--checkpoint", micro_folder) as one, ThreadPoolExecutor(8) as pool:
         kinds = [{"seed": 3, "temperature": 1, "top_p": 1.0}, {"temperature": 0}, {"seed": 4}]
         asked = [{**kind, "max_tokens": 24} for kind in kinds]
         alone = [[generate(one, **kind).json["generated_text"] for _ in range(4)] for kind in asked]

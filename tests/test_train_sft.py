@@ -47,6 +47,7 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_model):
     torch.set_num_threads(1)
     found = train_sft.evaluate(net, val, 2048, torch.device("cpu"))
     assert {key: lines[0][key] for key in found} == pytest.approx(found, rel=1e-6)
+    assert found["eval/loss"] == pytest.approx(loss_by_transformers(net, val), rel=1e-5)
 
     assert {path.name for path in run_dir.iterdir()} == {
         ".lock",
@@ -66,6 +67,18 @@ def test_it_learns_and_leaves_its_files(tmp_path, tiny_model):
     model.load_adapter(net, "policy", run_dir / "final", trainable=False)
     found = train_sft.evaluate(net, val, 2048, torch.device("cpu"))
     assert found == pytest.approx({key: result[key] for key in found}, rel=1e-6)
+    assert found["eval/loss"] == pytest.approx(loss_by_transformers(net, val), rel=1e-5)
+
+
+@torch.no_grad()
+def loss_by_transformers(net, examples):
+    """Mean of -log p over the trained tokens, by whole logits of transformers' own forward pass."""
+    logprobs = []
+    for example in examples:
+        ids, mask = torch.tensor(example["ids"]), torch.tensor(example["mask"][1:]).bool()
+        each = net(ids[None]).logits[0, :-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0]
+        logprobs.append(each[mask])
+    return -torch.cat(logprobs).mean().item()
 
 
 def test_patience_and_a_finished_run_started_again(tmp_path, settings):

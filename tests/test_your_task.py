@@ -27,8 +27,8 @@ def page(tmp_path):
     return tmp_path / "reverse.py"
 
 
-def test_the_page_s_task_is_trained_and_evaluated(tmp_path, page):
-    out = ["--task", page, "--logging.output_dir", tmp_path / "out"]
+def test_the_page_s_task_is_trained_and_evaluated(tmp_path, page, micro_folder):
+    out = ["--task", page, "--logging.output_dir", tmp_path / "out", "--model.base_checkpoint", micro_folder]
     sft = [*RUN, "--training.max_steps", 2, "--training.batch_size", 4, *out, "--logging.run_name", "reverse-sft"]
     processes.train(train_sft.main, tmp_path, sft)
     start = tmp_path / "out" / "reverse-sft" / "final"
@@ -41,7 +41,7 @@ def test_the_page_s_task_is_trained_and_evaluated(tmp_path, page):
         exact, letters = sample["parts"]["exact"], sample["parts"]["letters"]
         assert exact in (0, 1) and 0 <= letters <= 1
         assert sample["reward"] == pytest.approx((exact + 0.25 * letters) / 1.25 - (not sample["stopped"]), abs=1e-6)
-    argv = ["--debug", *ANSWERS, *out, "--logging.run_name", "reverse", "--checkpoints", "base=tiny"]
+    argv = ["--debug", *ANSWERS, *out, "--logging.run_name", "reverse", "--checkpoints", f"base={micro_folder}"]
     argv += [f"sft={start}", f"rl={trained / 'final'}"]
     processes.train(evaluate.main, tmp_path, argv)
     results = json.loads((tmp_path / "out" / "reverse" / "results.json").read_text())
@@ -94,14 +94,14 @@ def test_the_weights_and_the_help_know_its_parts(tmp_path, page, capsys):
     ],
     ids=["no TASK", "exits", "2", "no records", "no list", "arguments", "bad record", "an id twice"],
 )
-def test_a_whole_command_refuses_in_one_line(tmp_path, old, new, words):
+def test_a_whole_command_refuses_in_one_line(tmp_path, micro_folder, old, new, words):
     path = write(tmp_path, old, new)
-    argv = [*SMALL, "--task", path, "--logging.output_dir", tmp_path / "out"]
+    argv = [*SMALL, "--task", path, "--logging.output_dir", tmp_path / "out", "--model.base_checkpoint", micro_folder]
     processes.refused(train_rl.main, tmp_path, argv, *words)
 
 
-def test_evaluate_refuses_statistics_in_one_line(tmp_path):
+def test_evaluate_refuses_statistics_in_one_line(tmp_path, micro_folder):
     path = write(tmp_path, RIGHT, "return {'right': (math.nan, 1)}")
-    argv = ["--debug", "--task", path, "--checkpoints", "base=tiny", "--evaluation.max_items", 2]
+    argv = ["--debug", "--task", path, "--checkpoints", f"base={micro_folder}", "--evaluation.max_items", 2]
     argv += ["--evaluation.max_new_tokens", 8, "--logging.output_dir", tmp_path / "out"]
     processes.refused(evaluate.main, tmp_path, argv, path, "statistics failed: NameError")

@@ -103,7 +103,7 @@ def test_R03_sigkill_at_random_moments(tmp_path):
         assert wait(pid) == -signal.SIGKILL
         hits += bool(strays(tmp_path))
         last = load_step(checkpoint.newest(tmp_path))[1]["step"]
-        assert len(list(tmp_path.glob("step-*"))) >= 1  # a kill between a save and its prune leaves one more
+        assert 1 <= len(list(tmp_path.glob("step-*"))) <= 3  # a kill between a save and its prune leaves one more
     assert hits >= 2, "the kills missed the saves"
     relock(tmp_path)
     save(tmp_path, last + 1)

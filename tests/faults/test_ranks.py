@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ from tests.faults import inject
 
 TIMEOUT = 2  # training.timeout
 SLACK = 6  # seconds more that a busy machine may need, of which 3 pass until a hung rank has heard of it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def looks_often():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "POLL", 0.1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +85,9 @@ def leave():
 def check_hang(folder, argv, number, body):
     bodies = [body, body]
     bodies[number] = lambda main, argv: inject.at_step(2, marked(folder, hang))(lambda argv: body(main, argv), argv)
-    for status, _, err in together(train_sft.main, folder, argv, bodies, TIMEOUT + SLACK):
+    with mock.patch.object(dist, "GRACE", 0.5):  # the hung rank never ends by itself
+        ends = together(train_sft.main, folder, argv, bodies, TIMEOUT + SLACK)
+    for status, _, err in ends:
         assert status == 1 and err.count("\n") == 1, err
         assert f"rank {number} hangs or is busy: the others have waited for 2 s (training.timeout)" in err, err
 
