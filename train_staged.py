@@ -54,7 +54,7 @@ from common.evaluation import measure, metrics
 from common.evaluation.answers import Answers
 from common.log import UserError, command, say
 from common.runtime import base, checkpoint, rejection
-from common.runtime.stages import Stage, Study, check_arms, sampling_keys, say_plan
+from common.runtime.stages import Stage, Study, check_arms, check_pairs, sampling_keys, say_plan
 
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "rl": train_rl}
 PURPOSES = {  # of a stage, by its name
@@ -294,6 +294,8 @@ def main(argv=None):
             raise
         comparable = False
         log.warn(f"there will be no comparison at the end: {error}")
+    if arms:
+        check_pairs(cfg, arms)
 
     # --- distributed; each seed's folder and the config that its stages read
     fingerprint = base.fingerprint(base_folder)

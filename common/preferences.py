@@ -129,12 +129,12 @@ def answerable(records: dict[str, list[dict]], tokenizer: Tokenizer, max_tokens:
     """
     kept = {}
     for split, rows in records.items():
-        fitting, counts = prompts.encode_prompts(rows, tokenizer, max_tokens)
-        if len(fitting) < len(rows):
-            log.say_counts(split, counts | {"kept": len(fitting)})
-        if not fitting:
+        short_enough, counts = prompts.encode_prompts(rows, tokenizer, max_tokens)
+        if len(short_enough) < len(rows):
+            log.say_counts(split, counts | {"kept": len(short_enough)})
+        if not short_enough:
             raise UserError(f"{split}: no prompt has at most {max_tokens} tokens: raise training.max_seq_length")
-        kept[split] = [prompt.record for prompt in fitting]
+        kept[split] = [prompt.record for prompt in short_enough]
     return kept
 
 

@@ -112,14 +112,14 @@ def test_a_judge_of_moods_is_asked_once_and_says_what_decided(tiny_model, cache)
         assert all(side["mood"] == side["total"] for side in row["scores"].values())
 
 
-def test_prompts_that_leave_no_room_are_left_out_before_they_are_sampled(tiny_model, cache, capsys):
-    records = {"train": tasks.records("conala", "train", 3), "val": tasks.records("conala", "val", 2)}
+def test_prompts_that_leave_no_room_are_not_sampled(tiny_model, cache, capsys):
+    records = {"train": tasks.records("conala", "train", 6), "val": tasks.records("conala", "val", 3)}
     long = records["train"][0] | {"id": "long", "prompt": [{"role": "user", "content": "a word " * 2000}]}
     alone = records["train"][0] | {"id": "alone", "prompt": [{"role": "assistant", "content": "hello"}]}
     records["train"] += [long, alone]
     made = made_by(tiny_model, records, by_length, "long")
     assert not {"long", "alone"} & {row["id"] for row in made["train"]}
-    assert "train: 3 kept, " in capsys.readouterr().out
+    assert "train: 6 kept, " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"^val: no prompt has at most 500 tokens: raise training\.max_seq_length"):
         preferences.answerable({"val": [long]}, tiny_model[1], 500)
 

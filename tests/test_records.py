@@ -209,7 +209,7 @@ def test_equal_rows_and_ids_of_others_get_a_number(load):
 # ---------------------------------------------------------------- HH-RLHF's dirt
 
 
-def test_many_equal_rows_are_numbered_without_a_count_from_the_start(monkeypatch):
+def test_many_equal_rows_are_numbered_in_linear_time(monkeypatch):
     class Places(dict):
         asked = 0
 

@@ -74,7 +74,7 @@ def test_rl_is_not_finished_where_its_start_has_changed(study, tmp_path, micro_f
         assert now.finished(now.plan[1]) is right, key
 
 
-def test_a_reward_or_task_of_the_users_that_was_edited_is_another(study, tmp_path, monkeypatch):
+def test_an_edited_reward_or_task_is_another(study, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])  # the task's folder comes onto it
     reward, task = tmp_path / "own_reward.py", tmp_path / "own_task.py"
     reward.write_text("def score(prompt, completion, reference):\n    return 1.0\n")

@@ -160,15 +160,6 @@ def check_arms(cfg: Config, arms: list[str], text: str) -> None:
         raise UserError("--paradigms half: only adapters have a scale, and model.peft_type is none")
     if "rft" in arms and cfg.rl.group_size < 2:
         raise UserError("rl.group_size: rft takes the best of so many samples, 2 or more")
-    learns_judge = tasks.load(cfg.task).has_pairs and cfg.evaluation.reward_checkpoint is None
-    if learns_judge or ("dpo" in arms and cfg.rl.pairs == "data"):  # before hours of training
-        if all(record["rejected"] is None for record in data.from_config(cfg, "train")):
-            if not learns_judge:
-                raise UserError("--paradigms dpo: the data has no rejected answers: set --rl.pairs sampled")
-            raise UserError(
-                "--paradigms: the judge learns from pairs, and the data has no rejected answers: compare with "
-                "--task dialogue, or name a judge with --evaluation.reward_checkpoint"
-            )
     if cfg.training.budget_tokens is None and cfg.training.budget_flops is None:
         raise UserError(
             "--paradigms compares at equal cost: set --training.budget_tokens, the tokens of each arm, or "
@@ -181,6 +172,21 @@ def check_arms(cfg: Config, arms: list[str], text: str) -> None:
             "model.peft_type none: after full SFT the reward model's base is gone; compare with "
             "lora or qlora, or with --reward.type heuristic"
         )
+
+
+def check_pairs(cfg: Config, arms: list[str]) -> None:
+    """UserError where dpo or the judge would learn from pairs and the data has none."""
+    learns_judge = tasks.load(cfg.task).has_pairs and cfg.evaluation.reward_checkpoint is None
+    if not learns_judge and not ("dpo" in arms and cfg.rl.pairs == "data"):
+        return
+    if any(record["rejected"] is not None for record in data.from_config(cfg, "train")):
+        return
+    if not learns_judge:
+        raise UserError("--paradigms dpo: the data has no rejected answers: set --rl.pairs sampled")
+    raise UserError(
+        "--paradigms: the judge learns from pairs, and the data has no rejected answers: compare with --task dialogue, "
+        "or name a judge with --evaluation.reward_checkpoint"
+    )
 
 
 def say_plan(studies: list[Study], time_stage: Callable[[Study, Stage, dict], float | None]) -> None:
