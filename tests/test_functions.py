@@ -26,7 +26,9 @@ ROWS = [{"id": name, "prompt": KIND, "reference": None} for name in ("first", "s
 @pytest.fixture
 def user_file(tmp_path, monkeypatch):
     """write(text, name) -> the path of a user's file; what its import changes in the process is taken back."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    others = str(tmp_path.parent)  # folders that other tests left on the path may hold a file of the same name
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(others)])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     monkeypatch.setattr(functions, "_loaded", {})
     before = set(sys.modules)
 
