@@ -171,9 +171,8 @@ def drive(script, doc, sides, prepare, report):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         Path(args.work, f"{args.side}.json").write_text(json.dumps({"steps": steps, "peak_gb": peak}))
         return
-    environment = dict(
-        os.environ
-    )  # each side chooses for itself how its threads wait: `common` does that by a variable
+    # each side chooses for itself how its threads wait, which `common` does by a variable
+    environment = dict(os.environ)
     sys.path.insert(0, str(ROOT))
     from common.runtime import base as bases
 

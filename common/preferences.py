@@ -7,23 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from common import (
-    chat,
-    config,
-    data,
-    decoder,
-    dist,
-    functions,
-    gemma,
-    log,
-    lora,
-    prompts,
-    rewards,
-    rollouts,
-    stats,
-    tasks,
-)
+from common import chat, config, data, decoder, dist, functions, gemma, log, lora, rewards, rollouts, stats, tasks
 from common.log import UserError, say, warn
+from common.prompts import encode_prompts
 from common.roles import Roles
 from common.run import Run
 from common.runtime import cache, resume
@@ -129,7 +115,7 @@ def answerable(records: dict[str, list[dict]], tokenizer: Tokenizer, max_tokens:
     """
     kept = {}
     for split, rows in records.items():
-        short_enough, counts = prompts.encode_prompts(rows, tokenizer, max_tokens)
+        short_enough, counts = encode_prompts(rows, tokenizer, max_tokens)
         if len(short_enough) < len(rows):
             log.say_counts(split, counts | {"kept": len(short_enough)})
         if not short_enough:
