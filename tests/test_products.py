@@ -24,6 +24,18 @@ def test_a_product_in_bf16_is_that_of_fp64(rows, packed):
     assert found.shape == right.shape and (found - right).abs().max() < 0.02 * right.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_not_packed_where_their_product_is_wrong(dtype, monkeypatch):
+    """A kernel that is off by 3 %; a right one is taken where oneDNN has it."""
+    products._packing_is_right.cache_clear()
+    weight, right = torch.randn(24, 40).to(dtype), products._packed_product
+    assert products.pack(weight).is_mkldnn == (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    products._packing_is_right.cache_clear()
+    monkeypatch.setattr(products, "_packed_product", lambda x, weight: 1.03 * right(x, weight))
+    assert products.pack(weight) is weight
+    products._packing_is_right.cache_clear()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 9, 33, 128])
 @pytest.mark.parametrize("width", [0, 3])
 def test_a_packed_product_is_that_of_fp64(rows, width):
