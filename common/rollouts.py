@@ -37,7 +37,6 @@ def sample(
     *,
     greedy: bool = False,
     top_p: float = 1.0,
-    top_k: int = 0,
     stop: Sequence[int] = chat.STOP_TOKENS,
     merge: Any = "auto",
     decoder_class: type[Decoder] = Decoder,
@@ -46,7 +45,7 @@ def sample(
 
     tokens, attention_mask (B, T); mask, sampled_logprobs (B, T-1); completions (B lists of ids, with the stop token if
     one came); stopped (B,) bool. uniforms (B, max_new_tokens) as `uniforms` makes them; None draws from torch's global
-    generator. greedy, top_k and top_p are for evaluation and serving: a ratio needs the whole distribution, and the
+    generator. greedy and top_p are for evaluation and serving: a ratio needs the whole distribution, and the
     log-probs are always those of softmax(logits / temperature).
     merge: the adapter inside the weights (True), beside them (False), or auto: inside in fp32, beside in bf16, where
     rounding swallows a young adapter (benchmarks/rollout.md).
@@ -62,7 +61,7 @@ def sample(
         merge = model.lm_head.weight.dtype == torch.float32
     slots = max(map(len, prompts)) + max_new_tokens
     decoder = decoder_class(model, min(rows, 64 if device.type == "cpu" else 256), slots, merge)
-    choose = functools.partial(draw, temperature=temperature, greedy=greedy, top_k=top_k, top_p=top_p)
+    choose = functools.partial(draw, temperature=temperature, greedy=greedy, top_p=top_p)
     with torch.autocast(device.type, enabled=False):
         completions, logprobs = _generate(decoder, prompts, uniforms.cpu(), set(stop), choose)
     every = [prompt for prompt in prompts for _ in range(group_size)]
@@ -123,13 +122,13 @@ def _prefill(decoder, prompts, group, rows):
 
 
 def draw(
-    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, greedy: bool = False, top_k: int = 0, top_p: float = 1.0
+    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, greedy: bool = False, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse of the distribution function -> (tokens (rows,), log-probs (rows,) fp32).
 
     logits (rows, V), uniforms (rows,) in [0, 1). First a block of WIDTH words, then the word in it, both sums in fp64:
     exact, and a sixteenth of what `multinomial` costs over 262,144 words. A word of probability zero is never drawn.
-    The log-prob is that of softmax(logits / temperature), whatever greedy, top_k and top_p leave of it.
+    The log-prob is that of softmax(logits / temperature), whatever greedy and top_p leave of it.
     """
     if logits.shape[1] % WIDTH:
         logits = F.pad(logits, (0, -logits.shape[1] % WIDTH), value=-torch.inf)
@@ -141,8 +140,8 @@ def draw(
     if greedy:
         block = _reduce(logits, torch.amax).argmax(1)
     else:
-        if top_k or top_p < 1:
-            logits, temperature = _warped(logits.float() / temperature, top_k, top_p), 1.0
+        if top_p < 1:
+            logits, temperature = _warped(logits.float() / temperature, top_p), 1.0
             blocks = _reduce(logits, torch.logsumexp).double()
         block, rest = _invert(blocks.softmax(1), uniforms.double())
     words = logits.unflatten(1, (-1, WIDTH))[rows, block].float().div(temperature).double()
@@ -172,16 +171,16 @@ def _invert(weights, u):
     return index[:, 0], rest[:, 0].clamp(0, 1)
 
 
-def _warped(z, top_k, top_p):
-    """Logits z (rows, V), -inf but for the top_k largest, then but for the fewest words of at least top_p mass in all.
+def _warped(z, top_p):
+    """Logits z (rows, V), -inf but for the fewest words of at least top_p mass in all.
 
     Words tied with the last one in stay in. No sort of V words: the candidates grow until they hold the mass.
     """
-    n, total = top_k or 1024, z.logsumexp(1, keepdim=True)
+    n, total = 1024, z.logsumexp(1, keepdim=True)
     while True:
         best = z.topk(min(n, z.shape[1])).values
-        mass = (best - (best.logsumexp(1, keepdim=True) if top_k else total)).double().exp().cumsum(1)
-        if top_k or n >= z.shape[1] or mass[:, -1].min() >= top_p:
+        mass = (best - total).double().exp().cumsum(1)
+        if n >= z.shape[1] or mass[:, -1].min() >= top_p:
             break
         n *= 8
     kept = (mass[:, :-1] < top_p).sum(1, keepdim=True)  # the first word always stays
