@@ -32,6 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 
+import bench_dpo  # noqa: E402
+import bench_grpo  # noqa: E402
 import bench_serve  # noqa: E402
 import bench_sft  # noqa: E402
 import step_1b  # noqa: E402
@@ -249,7 +251,7 @@ def trainers(setting):
         here = [row["loss"] for row in run if "loss" in row]
         difference = max(abs(a - b) for a, b in zip(here, right[algorithm, peft], strict=True))
         bound, shown = LOSS_BOUND[dtype], [", ".join(f"{x:.4f}" for x in row) for row in (here, right[algorithm, peft])]
-        verdict = f"{bound:g}{'' if difference <= bound else ', **exceeded**'}"
+        verdict = judged(difference, bound)
         if dtype == "bfloat16" and algorithm in ("grpo", "ppo"):
             verdict = "none: rounding draws other tokens"
         yield f"| {algorithm} | {dtype} | {peft} | {shown[0]} | {shown[1]} | {difference:.1e} | {verdict} |"
@@ -445,19 +447,21 @@ def loss_and_backward(setting, net):
     (-model.sequence_logprobs(net, tokens, mask)).sum().backward()
 
 
-def beside_trl(setting):
-    """SFT as in benchmarks/bench_sft.py, both sides on this device."""
+def beside_trl(setting, algorithm):
+    """The sides of benchmarks/bench_{sft,dpo,grpo}.py, both on this device."""
     os.environ |= {"BENCH_DTYPE": "bfloat16", "BENCH_DEVICE": setting.device}
-    count, work, base = (2 if setting.small else 12), setting.work / "trl", setting.base(setting.shapes[0])
+    bench = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo}[algorithm]
+    count, work, base = (2 if setting.small else 12), setting.work / f"trl-{algorithm}", setting.base(setting.shapes[0])
     work.mkdir()
-    write_data(work / "source", (bench_sft.BATCH, 48 if setting.small else 512, 0), count + 3)
-    bench_sft.prepare(base, work / "source", work, count)
-    yield from ["| | median s / step | mean loss |", "|---|---|---|"]
-    for name, side in (("ours", bench_sft.ours), ("TRL", bench_sft.trl)):
+    write_data(work / "source", (4, 48 if setting.small else 512, 0), count + 3)
+    bench.prepare(base, work / "source", work, count)
+    for name, side in (("ours", bench.ours), ("TRL", bench.trl)):
         torch.use_deterministic_algorithms(name == "ours" and setting.on_gpu)  # TRL runs as it comes
         measured = side(base, str(work), count)
         seconds = statistics.median(step["seconds"] for step in measured[count // 3 :])
-        yield f"| {name} | {seconds:.3f} | {statistics.mean(step['loss'] for step in measured):.4f} |"
+        seconds += measured[0].get("reference_seconds", 0) / count  # DPO's pass before the first step
+        key = "loss" if "loss" in measured[0] else "reward"
+        yield f"| {algorithm} | {name} | {seconds:.3f} | {key} {statistics.mean(step[key] for step in measured):.4f} |"
 
 
 def serving(setting):
@@ -515,7 +519,8 @@ def all_rows(setting):
         rows.append(Row("Steps", "-".join(case), 60, steps, case, needs))
     rows.insert(len(ALGORITHMS) - len(cases), Row("Serving", "serving", 60, serving))  # after the first shape
     rows.append(Row("Tests that are marked cuda", "tests", 60, cuda_tests, needs=("pytest",)))
-    rows.append(Row("SFT beside TRL", "trl", 90, beside_trl, needs=("trl", "datasets")))
+    for algorithm in ("sft", "dpo", "grpo"):
+        rows.append(Row("Beside TRL", f"trl-{algorithm}", 90, beside_trl, (algorithm,), ("trl", "datasets")))
     return rows
 
 
@@ -573,6 +578,12 @@ def without_missing_libraries():
         log.save_picture = lambda *_, **__: False
 
 
+HEADERS = {
+    steps: STEPS_HEADER,
+    beside_trl: ["| | | median s / step | mean |", "|---|---|---|---|"],
+}
+
+
 def write_report(path, setting, rows, started):
     where = "a GPU" if setting.on_gpu else "the CPU"
     lines = ["# A run on a GPU" if setting.on_gpu else "# A rehearsal on a CPU: no figure here means anything", ""]
@@ -583,7 +594,7 @@ def write_report(path, setting, rows, started):
     for title in dict.fromkeys(row.title for row in rows):
         mine = [row for row in rows if row.title == title]
         lines += [f"## {title}", "", mine[0].function.__doc__.strip().replace("\n    ", " "), ""]
-        lines += STEPS_HEADER if mine[0].function is steps and any(row.lines for row in mine) else []
+        lines += HEADERS.get(mine[0].function, []) if any(row.lines for row in mine) else []
         lines += [line for row in mine for line in row.lines]
         lines += ["", *(f"- {row.name}: **{row.result}**" for row in mine if row.result != "done")]
         for row in mine:
