@@ -32,11 +32,10 @@ def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict
         raise UserError("rl.group_size: best and worst need at least 2 samples per prompt")
     dialogues = [(record, chat.normalise(record["prompt"])[0]) for record in records]
     encoded = [ids for ids, _ in data.encode_dialogues(dialogues, tokenizer, add_generation_prompt=True)]
-    # the number of ids of each completion, then the ids: one table that all ranks fill in together
-    table = torch.zeros(len(records), group_size, limit + 1, dtype=torch.float64)
     longest_first = sorted(range(len(records)), key=lambda i: (-len(encoded[i]), i))
     prompts_per_pass = max(1, ROWS // group_size) * dist.world_size()
     bar = log.progress(len(records), unit="prompt")
+    answers = []
     for start in range(0, len(longest_first), prompts_per_pass):
         dist.barrier()  # so that ranks do not drift apart by more than a pass
         bar.update(min(prompts_per_pass, len(records) - start))
@@ -50,12 +49,11 @@ def sample(net: Gemma, tokenizer: Tokenizer, records: list[dict], sampling: dict
             batch = rollouts.sample(net, prompt_ids, group_size, limit, sampling["temperature"], uniforms)
         except FloatingPointError as error:
             raise UserError(f"no pairs can be made: {error}") from error
-        for number, ids in zip(numbers, batch["completions"], strict=True):
-            cells = table[number // group_size, number % group_size]
-            cells[0], cells[1 : len(ids) + 1] = len(ids), torch.tensor(ids, dtype=torch.float64)
+        completions = batch["completions"]
+        answers += [[i, completions[n * group_size : (n + 1) * group_size]] for n, i in enumerate(mine)]
     bar.close()
-    table = dist.sum_tensor(table).long().tolist()
-    return [[cells[1 : cells[0] + 1] for cells in samples] for samples in table]
+    by_record = dict(dist.gather_rows(answers))
+    return [by_record[i] for i in range(len(records))]
 
 
 def best_and_worst(

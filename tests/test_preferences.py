@@ -47,6 +47,26 @@ def test_samples_are_those_of_their_own_numbers(tiny_model):
         preferences.sample(net, tokenizer, records, SAMPLING | {"group_size": 1})
 
 
+def test_two_ranks_share_the_samples_of_one(tiny_model, monkeypatch):
+    """Each rank's share as it leaves it; the second one finds both, as JSON, in the order of ranks."""
+    records, shares = tasks.records("conala", "val", 5), []
+
+    def gather(rows):
+        shares.append(json.loads(json.dumps(rows)))
+        return [row for share in shares for row in share]
+
+    alone = preferences.sample(*tiny_model, records, SAMPLING)
+    monkeypatch.setattr(preferences.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(preferences.dist, "barrier", lambda: None)
+    monkeypatch.setattr(preferences.dist, "gather_rows", gather)
+    monkeypatch.setattr(preferences.dist, "rank", lambda: 0)
+    with pytest.raises(KeyError):  # the other's share is not there yet
+        preferences.sample(*tiny_model, records, SAMPLING)
+    monkeypatch.setattr(preferences.dist, "rank", lambda: 1)
+    together = preferences.sample(*tiny_model, records, SAMPLING)
+    assert [len(rows) for rows in shares] == [3, 2] and together == alone
+
+
 def test_what_cannot_be_sampled_is_one_line(tiny_model, monkeypatch):
     net, tokenizer = tiny_model
     records = tasks.records("conala", "val", 2)
