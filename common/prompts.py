@@ -224,7 +224,7 @@ def report(run_dir: Path, draws: int, missing_stop_penalty: float, best: str) ->
         if name.startswith("reward/")
     ]
     say(
-        f"  its parts: {', '.join(parts)}; tokens {length['first']:.1f} -> {length['last']:.1f}, "
+        f"  its parts (higher is better): {', '.join(parts)}; tokens {length['first']:.1f} -> {length['last']:.1f}, "
         f"ended by themselves {stops['first']:.0%} -> {stops['last']:.0%}"
     )
     if missing_stop_penalty:

@@ -184,6 +184,23 @@ def harmed(name, system="rl", other="base", headline="better"):
     return {"systems": systems, "headline": "judge", "metrics": facts, "cells": cells, "pairs": pairs}
 
 
+def test_the_first_table_keeps_what_got_worse():
+    """Nine metrics for eight rows: over-refusal, worse by its interval alone, stays; one that only got better goes."""
+    results = harmed("refusal_benign")
+    results["pairs"]["refusal_benign"][0] |= {"low": 0.1, "high": 0.6, "p_holm": 0.07}
+    for name in GUARDS:
+        if name != "refusal_benign":
+            facts = results["metrics"][name] = vars(KNOWN[name])
+            results["cells"][name] = {"rl": {"value": 0.5}, "base": {"value": 0.2}}
+            pair = {"a": "rl", "b": "base", "difference": 0.3 * facts["better"], "p_holm": 0.001}
+            ends = sorted((0.1 * facts["better"], 0.5 * facts["better"]))
+            results["pairs"][name] = [pair | dict(zip(("low", "high"), ends))]
+    first = report.first_metrics(report.prepared(results))
+    assert len(first) == report.ROWS < 1 + len(GUARDS) and first[:1] == ["judge"] and "refusal_benign" in first
+    results["pairs"]["refusal_benign"][0]["low"] = -0.1  # not even by its interval
+    assert "refusal_benign" not in report.first_metrics(report.prepared(results))
+
+
 def test_the_guard_set_has_directions():
     asked = {"refusal_benign", "helpfulness", "toxicity", "repetition", "distinct_starts", "stops", "loss_per_byte"}
     assert set(GUARDS) == asked | {"refusal_harmful"} and all(metric.better for metric in GUARDS.values())
@@ -238,7 +255,7 @@ def test_next_steps_follow_from_the_results():
     free = {"floors": ["base, best of 4"], "seeds": {"base": 3, "rl": 3}}
     results["cells"]["judge"]["base, best of 4"] = {"value": 0.6}
     assert [step.split(",")[0] for step in report.next_steps(results | free)] == [
-        "Next: rl did harm: let the data or the reward speak of it",
+        "Next: rl did harm: add data or a reward for what got worse",
         "Next: base",
     ]
     results["cells"]["judge"]["base, best of 8"] = {"value": 0.4}  # more samples, and a worse best one

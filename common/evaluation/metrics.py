@@ -64,11 +64,11 @@ ANY_TASK = {  # in the order of the tables, after the task's own
     ),
     "length": Metric("tokens per answer", 0, "mean", "Length and variety", digits=1),
     "stops": Metric(
-        "share of answers that end by themselves",
+        "share of answers that end by themselves, before the token limit",
         better=1,
         kind="rate",
         topic="Length and variety",
-        harm="ends only {now} of its answers by itself",
+        harm="ends only {now} of its answers before the token limit",
     ),
     "empty": Metric("share of answers without a visible character", -1, "rate", "Length and variety"),
     "repetition": Metric(

@@ -65,8 +65,8 @@ def next_steps(results):
     harmed = [system for system in results["systems"] if system != base and harms(results, system, base, base)]
     if harmed:
         steps.append(
-            f"{' and '.join(harmed)} did harm: let the data or the reward speak of it, or hold the policy closer to "
-            "where it started (--rl.kl_coef), and compare again"
+            f"{' and '.join(harmed)} did harm: add data or a reward for what got worse, or hold the policy closer to "
+            "where it started (a higher --rl.kl_coef), and compare again"
         )
     better, cells = results["metrics"][name]["better"], results["cells"].get(name, {})
     values = {system: better * cell["value"] for system, cell in cells.items() if cell["value"] is not None}
@@ -83,8 +83,8 @@ def next_steps(results):
         steps.append("train the judge on more pairs (train_reward.py), or ask people (--human_eval)")
     if len(results["systems"]) > 1 and max(results.get("seeds", {"": 1}).values()) == 1:
         steps.append(
-            "one seed may mislead: train more (train_staged.py --seeds 0,1,2, or --seed 1 with another "
-            "--logging.run_name), and compare all of them under the same NAME"
+            "one seed may mislead: add --seeds 0,1,2 to the command of train_staged.py; or train again with --seed 1 "
+            "and another --logging.run_name, and name both alike in --checkpoints of evaluate.py"
         )
     return [f"Next: {step}." for step in steps]
 
@@ -307,14 +307,22 @@ def varies(results, metric, names):
 
 
 def first_metrics(results):
-    """At most ROWS metrics for the first table: the headline, the guard set (significant ones first), others."""
-    metrics, headline = results["metrics"], results["headline"]
+    """At most ROWS metrics for the first table: the headline, then the guard set, then others.
+
+    Of the guard set come first those in which a system got worse than the base, by the interval, then significant ones.
+    """
+    metrics, headline, base = results["metrics"], results["headline"], reference(results)
     names = [metric for metric in metrics if metrics[metric]["better"] or metric == headline]
     names = [metric for metric in names if varies(results, metric, results["systems"])]
 
+    def worsened(metric, pair):
+        ends = [metrics[metric]["better"] * pair[key] for key in ("low", "high") if pair[key] is not None]
+        return pair["b"] == base and ends and max(ends) < 0
+
     def rank(metric):
-        significant = any(pair["verdict"] for pair in results["pairs"][metric])
-        return metric != headline, not metrics[metric]["harm"], not significant
+        pairs, guards = results["pairs"][metric], bool(metrics[metric]["harm"])
+        harmed, significant = any(worsened(metric, pair) for pair in pairs), any(pair["verdict"] for pair in pairs)
+        return metric != headline, not guards, not (guards and harmed), not significant
 
     kept = sorted(names, key=rank)[:ROWS]
     return sorted(kept, key=lambda metric: (metric != headline, list(metrics).index(metric)))
