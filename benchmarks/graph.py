@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.decoder import Decoder
+from common.runtime import resume
 
 SLOTS = 128  # the slots that a graph reads are a multiple of this
 
@@ -90,7 +91,8 @@ class GraphDecoder(Decoder):
 
         def attend(index, q, k, v, window):
             keys, values = self.keys[index], self.values[index]
-            keys[rows, :, at], values[rows, :, at] = k, v
+            with resume.other_kernels(k.device):  # no place is written twice
+                keys[rows, :, at], values[rows, :, at] = k, v
             q = q.unflatten(1, (keys.shape[1], -1))  # heads that share keys are the queries of one product
             seen = keys[: len(rows), :, :slots], values[: len(rows), :, :slots]
             out = F.scaled_dot_product_attention(q, *seen, attn_mask=masks[window][:, None, None], scale=self.scale)

@@ -12,7 +12,7 @@ def choose_spin(arguments: list[str]) -> str:
 
     A thread that spins loses its turn to any other program: with one busy neighbour a step of the real 270M takes 3.1
     times as long, and 1.4 times where threads sleep at once, which costs nothing alone. The tiny base of --debug has
-    products so short that waking up costs a third of its time: it spins, as is OpenMP's custom, if nobody is beside it.
+    products so short that waking up takes up to a third of its time: it spins, by OpenMP's custom, if nobody is near.
     """
     return "300000" if "--debug" in arguments and not has_neighbour() else "0"
 

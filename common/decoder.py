@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import products
+from common.runtime import resume
 from common.runtime.types import Gemma
 
 
@@ -96,7 +97,8 @@ class Decoder:
 
         def attend(index, q, k, v, window):
             keys, values = self.keys[index], self.values[index]
-            keys[rows, :, at], values[rows, :, at] = k, v
+            with resume.other_kernels(k.device):  # no place is written twice
+                keys[rows, :, at], values[rows, :, at] = k, v
             q = q.unflatten(1, (keys.shape[1], -1))  # heads that share keys are the queries of one product
             out = []
             for some, slots, mask in seen[window]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common import chat, lora
 from common.decoder import Decoder
+from common.runtime import resume
 from common.runtime.types import Gemma
 
 WIDTH = 512  # words of a block: Gemma's 262,144 are 512 blocks, so both searches are short
@@ -162,13 +163,19 @@ def _reduce(logits, function, temperature=1.0):
 
 def _invert(weights, u):
     """Index i of weights (rows, n) with P(i) = weight_i / sum, and where u falls inside i's share, again in [0, 1]."""
-    edges = weights.cumsum(1)
+    edges = _running_sum(weights)
     point = (u * edges[:, -1])[:, None]
     last = torch.searchsorted(edges, edges[:, -1:].clone())  # the last with a weight, where u rounded up to 1
     index = torch.minimum(torch.searchsorted(edges, point, right=True), last)
     weight = weights.gather(1, index)
     rest = (point - edges.gather(1, index) + weight) / weight
     return index[:, 0], rest[:, 0].clamp(0, 1)
+
+
+def _running_sum(x):
+    """x (rows, n) -> its cumulative sum over n. On CUDA that of one row alone need not repeat to the bit."""
+    with resume.other_kernels(x.device):
+        return F.pad(x, (0, 0, 0, 1)).cumsum(1)[:-1] if x.is_cuda else x.cumsum(1)
 
 
 def _warped(z, top_p):
@@ -179,7 +186,7 @@ def _warped(z, top_p):
     n, total = 1024, z.logsumexp(1, keepdim=True)
     while True:
         best = z.topk(min(n, z.shape[1])).values
-        mass = (best - total).double().exp().cumsum(1)
+        mass = _running_sum((best - total).double().exp())
         if n >= z.shape[1] or mass[:, -1].min() >= top_p:
             break
         n *= 8

@@ -71,9 +71,17 @@ def test_kernels_on_cuda_repeat_or_end_the_run():
     out = child(
         "import torch; from common.runtime import resume\n"
         "resume.prepare(torch.device('cuda'))\n"
-        "print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())"
+        "mode = lambda: torch.are_deterministic_algorithms_enabled()\n"
+        "print(mode(), torch.is_deterministic_algorithms_warn_only_enabled())\n"
+        "try:\n"
+        "    with resume.other_kernels(torch.device('cuda')): print(mode()); raise KeyError\n"
+        "except KeyError: print(mode(), torch.is_deterministic_algorithms_warn_only_enabled())\n"
+        "with resume.other_kernels(torch.device('cpu')): print(mode())\n"
+        "torch.use_deterministic_algorithms(False)\n"
+        "with resume.other_kernels(torch.device('cuda')): print(mode())\n"
+        "print(mode())"
     )
-    assert out.split() == ["True", "False"]
+    assert out.split() == ["True", "False", "False", "True", "False", "True", "False", "False"]
 
 
 def test_the_downloader_needs_the_standard_library_only():
