@@ -4,7 +4,8 @@
 
 llama.cpp is the build that node-llama-cpp brings (npm install node-llama-cpp); the base is written as a .gguf of
 --dtype for it. Every row continues one prompt by --tokens tokens after its first, and never stops early. What counts
-is the time after the first token of the last row: no loading, no packing, no prompt. Written to benchmarks/decode.md.
+is the time after the first token of the last row: no loading, no packing, no prompt. benchmarks/decode.md holds what
+it prints.
 """
 
 import argparse
@@ -126,7 +127,6 @@ def main():
         ]
     )
     print(text)
-    (ROOT / "benchmarks" / "decode.md").write_text(text)
 
 
 if __name__ == "__main__":

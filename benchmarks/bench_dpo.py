@@ -6,7 +6,8 @@ Both sides start from one saved LoRA adapter (r 8, q/k/v/o, fp32 on a frozen bas
 of 4 HH pairs (<= 512 tokens a side, similar lengths together), beta 0.1, AdamW, constant learning rate, and both pay
 for the reference's log-probs of these pairs once: TRL in its loop, ours in a pass before it, whose seconds are added.
 Ours is train_rl.py as anyone runs it; TRL runs with its best settings found here: weights of --dtype, no gradient
-checkpointing. The sides take turns, `--rounds` times, and the report quotes medians. Written to benchmarks/dpo.md.
+checkpointing. The sides take turns, `--rounds` times, and the report quotes medians. benchmarks/dpo.md holds what it
+prints.
 """
 
 import json

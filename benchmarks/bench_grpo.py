@@ -6,7 +6,7 @@ A step: 4 HH prompts x 4 samples x 64 tokens at temperature 1, heuristic reward,
 LoRA r 8 (q/k/v/o, fp32 on a frozen base of --dtype), AdamW. No sample stops early, so that both sides do the same work.
 PPO makes the same step with a critic, one epoch and one minibatch. Ours is train_rl.py as anyone runs it; TRL runs with
 its best settings found here: no gradient checkpointing, one batch. The first step of each run warms up and is left out.
-The sides take turns, `--rounds` times, and the report quotes medians. Written to benchmarks/grpo.md.
+The sides take turns, `--rounds` times, and the report quotes medians. benchmarks/grpo.md holds what it prints.
 """
 
 import json
@@ -137,8 +137,8 @@ def report(rows, results, args):
         f"--steps {args.steps} --rounds {args.rounds} --dtype {args.dtype}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, {args.dtype} matrix products at {rate:.0f} GFLOP/s; Gemma 3 "
-        f"270M, LoRA r 8 on q/k/v/o; a step is {PROMPTS} HH prompts ({prompt_tokens:.0f} tokens on average) x {GROUP} "
-        f"samples x {TOKENS} tokens, all of them generated; {args.steps} steps behind one that warms up.",
+        f"270M, LoRA r 8 on q/k/v/o; a step is {PROMPTS} HH prompts ({prompt_tokens:.0f} tokens together, on average) "
+        f"x {GROUP} samples x {TOKENS} tokens, all of them generated; {args.steps} steps behind one that warms up.",
         "",
         "| | seconds a step (median) | all steps | peak memory GB | mean reward | tokens a sample |",
         "|---|---|---|---|---|---|",

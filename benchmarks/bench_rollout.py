@@ -5,7 +5,7 @@
 Both sides sample from the whole distribution at temperature 1 and never stop early. Ours carries a LoRA adapter
 (r 8, all seven linears) merged and unmerged, rebuilds its weights in every call and returns log-probs;
 `generate` runs the bare base, as if merged, and returns none. Beside the speed: how far the log-probs of the sampler
-lie from the trainer's own forward with a young adapter (B of --noise). Written to benchmarks/rollout.md.
+lie from the trainer's own forward with a young adapter (B of --noise). benchmarks/rollout.md holds what it prints.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def table(results, floors, args):
         f"up to {len(QUESTIONS)} prompts, {args.tokens} new tokens each, temperature 1, whole distribution; tokens/s, "
         "medians, rounds in brackets.",
         "",
-        "| rows | generate | ours, unmerged | ours, merged | matrix products alone | ours (the better) / generate |",
+        "| rows | generate | ours, unmerged | ours, merged | plain products alone | ours (the better) / generate |",
         "|---|---|---|---|---|---|",
     ]
     for rows in args.rows:
@@ -152,7 +152,6 @@ def main():
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    (ROOT / "benchmarks" / "rollout.md").write_text(text)
 
 
 if __name__ == "__main__":

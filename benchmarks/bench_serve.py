@@ -7,7 +7,8 @@
 token, a tenth polls /health. Between these rounds the same requests go through `generate` of a plain transformers
 model, into which peft has merged the adapter, one after the other. Both sides end where the model ends, sample from the
 whole distribution, and count the tokens that they made. Then each request is sent again alone: which texts are the
-same? Written to benchmarks/serve.md. --beside measures this server and that of another checkout in turns instead.
+same? benchmarks/serve.md holds what it prints. --beside measures this server and that of another checkout in turns
+instead.
 """
 
 import argparse
@@ -86,9 +87,11 @@ def under_load(port, args):
         first = watchers.submit(repeat, lambda i: first_token(port, 1000 + i, args.tokens), done, 0.5)
         polled = watchers.submit(repeat, lambda i: health(port), done, 0.02)
         began = time.perf_counter()
-        answers = list(clients.map(lambda i: ask(port, i, args.tokens), range(args.requests)))
-        seconds = time.perf_counter() - began
-        done.set()
+        try:
+            answers = list(clients.map(lambda i: ask(port, i, args.tokens), range(args.requests)))
+            seconds = time.perf_counter() - began
+        finally:  # the watchers end where a request fails, too
+            done.set()
         return {"speed": sum(n for _, n in answers) / seconds, "texts": [text for text, _ in answers],
                 "first": first.result(), "health": polled.result()}  # fmt: skip
 
@@ -99,21 +102,22 @@ def one_at_a_time(net, tokenizer, args):
     for index in range(args.alone):
         ids = chat.encode_prompt(tokenizer, request(index, 1)["messages"])
         torch.manual_seed(index)
-        out = net.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(), do_sample=True,
+        ids_tensor = torch.tensor([ids], device=net.device)
+        out = net.generate(ids_tensor, attention_mask=torch.ones_like(ids_tensor), do_sample=True,
                            temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.tokens, pad_token_id=chat.PAD,
                            eos_token_id=sorted(chat.STOP_TOKENS))  # fmt: skip
         made += out.shape[1] - len(ids)
     return made / (time.perf_counter() - began)
 
 
-def plain(checkpoint, dtype):
+def plain(checkpoint, dtype, device):
     """The checkpoint as transformers and peft load it, the adapter merged."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     folder, adapter = base.locate(checkpoint)
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return (PeftModel.from_pretrained(net, adapter).merge_and_unload() if adapter else net).eval()
+    return (PeftModel.from_pretrained(net, adapter).merge_and_unload() if adapter else net).eval().to(device)
 
 
 def start(args, dtype, root=ROOT):
@@ -131,7 +135,8 @@ def start(args, dtype, root=ROOT):
 
 def measure(args, dtype):
     """Lines of the table for one dtype."""
-    net, tokenizer = plain(args.checkpoint, getattr(torch, dtype)), base.load_tokenizer(base.locate(args.checkpoint)[0])
+    net = plain(args.checkpoint, getattr(torch, dtype), args.device)
+    tokenizer = base.load_tokenizer(base.locate(args.checkpoint)[0])
     server, port = start(args, dtype)
     loaded, slow = [], []
     try:
@@ -217,7 +222,6 @@ def main():
         "",
     ])  # fmt: skip
     print(text)
-    (ROOT / "benchmarks" / "serve.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Both sides start from one saved LoRA adapter (r 8, q/k/v/o, fp32 on a base of --
 dialogues (BENCH_BATCH=16 takes 16; <= 512 tokens, last answer and its stop token trained, rows of similar length
 together), AdamW, constant learning rate. Ours is train_sft.py as anyone runs it; TRL runs with its best settings found
 here: --dtype weights, no gradient checkpointing, batches grouped by length. Tokens are real tokens, padding never
-counts. The sides take turns, `--rounds` times, and the report quotes medians. Written to benchmarks/sft.md.
+counts. The sides take turns, `--rounds` times, and the report quotes medians. benchmarks/sft.md holds what it prints.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def step_flops(rows):
 
 
 def drive(script, doc, sides, prepare, report):
-    """Run both sides of a comparison in turns, each in its own process, and write benchmarks/<name>.md.
+    """Run both sides of a comparison in turns, each in its own process, and print the report.
 
     sides: {"ours": f, ..., "trl": f}, f(base, work, steps) -> records; prepare(base, data, work, steps) -> rows.
     """
@@ -163,7 +163,7 @@ def drive(script, doc, sides, prepare, report):
     parser.add_argument("--side", choices=tuple(sides), help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ["BENCH_DTYPE"] = args.dtype  # what the sides read
+    os.environ |= {"BENCH_DTYPE": args.dtype, "BENCH_DEVICE": "cpu"}  # what the sides read; on a GPU: gpu.py
     if args.side:
         import resource
 
@@ -191,7 +191,6 @@ def drive(script, doc, sides, prepare, report):
                 print(side, f"{results[side][-1]['peak_gb']:.2f} GB", flush=True)
     text = report(rows, results, args)
     print(text)
-    (ROOT / "benchmarks" / f"{Path(script).stem.removeprefix('bench_')}.md").write_text(text)
 
 
 def report(rows, results, args):

@@ -6,7 +6,7 @@ Bases have the exact shapes of Gemma 3 270M and 1B and random weights, written o
 the cache. A run is train_sft.py or train_rl.py itself, two steps, in a forked child. Measured is the highest resident
 memory, before the first step (`loading`) and from it to the end; computed is what the same command says with --explain.
 A run that would take more than the limit, or than is free, is left out and said to be. Results are kept as JSON lines,
-so an interrupted grid goes on where it was. Written to benchmarks/memory.md.
+so an interrupted grid goes on where it was. benchmarks/memory.md holds what it prints.
 """
 
 import argparse
@@ -32,7 +32,6 @@ import train_sft  # noqa: E402
 from common import log, lora  # noqa: E402
 from common.runtime import cache, explain, resume  # noqa: E402
 
-REPORT = Path(__file__).with_suffix(".md")
 STEPS, BOUND, SPARE = 2, 0.15, 1.0
 NARROW = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}  # where the 270M differs from the 1B
 WORDS = "soup house garden river music paper window letter bridge summer winter yellow green blue small quiet".split()
@@ -228,7 +227,7 @@ def report(results):
     inside = sum(abs(ratio - 1) <= BOUND for ratio in ratios)
     low, high = (min(ratios), max(ratios)) if ratios else (0, 0)
     lines += ["", f"**{inside} of {len(ratios)} within {BOUND:.0%}; the ratios go from {low:.2f} to {high:.2f}.**"]
-    REPORT.write_text("\n".join([*lines, "", *plan_table()]) + "\n")
+    print("\n".join([*lines, "", *plan_table()]))
 
 
 def main():

@@ -63,7 +63,7 @@ def main():
         last = train_sft.main([
             "--model.base_checkpoint", str(folder), "--model.peft_type", args.peft_type, "--dataset_path", work,
             "--training.max_steps", str(args.steps), "--training.batch_size", str(args.rows),
-            "--logging.output_dir", work,
+            "--logging.output_dir", work, "--device", "cpu",
             "--training.max_seq_length", str(args.length), "--training.recompute", args.recompute,
         ])  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
