@@ -63,7 +63,7 @@ def _packing_is_right(dtype):
         return False
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    x, weight = (torch.linspace(-1, 1, rows * 96).sin().view(rows, 96).to(dtype) for rows in (9, 80))
+    x, weight = (torch.linspace(-1, 1, rows * 96, device="cpu").sin().view(rows, 96).to(dtype) for rows in (9, 80))
     plain = x.double() @ weight.double().T
     packed = _packed_product(x, torch.ops.mkldnn._reorder_linear_weight(weight, 8))
     bound = 0.01 if dtype == torch.bfloat16 else 1e-5
