@@ -33,7 +33,7 @@ def ours(base, work, steps):
         "--rl.algorithm", "dpo", "--training.mode", "rl", "--model.base_checkpoint", base,
         "--model.adapter", f"{work}/adapter", "--model.dtype", os.environ["BENCH_DTYPE"],
         "--dataset_path", f"{work}/data", "--seed", str(SEED),
-        "--device", os.environ.get("BENCH_DEVICE", "cpu"),
+        "--device", os.environ["BENCH_DEVICE"],
         "--rl.dpo_beta", str(BETA), "--training.batch_size", str(BATCH),
         "--training.max_seq_length", str(LENGTH), "--rl.max_steps", str(steps), "--rl.learning_rate", str(RATE),
         "--training.schedule", "constant", "--training.warmup_ratio", "0", "--training.eval_interval", "1000000",
@@ -70,7 +70,7 @@ def trl(base, work, steps):
         f"{work}/trl", max_steps=steps, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, beta=BETA,
         learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
         optim="adamw_torch", max_length=LENGTH, gradient_checkpointing=False, bf16=False, seed=SEED,
-        use_cpu=os.environ.get("BENCH_DEVICE", "cpu") == "cpu",
+        use_cpu=os.environ["BENCH_DEVICE"] == "cpu",
         train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(base)

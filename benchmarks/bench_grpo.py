@@ -35,7 +35,7 @@ def ours(base, work, steps, algorithm="grpo"):
         "--rl.algorithm", algorithm, "--training.mode", "rl", "--model.base_checkpoint", base,
         "--model.adapter", f"{work}/adapter", "--model.dtype", os.environ["BENCH_DTYPE"], "--reward.type", "heuristic",
         "--dataset_path", f"{work}/data", "--seed", str(SEED), "--rl.missing_stop_penalty", "0",
-        "--device", os.environ.get("BENCH_DEVICE", "cpu"),
+        "--device", os.environ["BENCH_DEVICE"],
         "--rl.rollout_size", str(PROMPTS), "--rl.group_size", str(GROUP), "--rl.max_new_tokens", str(TOKENS),
         "--rl.num_ppo_epochs", "1", "--rl.minibatches", "1", "--rl.kl_coef", str(BETA), "--rl.critic_warmup", "0",
         "--rl.max_steps", str(steps + 1), "--rl.learning_rate", str(RATE), "--training.schedule", "constant",
@@ -81,7 +81,7 @@ def trl(base, work, steps):
         generation_kwargs={"min_new_tokens": TOKENS}, learning_rate=RATE, lr_scheduler_type="constant",
         warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch", gradient_checkpointing=False,
         bf16=False, seed=SEED,
-        use_cpu=os.environ.get("BENCH_DEVICE", "cpu") == "cpu",
+        use_cpu=os.environ["BENCH_DEVICE"] == "cpu",
         shuffle_dataset=False, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True,
     )  # fmt: skip

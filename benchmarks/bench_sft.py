@@ -34,7 +34,7 @@ def ours(base, work, steps):
     train_sft.main([
         "--model.base_checkpoint", base, "--model.adapter", f"{work}/adapter",
         "--model.dtype", os.environ["BENCH_DTYPE"], "--dataset_path", f"{work}/data", "--seed", str(SEED),
-        "--device", os.environ.get("BENCH_DEVICE", "cpu"), "--training.last_turn_only", "true",
+        "--device", os.environ["BENCH_DEVICE"], "--training.last_turn_only", "true",
         "--training.batch_size", str(BATCH), "--training.max_seq_length", str(LENGTH),
         "--training.max_steps", str(steps),
         "--training.learning_rate", str(RATE), "--training.schedule", "constant", "--training.warmup_ratio", "0",
@@ -83,7 +83,7 @@ def trl(base, work, steps):
         f"{work}/trl", max_steps=steps, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, packing=False,
         learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
         optim="adamw_torch", max_length=LENGTH, gradient_checkpointing=False, bf16=False, seed=SEED,
-        use_cpu=os.environ.get("BENCH_DEVICE", "cpu") == "cpu",
+        use_cpu=os.environ["BENCH_DEVICE"] == "cpu",
         train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(base)
